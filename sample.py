@@ -1,0 +1,427 @@
+"""The editor: any diffusers flow editor, its group rollout, its velocity, and its LoRA policies new / old / base.
+
+    python sample.py --image in.png --prompt "remove the red circle" --out out.png
+    python sample.py --image in.png --prompt "..." --lora RUN/checkpoint-60 --compare --num 4 --out out.png
+
+The diffusers pipeline itself does the rollout, unmodified: a forward pre-hook on its transformer keeps the keyword
+arguments of the first call, a callback keeps the latents. Training replays them with another x_t and t.
+
+Shapes: K copies of one group, B a batch, N tokens of the edit, S tokens of the source pictures, C latent channels.
+t is flow time in [0, 1]: x_t = (1 - t) x_0 + t noise, velocity v = noise - x_0, x_0 = x_t - t v.
+
+Departures from the paper and its released code:
+1. Their DPM-Solver++ 2M extrapolates x_0 in log-SNR, infinite at t = 1 and t = 0: its first two steps and its last are
+   first order. Ours extrapolates the velocity in t, finite at both ends: only the first step, without history, is.
+2. Noise level and what the model is told are the same number: a group's `sigmas` are the timesteps that the
+   transformer was given, rounded to its dtype by the pipeline, and training noises with them.
+3. A group's text embeddings and source tokens are stored once, not K times.
+"""
+
+import inspect
+import json
+import textwrap
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from transformers.hf_argparser import HfArg
+
+from data_prep import BadInput, load_image, parse_settings, run_script, seeded
+
+TOY = "data/toy/editor"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# q, k, v and output projections of both streams; Flux, Qwen-Image, LongCat and Flux.2's double blocks share the names
+LORA_TARGETS = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj",
+                                            "add_v_proj", "to_add_out")]  # fmt: skip
+SEVERAL_PICTURES = ("QwenImageEditPlusPipeline", "Flux2Pipeline", "Flux2KleinPipeline")
+
+# ---------------------------------------------------------------- the solver
+
+
+class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
+    """Second-order multistep solver on the parent's own sigmas: one model evaluation a step, float32 inside.
+
+    dx/dt = v is integrated with v linear in t through this evaluation and the last (two-step Adams-Bashforth with
+    variable steps). It has the order of DPM-Solver++ 2M (arXiv:2211.01095, Alg. 2) but nothing infinite at t = 1 or
+    t = 0. The only state is the last velocity; a rollout's first step, which set_timesteps announces, drops it.
+    `solver_order` 1 is the parent's Euler step, for ablations.
+    """
+
+    solver_order = 2
+
+    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
+        """One step from this sigma to the next: v and x_t of any one shape -> x at the next sigma, in v's dtype."""
+        if self.solver_order == 1:
+            return super().step(model_output, timestep, sample, return_dict=return_dict, **kwargs)
+        if self.step_index is None:
+            self._init_step_index(timestep)
+            self._last_v = None
+        t, t_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+        v, h = model_output.float(), t_next - t
+        x = sample.float() + h * v
+        if self._last_v is not None:
+            slope = (v - self._last_v) / (t - self.sigmas[self.step_index - 1])  # dv/dt along the path
+            x = x + 0.5 * h * h * slope
+        self._step_index += 1
+        self._last_v = v
+        x = x.to(model_output.dtype)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+
+# ---------------------------------------------------------------- loading
+
+
+@dataclass
+class Editor:
+    """A frozen diffusers pipeline with our solver; `resolution` is the square root of the pixels it works at."""
+
+    pipe: DiffusionPipeline
+    resolution: int
+    max_text: int | None  # tokens that a prompt is padded to; None is the pipeline's own number
+    lora_layers: list = field(default_factory=list)
+
+
+def load_editor(base, device="cpu", dtype=torch.float32, resolution=None, max_text=None, solver_order=2):
+    """The editor in the folder, or of the hub id, `base`: frozen, in eval mode, with the second-order solver.
+
+    resolution in pixels, None: what the VAE was made for. max_text in tokens, None: the second tokenizer's own limit
+    where that is below the pipeline's default. Raises BadInput when nothing loads, when it is no image editor, or when
+    the VAE cannot take the resolution.
+    """
+    base = str(base)
+    if not Path(base).is_dir() and (base.count("/") != 1 or base.startswith((".", "/", "~"))):
+        mend = "run python data_prep.py toy first" if base == TOY else "name a model folder or a hub id owner/name"
+        raise BadInput(f"{base}: no such model folder; {mend}")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(base, dtype=dtype)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{base}: not a diffusers model ({reason}); name a model folder or a hub id") from error
+    if getattr(pipe, "transformer", None) is None or "image" not in inspect.signature(pipe.__call__).parameters:
+        raise BadInput(f"{base}: {type(pipe).__name__} edits no pictures; name an editor such as FLUX.1-Kontext-dev")
+    if resolution is None:
+        resolution = getattr(pipe.vae.config, "sample_size", None) or 1024
+    multiple = 2 * pipe.vae_scale_factor  # latent pixels are packed 2 x 2
+    if resolution < multiple or resolution % multiple:
+        nearest = max(multiple, round(resolution / multiple) * multiple)
+        raise BadInput(f"resolution {resolution}: {base} takes multiples of {multiple}; take {nearest}")
+    if max_text is None and getattr(pipe, "tokenizer_2", None) is not None:
+        limit = pipe.tokenizer_2.model_max_length
+        max_text = limit if limit < 512 else None
+    pipe.scheduler = FlowDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.solver_order = solver_order
+    pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    return Editor(pipe.to(device), resolution, max_text)
+
+
+# ---------------------------------------------------------------- policies
+
+
+def add_policies(editor, rank, alpha, targets=None, seed=0):
+    """Binds the LoRA adapters `old` (frozen) and `new` (trained, active) to the transformer; both float32.
+
+    A is gaussian with deviation 1 / rank, drawn from (seed, parameter's name) and the same in both; B is zero, so
+    new = old = base. targets: endings of module names, None: LORA_TARGETS. BadInput when they match no module.
+    """
+    transformer = editor.pipe.transformer
+    targets = list(targets or LORA_TARGETS)
+    names = [name for name, _ in transformer.named_modules()]
+    if not any(f".{name}".endswith(f".{target}") for name in names for target in targets):
+        kind = type(transformer).__name__
+        raise BadInput(f"LoRA targets {targets} match no module of {kind}; name some of its layers")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws A from the global generator
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        for adapter in ("old", "new"):
+            config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
+            transformer.add_adapter(config, adapter)
+    find_lora_layers(editor)
+    for adapter in ("old", "new"):
+        for name, parameter in lora_parameters(editor, adapter).items():
+            parameter.data = parameter.data.float()
+            if "lora_A" in name:
+                draw = torch.randn(parameter.shape, generator=seeded(seed, "lora", name)) / rank
+                parameter.data.copy_(draw)
+            parameter.requires_grad_(adapter == "new")
+
+
+def find_lora_layers(editor):
+    """Fills editor.lora_layers; to be called after a LoRA was loaded behind its back."""
+    editor.lora_layers = [layer for layer in editor.pipe.transformer.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+@contextmanager
+def policy(editor, name):
+    """Within, the transformer is the policy `new`, `old` or `base`; after, whatever it was, also after an exception.
+
+    The flags are set directly, since peft's set_adapter and enable_adapters also flip requires_grad, which here stays
+    as add_policies left it. Gradient checkpointing recomputes during backward: call that under the same policy.
+    """
+    layers = editor.lora_layers
+    assert name == "base" or layers and all(name in layer.lora_A for layer in layers), f"no policy {name}"
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    for layer, (_, active) in zip(layers, before):
+        layer._disable_adapters = name == "base"
+        layer._active_adapter = active if name == "base" else [name]
+    try:
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def lora_parameters(editor, name):
+    """{parameter's name without the adapter's: Parameter} of one adapter, sorted: the same names for new and old."""
+    mark = f".{name}."
+    every = editor.pipe.transformer.named_parameters()
+    return dict(sorted((key.replace(mark, "."), p) for key, p in every if ".lora_" in key and mark in key))
+
+
+@torch.no_grad()
+def soft_update(editor, decay):
+    """old <- decay * old + (1 - decay) * new, in place, in float32 (Alg. 1 line 14 of arXiv:2509.16117v2)."""
+    new = lora_parameters(editor, "new")
+    for name, old in lora_parameters(editor, "old").items():
+        old.lerp_(new[name], 1 - decay)
+
+
+def save_lora(editor, folder, name="new"):
+    """Writes one adapter in diffusers' format: plain pipe.load_lora_weights(folder) then draws the same edits."""
+    weights = {key: parameter.detach() for key, parameter in lora_parameters(editor, name).items()}
+    settings = editor.pipe.transformer.peft_config[name].to_dict()
+    settings["target_modules"] = sorted(settings["target_modules"])  # a set: the file would differ from run to run
+    editor.pipe.save_lora_weights(folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=settings)
+
+
+@torch.no_grad()
+def load_lora(editor, folder, name):
+    """Copies the LoRA in `folder` into the adapter `name`, bit for bit; BadInput when it does not fit that adapter."""
+    file = Path(folder) / LORA_FILE
+    if not file.is_file():
+        raise BadInput(f"{file}: no such file; name a folder that save_lora wrote")
+    with safe_open(file, "pt") as stored:
+        weights = {key.removeprefix("transformer."): stored.get_tensor(key) for key in stored.keys()}
+        settings = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    own = lora_parameters(editor, name)
+    shapes, own_shapes = ({key: value.shape for key, value in each.items()} for each in (weights, own))
+    if shapes != own_shapes:
+        raise BadInput(f"{file}: its layers or rank are not this run's; give those it was trained with")
+    alpha, own_alpha = settings.get("transformer.lora_alpha"), editor.pipe.transformer.peft_config[name].lora_alpha
+    if alpha not in (None, own_alpha):
+        raise BadInput(f"{file}: was trained with alpha {alpha}, not {own_alpha}; give the same alpha")
+    for key, parameter in own.items():
+        parameter.copy_(weights[key])
+
+
+# ---------------------------------------------------------------- rollout and velocity
+
+
+@dataclass
+class Group:
+    """K edits of one row and what training needs to see them again."""
+
+    images: list  # K PIL.Images
+    x_0: torch.Tensor  # (K, N, C) float32, clean packed latents
+    cond: dict  # keyword arguments of the transformer, batch of 1; hidden_states holds the source tokens (1, S, C)
+    sigmas: torch.Tensor  # (steps,) float32, flow times as the transformer was given them, on the CPU
+
+
+def working_size(editor, image):
+    """(width, height) at which a picture is edited: its aspect ratio, about resolution^2 pixels, what the VAE takes."""
+    multiple = 2 * editor.pipe.vae_scale_factor
+    scale = editor.resolution / (image.width * image.height) ** 0.5
+    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in image.size)
+
+
+def _per_copy(name, value):
+    """Whether a keyword argument has a batch dimension; Flux's ids without one are (tokens, 3)."""
+    return isinstance(value, torch.Tensor) and not (name.endswith("_ids") and value.ndim == 2)
+
+
+def _call_pipeline(editor, images, prompt, generators, steps, guidance):
+    """One pipeline call with an ear on it: (pictures, x_0 (B, N, C), first call's arguments, times (steps,))."""
+    pipe, steps_done, times, first, x_0 = editor.pipe, 0, [], {}, None
+    width, height = working_size(editor, images[0])
+    images = [image.resize(working_size(editor, image), Image.Resampling.LANCZOS) for image in images]
+    wanted = {"height": height, "width": width, "max_area": height * width, "_auto_resize": False,
+              "max_sequence_length": editor.max_text, "guidance_scale": guidance}  # fmt: skip
+    taken = inspect.signature(pipe.__call__).parameters
+    wanted = {name: value for name, value in wanted.items() if value is not None and name in taken}
+
+    def before_transformer(module, args, kwargs):
+        if len(times) == steps_done:  # with true CFG a step's second call is the unconditional one
+            times.append(kwargs["timestep"][0].float().cpu())
+            if not first:
+                first.update(kwargs)
+
+    def after_step(pipe, step, timestep, tensors):
+        nonlocal steps_done, x_0
+        steps_done, x_0 = steps_done + 1, tensors["latents"]
+        return tensors
+
+    hook = pipe.transformer.register_forward_pre_hook(before_transformer, with_kwargs=True)
+    try:
+        pictures = pipe(image=images[0] if len(images) == 1 else images, prompt=prompt, generator=list(generators),
+                        num_images_per_prompt=len(generators), num_inference_steps=steps,
+                        callback_on_step_end=after_step, **wanted).images  # fmt: skip
+    finally:
+        hook.remove()
+    return pictures, x_0, first, torch.stack(times)
+
+
+def rollout(editor, images, prompt, generators, steps, guidance=None, rollout_batch=None):
+    """Draws K = len(generators) edits of one row with the active policy, rollout_batch of them a pipeline call.
+
+    images: list of the row's PIL.Images. Copy j's noise comes from generators[j] alone. guidance: the embedded scale,
+    None: the pipeline's own. Returns a Group. Raises BadInput when the editor cannot take these pictures, or was not
+    shown them as tokens.
+    """
+    kind, chunk = type(editor.pipe).__name__, rollout_batch or len(generators)
+    if len(images) > 1 and kind not in SEVERAL_PICTURES:
+        raise BadInput(f"a row has {len(images)} pictures and {kind} takes one; remove the row or take another editor")
+    calls = [_call_pipeline(editor, images, prompt, generators[i : i + chunk], steps, guidance)
+             for i in range(0, len(generators), chunk)]  # fmt: skip
+    pictures, x_0, arguments, times = calls[0]
+    tokens = arguments["hidden_states"]  # (B, N + S, C)
+    if tokens.shape[1] <= x_0.shape[1] or tokens.shape[2] != x_0.shape[2]:
+        raise BadInput(f"{kind} does not see the source picture as tokens beside the edit's; take another editor")
+    sigmas = editor.pipe.scheduler.sigmas[:steps].cpu()
+    assert torch.allclose(times, sigmas, atol=0.01), f"{kind} gives its transformer {times}, not flow times {sigmas}"
+    cond = {name: value for name, value in arguments.items() if name != "timestep"}
+    cond["hidden_states"] = tokens[:, x_0.shape[1] :]  # (B, S, C)
+    for name, value in cond.items():
+        if _per_copy(name, value):
+            assert torch.equal(value, value[:1].expand_as(value)), f"{name} differs between copies of one group"
+            cond[name] = value[:1].clone()  # a slice would keep all copies in memory
+    pictures = [picture for call in calls for picture in call[0]]
+    return Group(pictures, torch.cat([call[1] for call in calls]).float(), cond, times)
+
+
+def velocity(editor, x_t, t, cond):
+    """The active policy's velocity at x_t (B, N, C) and flow times t (B,), under a group's `cond`: (B, N, C) float32.
+
+    The one place that calls the transformer. It gets t as the pipeline gives it, in its own dtype: noise with t from
+    Group.sigmas, which that rounding leaves as they are. Differentiable in the LoRA parameters.
+    """
+    B, N, C = x_t.shape
+    assert t.shape == (B,), f"t is {tuple(t.shape)}, not ({B},)"
+    source = cond["hidden_states"]  # (1, S, C)
+    t_told = t.to(source.device, source.dtype)  # (B,)
+    exact = torch.equal(t_told.float(), t.to(source.device, torch.float32))
+    assert exact, f"t is not a time that can be told in {source.dtype}"
+    arguments = {name: value.expand(B, *value.shape[1:]).contiguous() if _per_copy(name, value) else value
+                 for name, value in cond.items()}  # fmt: skip
+    arguments["hidden_states"] = torch.cat([x_t.to(source), arguments["hidden_states"]], dim=1)  # (B, N + S, C)
+    return editor.pipe.transformer(timestep=t_told, **arguments)[0][:, :N].float()
+
+
+# ---------------------------------------------------------------- pictures of results
+
+
+def picture_grid(rows, captions=None, title="", cell=96):
+    """One picture out of rows of pictures (list of lists of PIL.Image, None for a gap), under `title`.
+
+    captions: texts of the same layout, written below the pictures. Pictures smaller than `cell` pixels are enlarged by
+    a whole factor without smoothing.
+    """
+    def enlarged(image):
+        factor = max(1, -(-cell // max(image.size)))
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+    rows = [[image and enlarged(image) for image in row] for row in rows]
+    width, height = (max(image.size[axis] for row in rows for image in row if image) for axis in (0, 1))
+    width, columns, line, gap = max(width, cell), max(map(len, rows)), 12, 4  # pixels but for columns
+
+    def wrapped(text, pixels):
+        return [piece for part in str(text).splitlines() for piece in textwrap.wrap(part, pixels // 6)]
+
+    texts = [[wrapped(text, width) for text in row] for row in captions or [[]]]
+    depth = height + gap + line * max((len(text) for row in texts for text in row), default=0)
+    head = wrapped(title, columns * (width + gap))
+    top = gap + line * len(head)
+    sheet = Image.new("RGB", (gap + columns * (width + gap), top + gap + len(rows) * (depth + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((gap, gap // 2), "\n".join(head), fill="black", spacing=0)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            x, y = gap + j * (width + gap), top + i * (depth + gap)
+            if image:
+                sheet.paste(image, (x, y))
+            if i < len(texts) and j < len(texts[i]):
+                draw.multiline_text((x, y + height + 1), "\n".join(texts[i][j]), fill="black", spacing=0)
+    return sheet
+
+
+# ---------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class Settings:
+    image: list[str] = HfArg(default_factory=list, help="The source picture; several where the editor takes them.")
+    prompt: str = HfArg(default="", help="The instruction.")
+    out: str = HfArg(default="out.png", help="Where the picture of the edits goes.")
+    base: str = HfArg(default=TOY, help="The editor: a folder or a hub id.")
+    lora: str = HfArg(default="", help="A LoRA: RUN/checkpoint-N, or a hub id.")
+    compare: bool = HfArg(default=False, help="Show base and LoRA side by side, with the same seeds.")
+    num: int = HfArg(default=4, help="Edits to draw.")
+    seed: int = HfArg(default=42, help="The first edit's seed; the others follow it.")
+    steps: int | None = HfArg(default=None, help="Solver steps. [6 for the toy, else 28]")
+    guidance: float | None = HfArg(default=None, help="Embedded guidance scale. [2.5 for the toy, else the pipeline's]")
+    resolution: int | None = HfArg(default=None, help="Square root of the working pixels. [what the VAE was made for]")
+    max_text: int | None = HfArg(default=None, help="Tokens a prompt is padded to. [the model's]")
+
+    def __post_init__(self):
+        if not self.image:
+            raise BadInput("--image is missing; name the source picture")
+        if not self.prompt.strip():
+            raise BadInput("--prompt is empty; say what to change")
+        if self.num < 1 or (self.steps is not None and self.steps < 1):
+            raise BadInput(f"--num {self.num} --steps {self.steps}: nothing to draw; give at least 1 of each")
+        if self.compare and not self.lora:
+            raise BadInput("--compare has nothing to compare with the base; add --lora RUN/checkpoint-N")
+        if Path(self.out).suffix.lower() not in Image.registered_extensions():
+            raise BadInput(f"--out {self.out}: not a picture's name; end it in .png")
+
+
+def main(argv=None):
+    args = parse_settings(Settings, argv, description=__doc__.splitlines()[0])
+    images, cuda = [load_image(path) for path in args.image], torch.cuda.is_available()
+    editor = load_editor(args.base, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32,
+                         args.resolution, args.max_text)  # fmt: skip
+    steps = args.steps or (6 if args.base == TOY else 28)
+    guidance = 2.5 if args.guidance is None and args.base == TOY else args.guidance
+    if args.lora:
+        try:
+            editor.pipe.load_lora_weights(args.lora, adapter_name="new")
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"{args.lora}: not a LoRA for {args.base} ({reason}); name RUN/checkpoint-N") from error
+        find_lora_layers(editor)
+        if not editor.lora_layers:
+            raise BadInput(f"{args.lora}: binds to no layer of {args.base}; take the LoRA's own base model")
+    names = ["base", "new"] if args.compare else ["new" if args.lora else "base"]
+    rows, captions = [], []
+    for name in names:
+        generators = [torch.Generator().manual_seed(args.seed + j) for j in range(args.num)]
+        with policy(editor, name):
+            edits = rollout(editor, images, args.prompt, generators, steps, guidance, rollout_batch=4).images
+        label = {"base": "base", "new": "trained"}[name]
+        rows.append(images + edits)
+        captions.append(["source"] * len(images) + [f"{label}, seed {args.seed + j}" for j in range(args.num)])
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    picture_grid(rows, captions, args.prompt).save(args.out)
+    print(f"wrote {args.out}: {args.num} edits in {steps} steps with {' and '.join(names)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
