@@ -7,19 +7,29 @@ import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
+import os
 import random
+import shutil
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image, ImageDraw, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
-from transformers.hf_argparser import HfArgumentParser
+from transformers import (
+    CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration, T5Config, T5EncoderModel, T5TokenizerFast,
+)  # fmt: skip
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from tqdm import tqdm
 
 # ---------------------------------------------------------------- what every script uses
 
@@ -129,7 +139,8 @@ SIZE, CELL = 32, 16  # pixels
 COLOURS = {"red": (220, 40, 40), "green": (30, 170, 50), "blue": (50, 80, 220), "yellow": (240, 200, 40),
            "purple": (150, 40, 190)}  # fmt: skip
 SHAPES = ("circle", "square", "triangle")
-BACKGROUNDS = {"white": (245, 245, 245), "gray": (140, 140, 140), "black": (25, 25, 25)}
+BACKGROUNDS = {"white": (245, 245, 245), "gray": (140, 140, 140), "black": (25, 25, 25),
+               "cyan": (130, 210, 220), "pink": (250, 180, 200)}  # fmt: skip
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 OBJECTS = (None, *((colour, shape) for shape in SHAPES for colour in COLOURS))  # object 0 is an empty cell
 TASKS = ("recolour", "remove", "add", "replace", "background")
@@ -172,25 +183,27 @@ def to_pil(picture):
 
 @functools.cache
 def instructions():
-    """Every instruction of the world: {text: (task, wanted change)}, and the held-out ones: a set of texts."""
+    """Every instruction: {text: (task, change)}, and the set of held-out texts; change: (cell or None, old, new)."""
     texts = {task: {} for task in TASKS}
     for (colour, shape) in OBJECTS[1:]:
         this = OBJECTS.index((colour, shape))
-        texts["remove"][f"remove the {colour} {shape}"] = (this, 0)
-        for other in set(COLOURS) - {colour}:
-            texts["recolour"][f"make the {colour} {shape} {other}"] = (this, OBJECTS.index((other, shape)))
-        for other in set(SHAPES) - {shape}:
-            texts["replace"][f"turn the {colour} {shape} into a {other}"] = (this, OBJECTS.index((colour, other)))
+        for other in (other for other in COLOURS if other != colour):
+            texts["recolour"][f"make the {colour} {shape} {other}"] = (None, this, OBJECTS.index((other, shape)))
+        for other in OBJECTS[1:]:
+            if other != (colour, shape):
+                text = f"replace the {colour} {shape} with a {' '.join(other)}"
+                texts["replace"][text] = (None, this, OBJECTS.index(other))
         for cell, name in enumerate(CELLS):
-            texts["add"][f"add a {colour} {shape} at the {name}"] = (cell, this)
+            texts["add"][f"add a {colour} {shape} at the {name}"] = (cell, 0, this)
+            texts["remove"][f"remove the {colour} {shape} at the {name}"] = (cell, this, 0)
     for old, new in itertools.permutations(range(len(BACKGROUNDS)), 2):
         names = list(BACKGROUNDS)
-        texts["background"][f"change the {names[old]} background to {names[new]}"] = (old, new)
+        texts["background"][f"change the {names[old]} background to {names[new]}"] = (None, old, new)
     held_out = set()
     for task in TASKS:
         names = sorted(texts[task])
         order = torch.randperm(len(names), generator=seeded("toy held-out instructions", task)).tolist()
-        held_out |= {names[i] for i in order[: max(1, len(names) // 7)]}
+        held_out |= {names[i] for i in order[: max(1, len(names) // 8)]}
     return {text: (task, change) for task in TASKS for text, change in texts[task].items()}, held_out
 
 
@@ -201,17 +214,14 @@ def is_test_scene(scene):
 
 def apply_change(scene, task, change):
     """The scene after an instruction, or None where it does not apply (no such object, cell taken)."""
-    background, cells, (this, new) = scene[0], list(scene[1:]), change
+    background, cells, (cell, old, new) = scene[0], list(scene[1:]), change
     if task == "background":
-        return (new, *cells) if background == this else None
-    if task == "add":
-        if cells[this] or new in cells:
-            return None
-        cells[this] = new
-    else:
-        if this not in cells or (new and new in cells):
-            return None
-        cells[cells.index(this)] = new
+        return (new, *cells) if background == old else None
+    if cell is None:
+        cell = cells.index(old) if old in cells else None
+    if cell is None or cells[cell] != old or (new and new in cells):
+        return None
+    cells[cell] = new
     return (background, *cells)
 
 
@@ -246,18 +256,22 @@ def object_credit():
     return credit
 
 
+def cell_distances(pictures):
+    """Mean squared error of each cell to each of the 80 things it can show: (B, 3, 32, 32) -> (B, 4, 80)."""
+    cells = pictures.unflatten(3, (2, CELL)).unflatten(2, (2, CELL))  # (B, 3, 2, 16, 2, 16)
+    cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(4 * len(pictures), -1)  # (4 B, 768)
+    templates = cell_templates().flatten(2).flatten(0, 1)  # (80, 768)
+    return (torch.cdist(cells, templates).square() / cells.shape[1]).unflatten(0, (-1, 4))
+
+
 def oracle_scores(pictures, sources, targets):
     """Score and success by program: pictures (B, 3, 32, 32) in [0, 1], scenes (B, 5) -> float (B,), bool (B,).
 
     Each cell is compared with everything a cell can show; score = (edit done) x (rest kept), each the mean credit of
     what should change and of what should not. Success: every cell is nearest to its target, and near it.
     """
-    templates = cell_templates().flatten(2).flatten(0, 1)  # (48, 768)
-    cells = pictures.unflatten(3, (2, CELL)).unflatten(2, (2, CELL))  # (B, 3, 2, 16, 2, 16)
-    cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(len(pictures), 4, -1)  # (B, 4, 768)
-    distance = torch.cdist(cells.flatten(0, 1), templates).square() / cells.shape[-1]  # (B * 4, 48) mean squared error
-    distance = distance.unflatten(0, (-1, 4))  # (B, 4, 48)
-    seen = (-distance / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))  # (B, 4, 3, 16)
+    distance = cell_distances(pictures)  # (B, 4, 80)
+    seen = (-distance / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))  # (B, 4, 5, 16)
     ground = seen.sum(3).gather(2, targets[:, None, :1].expand(-1, 4, -1)).squeeze(2)  # (B, 4) right background
     thing = (seen.sum(2) * object_credit()[sources[:, 1:], targets[:, 1:]]).sum(2)  # (B, 4) right object
     changed = sources[:, 1:] != targets[:, 1:]  # (B, 4)
@@ -293,7 +307,8 @@ def new_editor():
     """An untrained FluxKontextPipeline of the real classes, 1.6 M parameters, 32 x 32 pixels as 4 picture tokens."""
     words = toy_words()
     t5_tokenizer = T5TokenizerFast(
-        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + word, -1.0) for word in words)], extra_ids=0
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + word, -1.0) for word in words)], extra_ids=0,
+        model_max_length=TEXT_TOKENS,
     )
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -326,3 +341,405 @@ def new_editor():
         FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae, CLIPTextModel(clip),
         clip_tokenizer, T5EncoderModel(t5), t5_tokenizer, transformer,
     )  # fmt: skip
+
+
+def fit(name, parameters, loss, steps, lr, position=0):
+    """Minimises loss(step) -> scalar tensor: Muon for matrices and convolutions, AdamW for the rest, linear decay.
+
+    parameters: (name, Parameter) pairs; position: the line of the progress bar, which tells the time left.
+    """
+    wide = [p for key, p in parameters if p.ndim > 1 and "embed" not in key and "shared" not in key]
+    flat = [torch.nn.Parameter(p.data.view(len(p), -1)) for p in wide]  # views: Muon takes two dimensions
+    rest = [p for _, p in parameters if all(p is not other for other in wide)]
+    muon = torch.optim.Muon(flat, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    optimizers = [muon, torch.optim.AdamW(rest, 2e-3, weight_decay=0.0)]
+    rate = lambda step: min((step + 1) / 50, 1) * max(1 - step / steps, 0.01)  # noqa: E731
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    bar = tqdm(range(steps), desc=name, position=position, mininterval=1)
+    for step in bar:
+        value = loss(step)
+        value.backward()
+        for p, view in zip(wide, flat):
+            view.grad = p.grad.view_as(view)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            schedule.step()
+        for p in (*wide, *rest):
+            p.grad = None
+        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+
+
+def spoil(example, rng):
+    """A scene that is not the one asked for: nothing done, another change done, or cells that should not have moved."""
+    source, target, _, _ = example
+    kind = rng.random()
+    if kind < 0.3:
+        return source
+    if kind < 0.6:
+        for text in rng.sample(sorted(instructions()[0]), 60):
+            other = apply_change(source, *instructions()[0][text])
+            if other not in (None, target):
+                return other
+    cells = list(target if kind < 0.9 else source)
+    for cell in rng.sample(range(1, 5), rng.choice((1, 1, 2))):
+        cells[cell] = rng.choice((0, source[cell], target[cell], rng.randrange(len(OBJECTS))))
+    if rng.random() < 0.1:
+        cells[0] = rng.randrange(len(BACKGROUNDS))
+    return tuple(cells)
+
+
+def random_scenes(number):
+    """Scenes with all four cells drawn freely, none of them a test scene: int (number, 5)."""
+    scenes = torch.cat([torch.randint(len(BACKGROUNDS), (2 * number, 1)), torch.randint(len(OBJECTS), (2 * number, 4))], 1)
+    return torch.tensor([scene for scene in scenes.tolist() if not is_test_scene(scene)][:number])
+
+
+def train_vae(vae, steps):
+    """Reconstruction with a noisy code, then the scale and shift that make the codes standard."""
+
+    def loss(step):
+        pictures = render(random_scenes(16)) * 2 - 1
+        code = vae.encode(pictures).latent_dist.mean  # (B, 16, 4, 4)
+        error = vae.decode(code + 0.4 * torch.randn_like(code)).sample - pictures
+        return error.abs().mean() + error.square().mean() + 1e-3 * code.square().mean()
+
+    fit("autoencoder", list(vae.named_parameters()), loss, steps, lr=0.02)
+    with torch.no_grad():
+        code = vae.encode(render(random_scenes(256)) * 2 - 1).latent_dist.mean
+    vae.register_to_config(scaling_factor=1 / code.std().item(), shift_factor=code.mean().item())
+
+
+def train_editor(pipe, steps, rows, wrong_share, seed):
+    """Flow matching from the source's and the instruction's side; the last 30 % sees wrong targets on purpose.
+
+    A cleanly trained editor draws the same edit every time: a group without spread teaches nothing. wrong_share of
+    the targets being spoiled makes the imperfect base that RL starts from.
+    """
+    vae, transformer = pipe.vae, pipe.transformer
+    examples, rng = toy_examples(rows, "train", seed, "editor"), random.Random(seed)
+    scenes = [[e[0] for e in examples], [e[1] for e in examples], [spoil(e, rng) for e in examples]]
+    unique, index = torch.tensor(scenes).flatten(0, 1).unique(dim=0, return_inverse=True)
+    with torch.no_grad():
+        codes = torch.cat([vae.encode(render(part) * 2 - 1).latent_dist.mean for part in unique.split(256)])
+    codes = (codes - vae.config.shift_factor) * vae.config.scaling_factor
+    codes = pipe._pack_latents(codes, len(codes), *codes.shape[1:])  # (scenes, 4, 64)
+    source_of, target_of, wrong_of = index.view(3, -1)
+    texts = [e[3] for e in examples]
+    ids = [tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
+           for tokenizer, length in ((pipe.tokenizer, TEXT_TOKENS + 2), (pipe.tokenizer_2, TEXT_TOKENS))]  # fmt: skip
+    places = pipe._prepare_latent_image_ids(1, 2, 2, "cpu", torch.float32)  # (4, 3)
+    places = torch.cat([places, places + torch.tensor([1.0, 0.0, 0.0])])  # the source's differ in the first number
+
+    def loss(step):
+        rows = torch.randint(len(examples), (128,))
+        x_0, source = codes[target_of[rows]], codes[source_of[rows]]  # (B, 4, 64)
+        if step > 0.7 * steps:
+            x_0 = torch.where(torch.rand(len(rows), 1, 1) < wrong_share, codes[wrong_of[rows]], x_0)
+        t = 1 - torch.rand(len(rows), 1, 1) ** 2.5  # more noise than not: that is where the edit is decided
+        noise = torch.randn_like(x_0)
+        v = transformer(
+            hidden_states=torch.cat([(1 - t) * x_0 + t * noise, source], 1), timestep=t[:, 0, 0],
+            guidance=1 + 3 * torch.rand(len(rows)), pooled_projections=pipe.text_encoder(ids[0][rows]).pooler_output,
+            encoder_hidden_states=pipe.text_encoder_2(ids[1][rows])[0], txt_ids=torch.zeros(TEXT_TOKENS, 3),
+            img_ids=places, return_dict=False,
+        )[0][:, :4]  # fmt: skip
+        changes = ((x_0 - source).abs().amax(-1, keepdim=True) > 0.3).float()  # (B, 4, 1)
+        return ((1 + 4 * changes) * (v - (noise - x_0)).square()).mean()
+
+    trained = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
+    fit("editor", [pair for model in trained for pair in model.named_parameters()], loss, steps, lr=0.02)
+
+
+@torch.no_grad()
+def draw_edits(pipe, examples, *key):
+    """One edit of each example with 6 Euler steps, many to a call: float (n, 3, 32, 32) in [0, 1], in steps of 1/255."""
+    pictures = []
+    for first in tqdm(range(0, len(examples), 128), desc="editor's own edits", leave=False):
+        part = examples[first : first + 128]
+        pictures.append(pipe(
+            image=render(torch.tensor([e[0] for e in part])) * 2 - 1, prompt=[e[3] for e in part], height=SIZE, width=SIZE,
+            max_area=SIZE * SIZE, _auto_resize=False, num_inference_steps=6, max_sequence_length=TEXT_TOKENS,
+            guidance_scale=2.5, output_type="pt", generator=[seeded(*key, first + i) for i in range(len(part))],
+        ).images)  # fmt: skip
+    return (torch.cat(pictures) * 255).round() / 255
+
+
+def scenes_of(examples):
+    """(source scenes, target scenes) of examples, int (n, 5) each."""
+    return torch.tensor([e[0] for e in examples]), torch.tensor([e[1] for e in examples])
+
+
+# ---------------------------------------------------------------- the toy judge: Qwen2.5-VL in miniature
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+def new_judge_tokenizer():
+    """A word-level tokenizer with Qwen's special tokens, one token a digit, padding on the left."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+               "<|video_pad|>"]  # fmt: skip
+    vocabulary = {word: i for i, word in enumerate(special + list("012345") + toy_words())}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<|endoftext|>", unk_token="<|endoftext|>", eos_token="<|im_end|>",
+        additional_special_tokens=special[1:], padding_side="left", chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+def new_judge(tokenizer):
+    """An untrained Qwen2_5_VLForConditionalGeneration, 0.5 M parameters: a cell of the picture is one token."""
+    ids = {word: tokenizer.convert_tokens_to_ids(f"<|{word}|>") for word in
+           ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
+    # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=3,
+        num_key_value_heads=3, max_position_embeddings=256, bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"],
+        pad_token_id=ids["endoftext"],
+        rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 3.0},
+    )  # fmt: skip
+    vision = dict(
+        depth=1, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=8, spatial_merge_size=2,
+        temporal_patch_size=2, window_size=32, out_hidden_size=96, fullatt_block_indexes=[0],
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+    ))  # fmt: skip
+
+
+def judge_patches(pictures):
+    """What the judge's image processor makes of 32 x 32 pictures: (B, 3, 32, 32) in [0, 1] -> (16 B, 384)."""
+    grid = (pictures * 2 - 1).unflatten(3, (2, 2, 8)).unflatten(2, (2, 2, 8))  # (B, 3, row, sub, 8, column, sub, 8)
+    grid = grid.permute(0, 2, 5, 3, 6, 1, 4, 7)[..., None, :, :]  # (B, row, column, sub, sub, 3, 1, 8, 8)
+    return grid.expand(*grid.shape[:6], 2, 8, 8).reshape(-1, 3 * 2 * 8 * 8)
+
+
+def judge_inputs(model, tokenizer):
+    """The token ids, masks and places of every instruction's question, once: a function texts, pictures -> arguments."""
+    texts = sorted(instructions()[0])
+    picture = {"type": "image"}
+    chats = [[{"role": "user", "content": [{"type": "text", "text": TOY_JUDGE_PROMPT.replace("{prompt}", text)},
+                                           picture, picture]}] for text in texts]  # fmt: skip
+    written = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    written = [text.replace("<|image_pad|>", 4 * "<|image_pad|>") for text in written]  # four cells, four tokens
+    fixed = tokenizer(written, padding=True, return_tensors="pt", add_special_tokens=False)
+    kind = (fixed.input_ids == model.config.image_token_id).int()
+    grids = torch.tensor([[1, 4, 4]] * (2 * len(texts)))
+    places, _ = model.model.get_rope_index(fixed.input_ids, kind, grids, attention_mask=fixed.attention_mask)
+    index = {text: i for i, text in enumerate(texts)}
+
+    def arguments(asked, sources, edits):
+        rows = torch.tensor([index[text] for text in asked])
+        pairs = torch.stack([sources, edits], 1).flatten(0, 1)  # source, edit, source, edit ...
+        return dict(input_ids=fixed.input_ids[rows], attention_mask=fixed.attention_mask[rows], mm_token_type_ids=kind[rows],
+                    position_ids=places[:, rows], pixel_values=judge_patches(pairs), use_cache=False,
+                    image_grid_thw=grids[:1].expand(len(pairs), -1))  # fmt: skip
+
+    return arguments
+
+
+def worn(pictures, others, rng):
+    """Pictures as an imperfect editor leaves them: cells blended with `others`, blurred, noisy, tinted."""
+    share = lambda *shape: torch.rand(len(pictures), *shape, generator=rng)  # noqa: E731
+    cells = 0.7 * share(4) * (share(4) < 0.25) * (share(1) < 0.6)  # (B, 4) how much of the other picture
+    cells = cells.view(-1, 1, 2, 1, 2, 1).expand(-1, 1, 2, CELL, 2, CELL).reshape(-1, 1, SIZE, SIZE)
+    pictures = torch.lerp(pictures, others, cells)
+    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    pictures = torch.lerp(pictures, blurred, share(1, 1, 1) * (share(1, 1, 1) < 0.5))
+    pictures = pictures + 0.06 * share(1, 1, 1) * torch.randn(pictures.shape, generator=rng)
+    tint = 0.05 * torch.randn(len(pictures), 3, 1, 1, generator=rng) * (share(1, 1, 1) < 0.5)
+    return (pictures + tint).clamp(0, 1)
+
+
+def graded_corruptions(examples, *key):
+    """Edits of every quality: float (n, 3, 32, 32) in [0, 1]; a third of them right, the rest spoiled, many worn."""
+    rng, draws = random.Random(repr(key)), seeded("corruptions", *key)
+    seen = torch.tensor([example[1] if rng.random() < 0.33 else spoil(example, rng) for example in examples])
+    return worn(render(seen), render(torch.tensor([rng.choice(example[:2]) for example in examples])), draws)
+
+
+def train_judge(model, tokenizer, batches, steps, lr, name, position=0):
+    """Teaches the judge the oracle's score as digits, from batches(step) -> (examples, edits).
+
+    The answer alone is too little signal for a tiny model: discarded side heads ask each picture token what its cell
+    should become (source) and what it shows, should show, and whether that is right (edit).
+    """
+    arguments, width = judge_inputs(model, tokenizer), model.config.text_config.hidden_size
+    kinds = len(BACKGROUNDS) * len(OBJECTS)
+    sizes = {"wanted": kinds, "seen": kinds, "copied": kinds, "right": 2}
+    heads = torch.nn.ModuleDict({key: torch.nn.Linear(width, size) for key, size in sizes.items()})
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("012345")))
+
+    def loss(step):
+        examples, edits = batches(step)
+        sources, targets = scenes_of(examples)
+        inputs = arguments([example[3] for example in examples], render(sources), edits)
+        output = model.model(**inputs, output_hidden_states=True)
+        logits = model.lm_head(output.last_hidden_state[:, -1]).log_softmax(-1)[:, digits]  # (B, 6)
+        mark = 5 * oracle_scores(edits, sources, targets)[0][:, None]  # (B, 1)
+        answer = -(logits * (1 - (mark - torch.arange(6)).abs()).clamp(min=0)).sum(1).mean()  # between two digits
+        where = inputs["mm_token_type_ids"].bool()
+        hidden = [model.model.language_model.norm(output.hidden_states[layer])[where].view(-1, 8, width) for layer in (2, 3)]
+        seen = cell_distances(edits).argmin(2)  # (B, 4)
+        wanted = targets[:, :1] * len(OBJECTS) + targets[:, 1:]  # (B, 4)
+        right = torch.stack([seen // len(OBJECTS) == targets[:, :1], seen % len(OBJECTS) == targets[:, 1:]], 2).float()
+        return (
+            answer
+            + F.cross_entropy(heads["wanted"](hidden[0][:, :4]).flatten(0, 1), wanted.flatten())
+            + F.cross_entropy(heads["seen"](hidden[0][:, 4:]).flatten(0, 1), seen.flatten())
+            + F.cross_entropy(heads["copied"](hidden[1][:, 4:]).flatten(0, 1), wanted.flatten())
+            + F.binary_cross_entropy_with_logits(heads["right"](hidden[1][:, 4:]), right)
+        )
+
+    fit(name, [*model.named_parameters(), *heads.named_parameters()], loss, steps, lr, position)
+
+
+@torch.no_grad()
+def judge_scores(model, tokenizer, examples, edits):
+    """The judge's expected score in [0, 1] of each edit, (n,), as reward_mllm.py reads it off the digits' logits."""
+    arguments = judge_inputs(model, tokenizer)
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("012345")))
+    sources, scores = render(scenes_of(examples)[0]), []
+    for part in torch.arange(len(edits)).split(256):
+        inputs = arguments([examples[i][3] for i in part], sources[part], edits[part])
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1, digits]
+        scores.append(logits.softmax(-1) @ torch.arange(6.0) / 5)
+    return torch.cat(scores)
+
+
+def spearman(a, b):
+    """Rank correlation of two (n,) tensors, ties at their mean rank."""
+    ranks = []
+    for values in (a, b):
+        _, index, counts = values.unique(return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum(0) - (counts - 1) / 2)[index])
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+# ---------------------------------------------------------------- building the toy
+
+
+@dataclass(frozen=True)
+class ToySettings:
+    """What makes the toy what it is: a folder built with other values than these is built anew."""
+
+    out: str = HfArg(default="data/toy", help="The folder that holds it.")
+    seed: int = HfArg(default=0, help="Seed of rows, pictures and models.")
+    train_rows: int = HfArg(default=480, help="Rows of train.jsonl, for the reinforcement learning.")
+    test_rows: int = HfArg(default=240, help="Rows of test.jsonl: other scenes, other instructions.")
+    pool: int = HfArg(default=8000, help="Examples that the two models are trained on.")
+    vae_steps: int = HfArg(default=360, help="Training steps of the autoencoder.")
+    editor_steps: int = HfArg(default=900, help="Training steps of the editor.")
+    wrong_share: float = HfArg(default=0.6, help="Share of wrong targets in the last 30 % of them.")
+    judge_steps: int = HfArg(default=700, help="Training steps of the judge on graded corruptions.")
+    check: bool = HfArg(default=True, help="Stop if editor or judge is not what the reinforcement learning needs.")
+
+
+def write_rows(folder, settings):
+    """train.jsonl and test.jsonl with source and target pictures."""
+    (folder / "pictures").mkdir(parents=True)
+    for split, number in (("train", settings.train_rows), ("test", settings.test_rows)):
+        examples, lines = toy_examples(number, split, settings.seed, "rows"), []
+        for kind, pictures in zip(("source", "target"), map(render, scenes_of(examples))):
+            for i, picture in enumerate(pictures):
+                to_pil(picture).save(folder / "pictures" / f"{split}-{i:04}-{kind}.png")
+        for i, (source, target, task, text) in enumerate(examples):
+            names = {key: f"pictures/{split}-{i:04}-{kind}.png" for key, kind in (("image", "source"), ("target", "target"))}
+            lines.append({"id": f"{split}-{i:04}", "prompt": text, **names, "task": task, "source_scene": source,
+                          "target_scene": target})  # fmt: skip
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def corrupted_batches(settings, size):
+    """batches(step) for train_judge: `size` examples of the pool and a graded corruption of each."""
+    pool = toy_examples(settings.pool, "train", settings.seed, "judge")
+
+    def batches(step):
+        examples = random.Random(f"{settings.seed} {step}").sample(pool, size)
+        return examples, graded_corruptions(examples, settings.seed, step)
+
+    return batches
+
+
+def build_judge(folder, settings):
+    """The judge on graded corruptions, in a process of its own beside the editor."""
+    torch.set_num_threads(1)
+    torch.manual_seed(settings.seed)
+    tokenizer = new_judge_tokenizer()
+    model = new_judge(tokenizer)
+    train_judge(model, tokenizer, corrupted_batches(settings, 128), settings.judge_steps, 0.01, "judge ", position=1)
+    model.save_pretrained(folder / "judge")
+    tokenizer.save_pretrained(folder / "judge")
+
+
+def check_toy(pipe, judge, settings):
+    """Success of the base editor and rank correlation of judge and oracle on held-out edits; prints and checks both."""
+    examples = [e for e in toy_examples(settings.test_rows, "test", settings.seed, "rows") for _ in range(4)]
+    edits = draw_edits(pipe, examples, settings.seed, "check")
+    model, tokenizer = (kind.from_pretrained(judge) for kind in (Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast))
+    scores, successes = oracle_scores(edits, *scenes_of(examples))
+    success, agreement = successes.float().mean().item(), spearman(judge_scores(model, tokenizer, examples, edits), scores)
+    print(f"toy: the base editor succeeds on {success:.1%} of {len(edits)} held-out edits with 6 steps (wanted 25-60 %); "
+          f"Spearman correlation of judge and oracle on them {agreement:.3f} (wanted 0.75)")  # fmt: skip
+    if settings.check and not 0.25 <= success <= 0.60:
+        raise RuntimeError(f"toy: the base editor's success {success:.1%} is not in 25-60 %; change --wrong_share")
+    if settings.check and agreement < 0.75:
+        raise RuntimeError(f"toy: the judge's correlation {agreement:.3f} is below 0.75; raise --judge_steps")
+
+
+def build_toy(settings):
+    """The toy in settings.out: rows, pictures, editor, judge; only what is there with the same settings is kept."""
+    folder = Path(settings.out)
+    recipe = {key: value for key, value in asdict(settings).items() if key not in ("out", "check")}
+    made = folder / "toy.json"
+    if made.is_file() and json.loads(made.read_text()) == recipe:
+        return
+    if folder.exists() and any(folder.iterdir()) and not made.is_file():
+        raise BadInput(f"{folder}: is not empty and holds no toy; name another folder")
+    start, threads = time.time(), torch.get_num_threads()
+    print(f"toy: building {folder} once: rows, a tiny editor and a tiny judge; some minutes on two cores", flush=True)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    write_rows(part, settings)
+    judge = multiprocessing.get_context("spawn").Process(target=build_judge, args=(part, settings))
+    judge.start()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            torch.set_num_threads(1)  # one core for each of the two processes
+            pipe = new_editor()
+            pipe.set_progress_bar_config(disable=True)
+            train_vae(pipe.vae, settings.vae_steps)
+            train_editor(pipe, settings.editor_steps, settings.pool, settings.wrong_share, settings.seed)
+            pipe.save_pretrained(part / "editor")
+            judge.join()
+            if judge.exitcode:
+                raise RuntimeError("toy: the judge's training failed; its own message stands above")
+            torch.set_num_threads(os.cpu_count())
+            check_toy(pipe, part / "judge", settings)
+    finally:
+        judge.terminate()
+        torch.set_num_threads(threads)
+    (part / "toy.json").write_text(json.dumps(recipe))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    print(f"toy: built in {(time.time() - start) / 60:.1f} min")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] != ["toy"]:
+        raise BadInput(f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR]")
+    build_toy(parse_settings(ToySettings, argv[1:], description="Builds the toy world and its two tiny models."))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -128,10 +128,10 @@ def load_editor(base, device="cpu", dtype=torch.float32, resolution=None, max_te
 # ---------------------------------------------------------------- policies
 
 
-def add_policies(editor, rank, alpha, targets=None, seed=0):
-    """Binds the LoRA adapters `old` (frozen) and `new` (trained, active) to the transformer; both float32.
+def add_policies(editor, rank, alpha, targets=None, seed=0, averages=("old",)):
+    """Binds the LoRA adapters `old` (and other frozen `averages`) and `new` (trained, active); all float32.
 
-    A is gaussian with deviation 1 / rank, drawn from (seed, parameter's name) and the same in both; B is zero, so
+    A is gaussian with deviation 1 / rank, drawn from (seed, parameter's name) and the same in all; B is zero, so
     new = old = base. targets: endings of module names, None: LORA_TARGETS. BadInput when they match no module.
     """
     transformer = editor.pipe.transformer
@@ -142,11 +142,11 @@ def add_policies(editor, rank, alpha, targets=None, seed=0):
         raise BadInput(f"LoRA targets {targets} match no module of {kind}; name some of its layers")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws A from the global generator
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
-        for adapter in ("old", "new"):
+        for adapter in (*averages, "new"):
             config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
             transformer.add_adapter(config, adapter)
     find_lora_layers(editor)
-    for adapter in ("old", "new"):
+    for adapter in (*averages, "new"):
         for name, parameter in lora_parameters(editor, adapter).items():
             parameter.data = parameter.data.float()
             if "lora_A" in name:
@@ -188,10 +188,10 @@ def lora_parameters(editor, name):
 
 
 @torch.no_grad()
-def soft_update(editor, decay):
+def soft_update(editor, decay, average="old"):
     """old <- decay * old + (1 - decay) * new, in place, in float32 (Alg. 1 line 14 of arXiv:2509.16117v2)."""
     new = lora_parameters(editor, "new")
-    for name, old in lora_parameters(editor, "old").items():
+    for name, old in lora_parameters(editor, average).items():
         old.lerp_(new[name], 1 - decay)
 
 
