@@ -29,6 +29,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration, T5Config, T5EncoderModel, T5TokenizerFast,
 )  # fmt: skip
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- what every script uses
@@ -675,6 +676,11 @@ def build_judge(folder, settings):
     train_judge(model, tokenizer, corrupted_batches(settings, 128), settings.judge_steps, 0.01, "judge ", position=1)
     model.save_pretrained(folder / "judge")
     tokenizer.save_pretrained(folder / "judge")
+    (folder / "judge" / "judge_prompt.txt").write_text(TOY_JUDGE_PROMPT)
+    Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024},
+    ).save_pretrained(folder / "judge")  # fmt: skip
 
 
 def check_toy(pipe, judge, settings):

@@ -38,10 +38,10 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from data_prep import (
-    TOY_JUDGE_PROMPT, BadInput, ToySettings, build_toy, check_pictures, load_image, oracle, parse_settings, read_rows,
+    BadInput, ToySettings, build_toy, check_pictures, load_image, oracle, parse_settings, read_rows,
     run_script, seeded,
 )  # fmt: skip
-from reward_mllm import JUDGE_PROMPT, load_judge
+from reward_mllm import load_judge, read_prompt
 from sample import add_policies, load_editor, lora_parameters, picture_grid, policy, rollout, save_lora, soft_update, velocity
 
 # ---------------------------------------------------------------- settings
@@ -431,13 +431,7 @@ def load_all(settings, accelerator):
     add_policies(editor, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed, averages)
     if settings.gradient_checkpointing:
         editor.pipe.transformer.enable_gradient_checkpointing()
-    prompt = JUDGE_PROMPT
-    if settings.judge_prompt:
-        if not Path(settings.judge_prompt).is_file():
-            raise BadInput(f"--judge_prompt {settings.judge_prompt}: no such file; name a text file")
-        prompt = Path(settings.judge_prompt).read_text(encoding="utf-8")
-    elif settings.base == f"{settings.data}/editor":
-        prompt = TOY_JUDGE_PROMPT
+    prompt = read_prompt(settings.judge_prompt, settings.judge)
     judge = load_judge(settings.judge, device, dtype, settings.judge_batch, prompt)
     optimizer = torch.optim.AdamW(lora_parameters(editor, "new").values(), settings.lr,
                                   (settings.adam_beta1, settings.adam_beta2), weight_decay=settings.weight_decay)  # fmt: skip
