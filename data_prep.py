@@ -128,10 +128,36 @@ def _inside(folder, name, where):
 
 def check_pictures(rows):
     """Opens every picture of `rows` once; the first that is missing or broken raises BadInput."""
-    paths = {path for row in rows for path in row["images"] + [row["target"]] * ("target" in row)}
+    paths = {path for row in rows for path in (*row["images"], *filter(None, [row.get("target")]))}
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(load_image, sorted(paths)):
             pass
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def paired_gain(base, now, key):
+    """Mean of results[key] before and after, and the paired difference with its 95 % interval, bootstrapped over rows.
+
+    base, now: lists of dicts for the same edits in the same order, each with `row` and `key`; NaN is left out.
+    """
+    rows = np.array([result["row"] for result in base])
+    before, after = (np.array([result[key] for result in results], float) for results in (base, now))
+    gains = np.array([np.nanmean((after - before)[rows == row]) for row in np.unique(rows)])
+    draws = np.random.default_rng(0).integers(len(gains), size=(2000, len(gains)))
+    low, high = np.nanquantile(np.nanmean(gains[draws], axis=1), (0.025, 0.975))
+    return {"base": np.nanmean(before), "now": np.nanmean(after), "gain": np.nanmean(gains), "low": low, "high": high,
+            "missing": int(np.isnan(after - before).sum())}  # fmt: skip
+
+
+def spearman(a, b):
+    """Rank correlation of two (n,) tensors, ties at their mean rank."""
+    ranks = []
+    for values in (a, b):
+        _, index, counts = values.unique(return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum(0) - (counts - 1) / 2)[index])
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
 # ---------------------------------------------------------------- the toy world: 2 x 2 cells of coloured shapes
@@ -286,13 +312,13 @@ def oracle_scores(pictures, sources, targets):
 
 
 def oracle(row, image):
-    """(score in [0, 1], success) of an edit of a toy row by program, None for a row that is not of the toy world."""
+    """{"oracle": score in [0, 1], "success": bool} of an edit of a toy row by program; {} for any other row."""
     if "target_scene" not in row:
-        return None
+        return {}
     picture = torch.from_numpy(np.asarray(image.convert("RGB").resize((SIZE, SIZE))).copy()).permute(2, 0, 1) / 255
     scenes = [torch.tensor([row[key]]) for key in ("source_scene", "target_scene")]
     score, success = oracle_scores(picture[None], *scenes)
-    return score.item(), success.item()
+    return {"oracle": score.item(), "success": success.item()}
 
 
 # ---------------------------------------------------------------- the toy editor: FLUX.1-Kontext in miniature
@@ -611,15 +637,6 @@ def judge_scores(model, tokenizer, examples, edits):
         logits = model(**inputs, logits_to_keep=1).logits[:, -1, digits]
         scores.append(logits.softmax(-1) @ torch.arange(6.0) / 5)
     return torch.cat(scores)
-
-
-def spearman(a, b):
-    """Rank correlation of two (n,) tensors, ties at their mean rank."""
-    ranks = []
-    for values in (a, b):
-        _, index, counts = values.unique(return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum(0) - (counts - 1) / 2)[index])
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
 # ---------------------------------------------------------------- building the toy

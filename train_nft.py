@@ -25,9 +25,9 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,11 +38,14 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from data_prep import (
-    BadInput, ToySettings, build_toy, check_pictures, load_image, oracle, parse_settings, read_rows,
-    run_script, seeded,
+    BadInput, ToySettings, build_toy, check_pictures, load_image, oracle, paired_gain, parse_settings,
+    read_rows, run_script, seeded,
 )  # fmt: skip
 from reward_mllm import load_judge, read_prompt
-from sample import add_policies, load_editor, lora_parameters, picture_grid, policy, rollout, save_lora, soft_update, velocity
+from sample import (
+    add_policies, load_editor, load_lora, lora_parameters, picture_grid, policy, rollout, save_lora, soft_update,
+    velocity,
+)  # fmt: skip
 
 # ---------------------------------------------------------------- settings
 
@@ -64,12 +67,12 @@ class Settings:
     resolution: int = HfArg(default=512, help="Square root of the working pixels.")
     guidance: float = HfArg(default=2.5, help="Embedded guidance scale, in rollout, training and evaluation.")
     rollout_steps: int = HfArg(default=6, help="Solver steps of a rollout.")
-    solver_order: int = HfArg(default=2, help="1 Euler, 2 second-order multistep.")
+    solver_order: Literal[1, 2] = HfArg(default=2, help="1 Euler, 2 second-order multistep.")
     groups: int = HfArg(default=24, help="Rows drawn per epoch, over all ranks.")
     group_size: int = HfArg(default=12, help="K, edits drawn of each row.")
     rollout_batch: int = HfArg(default=12, help="Edits in one pipeline call.")
     # filter and advantage
-    filter: str = HfArg(default="paper", help="Which groups to drop: paper, released or none.")
+    filter: Literal["paper", "released", "none"] = HfArg(default="paper", help="Which groups to drop.")
     filter_mean: float = HfArg(default=0.9, help="A group above this mean may be dropped.")
     filter_std: float = HfArg(default=0.05, help="A group below this spread may be dropped.")
     score_noise: float = HfArg(default=0.005, help="Spread of scores below which they count as equal.")
@@ -99,35 +102,28 @@ class Settings:
     eval_copies: int = HfArg(default=1, help="Edits of each.")
     eval_steps: int = HfArg(default=15, help="Solver steps of their edits.")
     save_every: int = HfArg(default=30, help="Epochs between checkpoints.")
-    report_to: str = HfArg(default="none", help="none, tensorboard, wandb or trackio.")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = HfArg(default="none", help="Where to log, too.")
+    resume: bool = HfArg(default=False, help="Go on from the newest checkpoint in --out.")
 
     def __post_init__(self):
-        if self.group_size < 2:
-            raise BadInput(f"--group_size {self.group_size}: an edit is judged against its group; give at least 2")
-        if not 1 <= self.train_timesteps <= self.train_steps_from <= self.rollout_steps:
-            raise BadInput(f"--train_timesteps {self.train_timesteps} of --train_steps_from {self.train_steps_from} of "
-                           f"--rollout_steps {self.rollout_steps}: give them in rising order, from 1")  # fmt: skip
-        if not 1 <= self.optimizer_steps <= self.train_timesteps:
-            raise BadInput(f"--optimizer_steps {self.optimizer_steps}: give 1 to train_timesteps, {self.train_timesteps}")
-        if self.filter not in ("paper", "released", "none"):
-            raise BadInput(f"--filter {self.filter}: give paper, released or none")
-        if self.report_to not in ("none", "tensorboard", "wandb", "trackio"):
-            raise BadInput(f"--report_to {self.report_to}: give none, tensorboard, wandb or trackio")
-        if self.solver_order not in (1, 2):
-            raise BadInput(f"--solver_order {self.solver_order}: give 1 or 2")
         for name in ("epochs", "groups", "rollout_batch", "train_batch", "judge_batch", "lora_rank", "lora_alpha", "lr",
                      "nft_beta", "advantage_clip", "grad_clip", "eval_every", "eval_rows", "eval_copies", "eval_steps",
                      "save_every", "score_noise"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise BadInput(f"--{name} {getattr(self, name)}: give a value above 0")
+        if self.group_size < 2:
+            raise BadInput(f"--group_size {self.group_size}: an edit is judged against its group; give at least 2")
+        if not 1 <= self.optimizer_steps <= self.train_timesteps <= self.train_steps_from <= self.rollout_steps:
+            raise BadInput("--optimizer_steps, --train_timesteps, --train_steps_from, --rollout_steps: give rising values")
         if self.base and not self.data:
             raise BadInput("--data is missing; name a dataset folder with train.jsonl and test.jsonl")
 
 
 TOY = dict(
-    data="data/toy", judge="", out="runs/toy", resolution=32, epochs=100, groups=16, group_size=12, rollout_batch=64, judge_batch=256,
-    train_timesteps=3, train_steps_from=4, train_batch=256, lora_rank=16, lora_alpha=16, lr=4e-3, ema_decay=0.0,
-    gradient_checkpointing=False, eval_every=25, eval_rows=240, eval_steps=6, save_every=50,
+    data="data/toy", judge="", out="runs/toy", resolution=32, epochs=100, groups=16, group_size=12, rollout_batch=64,
+    judge_batch=256, train_timesteps=3, train_steps_from=4, train_batch=256, lora_rank=16, lora_alpha=16, lr=4e-3,
+    kl_weight=0.02, ema_decay=0.0, gradient_checkpointing=False, eval_every=50, eval_rows=240, eval_steps=6,
+    save_every=50,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- the maths
@@ -191,29 +187,12 @@ def group_advantages(scores, clip=5.0, filter="paper", filter_mean=0.9, filter_s
 
 def rows_of_epoch(number, rows, seed, epoch):
     """Indices of the `number` rows of an epoch: the data shuffled anew each time it is used up, without any state."""
-    first = epoch * number
-    orders = {}
-    for position in range(first, first + number):
-        turn = position // rows
-        if turn not in orders:
-            orders[turn] = torch.randperm(rows, generator=seeded(seed, "rows", turn)).tolist()
-        yield orders[turn][position % rows]
+    for position in range(epoch * number, (epoch + 1) * number):
+        turn, place = divmod(position, rows)
+        yield torch.randperm(rows, generator=seeded(seed, "rows", turn))[place].item()
 
 
 # ---------------------------------------------------------------- one epoch's parts
-
-
-def draw_groups(editor, rows, numbers, settings, epoch, bar):
-    """Alg. 1 line 5: the old policy's K edits of each row; numbers are the groups' places in the epoch. -> [Group]"""
-    groups = []
-    with policy(editor, "old"):
-        for row, number in zip(rows, numbers):
-            noises = [seeded(settings.seed, "rollout", epoch, number, copy) for copy in range(settings.group_size)]
-            sources = [load_image(path) for path in row["images"]]
-            groups.append(rollout(editor, sources, row["prompt"], noises, settings.rollout_steps, settings.guidance,
-                                  settings.rollout_batch))  # fmt: skip
-            bar.update()
-    return groups
 
 
 def judge_edits(judge, rows, edits):
@@ -222,109 +201,91 @@ def judge_edits(judge, rows, edits):
     sources = [[load_image(path) for path in row["images"]] for row in rows]
     repeat = lambda items: [item for item in items for _ in range(copies)]  # noqa: E731
     scores = judge.score(repeat(rows), repeat(sources), [edit for group in edits for edit in group])
-    shape = (len(rows), copies)
-    return scores.score.view(shape), scores.mass.view(shape)
+    return scores.score.view(len(rows), copies), scores.mass.view(len(rows), copies)
 
 
 def training_pairs(group, r, step, settings, epoch, number):
     """The (edit, time) pairs of one group in one optimizer step, in chunks: (x_0, noise, t, r), each with B first."""
-    x_0, noise, t, weight = [], [], [], []
+    columns = []
     for copy in torch.nonzero(~r.isnan()).flatten().tolist():
         draws = seeded(settings.seed, "train", epoch, number, copy)
         order = torch.randperm(settings.train_steps_from, generator=draws)[: settings.train_timesteps]
-        noises = torch.randn(len(order), *group.x_0.shape[1:], generator=draws)  # (T, N, C)
-        mine = slice(step, None, settings.optimizer_steps)
-        t.append(group.sigmas[order[mine]])
-        noise.append(noises[mine])
-        x_0.append(group.x_0[copy].expand_as(noises[mine]))
-        weight.append(r[copy].float().expand(len(t[-1])))
-    columns = [torch.cat(column).to(group.x_0.device) for column in (x_0, noise, t, weight)]
+        noise = torch.randn(len(order), *group.x_0.shape[1:], generator=draws)  # (T, N, C)
+        mine = range(step, len(order), settings.optimizer_steps)
+        columns += [(group.x_0[copy], noise[i], group.sigmas[order[i]], r[copy].float()) for i in mine]
+    columns = [torch.stack(column).to(group.x_0.device) for column in zip(*columns)]
     return zip(*(column.split(settings.train_batch) for column in columns))
 
 
 def update(editor, optimizer, groups, numbers, r, settings, epoch, accelerator, bar):
-    """Alg. 1 lines 9-13: optimizer steps on the kept groups of this rank; r (G, K) is the whole epoch's, with NaN.
+    """Alg. 1 lines 9-13: optimizer steps on this rank's groups; r (G, K), NaN for what is dropped, is all ranks'.
 
-    Each step's gradient is the mean over all kept pairs of all ranks. Returns sums over this rank's pairs, for the log.
-    Raises FloatingPointError, before the weights change, when the gradient is not finite.
+    Each step's gradient is the mean over all kept pairs of all ranks. Returns (pairs, 4) with t, loss, squared distance
+    to old and to base of this rank's pairs, and the gradient's norm in each step. Raises FloatingPointError, before the
+    weights change, when the gradient is not finite.
     """
-    sums = Counter()
+    seen, norms = [torch.empty(0, 4)], []
     trained = list(lora_parameters(editor, "new").values())
     for step in range(settings.optimizer_steps):
-        times = len(range(step, settings.train_timesteps, settings.optimizer_steps))
-        pairs = int((~r.isnan()).sum()) * times  # over all ranks
+        pairs = int((~r.isnan()).sum()) * len(range(step, settings.train_timesteps, settings.optimizer_steps))
         if pairs == 0:
-            break
+            break  # everything was dropped: the optimizer does not step
         for group, number in zip(groups, numbers):
             if r[number].isnan().all():
                 continue
             for x_0, noise, t, weight in training_pairs(group, r[number], step, settings, epoch, number):
                 t_ = t[:, None, None]
                 x_t = (1 - t_) * x_0 + t_ * noise  # (B, N, C)
-                pull = settings.kl_weight > 0
-                with torch.no_grad():
-                    with policy(editor, "old"):
-                        v_old = velocity(editor, x_t, t, group.cond)
-                    if pull or not sums["base pairs"]:  # a look at the drift costs one chunk
-                        with policy(editor, "base"):
-                            v_base = velocity(editor, x_t, t, group.cond)
+                with torch.no_grad(), policy(editor, "old"):
+                    v_old = velocity(editor, x_t, t, group.cond)
                 v = velocity(editor, x_t, t, group.cond)
                 losses = settings.advantage_clip * nft_loss(v, v_old, x_t, x_0, t, weight, settings.nft_beta)  # (B,)
-                if pull:
-                    losses = losses + settings.kl_weight * (v - v_base).square().mean((1, 2))
+                drift_old, drift_base = (v - v_old).square().mean((1, 2)), torch.full_like(t, torch.nan)
+                if settings.kl_weight:  # the base's forward is a fifth of the cost: not for a weight of 0
+                    with torch.no_grad(), policy(editor, "base"):
+                        v_base = velocity(editor, x_t, t, group.cond)
+                    drift_base = (v - v_base).square().mean((1, 2))
+                    losses = losses + settings.kl_weight * drift_base
                 (losses.sum() / pairs).backward()
-                with torch.no_grad():
-                    sums.update({"pairs": len(t), "loss": losses.sum().item(),
-                                 "drift old": (v - v_old).square().mean((1, 2)).sum().item()})  # fmt: skip
-                    if pull or not sums["base pairs"]:
-                        sums.update({"base pairs": len(t), "drift base": (v - v_base).square().mean((1, 2)).sum().item()})
-                    for place, value in zip((5 * t).long().clamp(max=4).tolist(), losses.tolist()):
-                        sums.update({f"loss bin {place}": value, f"pairs bin {place}": 1})
+                seen.append(torch.stack([t, losses.detach(), drift_old.detach(), drift_base.detach()], 1).cpu())
             bar.update()
         gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
-        gradient = accelerator.reduce(gradient, "sum")
-        norm = gradient.norm()
-        if not norm.isfinite():
-            raise FloatingPointError(f"epoch {epoch}: the gradient is not finite; the weights are as before this step")
-        gradient *= (settings.grad_clip / norm).clamp(max=1)
+        gradient = accelerator.reduce(gradient, "sum")  # the one message between ranks in a step
+        norms.append(gradient.norm().item())
+        if not np.isfinite(norms[-1]):
+            raise FloatingPointError(f"epoch {epoch + 1}: the gradient is not finite; the weights are as before it")
+        gradient *= min(1.0, settings.grad_clip / max(norms[-1], 1e-12))
         for p, part in zip(trained, gradient.split([p.numel() for p in trained])):
             p.grad = part.view_as(p)
         optimizer.step()
         optimizer.zero_grad()
-        sums.update({"steps": 1, "grad norm": norm.item()})
-    return sums
+    return torch.cat(seen), norms
 
 
 # ---------------------------------------------------------------- checks, evaluation, records
 
 
-def check_start(editor, judge, rows, settings):
+def check_start(editor, judge, optimizer, rows, settings):
     """Stops a run that could not learn, before it starts: blind editor, dead LoRA, unequal policies, useless judge."""
-    source, prompt = load_image(rows[0]["images"][0]), rows[0]["prompt"]
-    others = [load_image(path) for path in rows[0]["images"][1:]]
-    seen, other = (rollout(editor, [picture, *others], prompt, [seeded("check")], 1, settings.guidance)
-                   for picture in (source, ImageOps.invert(source)))  # fmt: skip
+    sources = [load_image(path) for path in rows[0]["images"]]
+    seen, other = (rollout(editor, pictures, rows[0]["prompt"], [seeded("check")], 1, settings.guidance)
+                   for pictures in (sources, [ImageOps.invert(picture) for picture in sources]))  # fmt: skip
     x_t, t = seen.x_0, seen.sigmas[:1].to(seen.x_0.device)
-    with torch.no_grad():
-        v = {}
-        for name in ("base", "old", "new"):
-            with policy(editor, name):
-                v[name] = velocity(editor, x_t, t, seen.cond)
-        if torch.allclose(v["new"], velocity(editor, x_t, t, other.cond)):
-            raise BadInput(f"{settings.base}: another source picture changes nothing; this model does not see the source")
-    if not (torch.equal(v["base"], v["old"]) and torch.equal(v["base"], v["new"])):
-        raise RuntimeError("the policies new, old and base differ before the first step")
-    velocity(editor, x_t, t, seen.cond).square().mean().backward()
-    gradients = [p.grad for p in lora_parameters(editor, "new").values()]
-    if not any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients):
+    v = velocity(editor, x_t, t, seen.cond)
+    if torch.allclose(v, velocity(editor, x_t, t, other.cond)):
+        raise BadInput(f"{settings.base}: another source picture changes nothing; take an editor that sees it")
+    for name in ("base", "old"):
+        with policy(editor, name):
+            assert torch.equal(v, velocity(editor, x_t, t, seen.cond)), f"policies new and {name} differ at the start"
+    v.square().mean().backward()
+    if not any(p.grad is not None and p.grad.any() for p in lora_parameters(editor, "new").values()):
         raise BadInput(f"{settings.lora_targets or 'the LoRA'}: gets no gradient; name other --lora_targets")
-    for p in lora_parameters(editor, "new").values():
-        p.grad = None
+    optimizer.zero_grad()
     asked = [row for row in rows if "target" in row][:16] or rows[:4]
     untouched, mass = judge_edits(judge, asked, [[load_image(row["images"][0])] for row in asked])
     if not mass.nanmean() > 0.5:
-        raise BadInput(f"{settings.judge}: puts {mass.nanmean():.1%} of its probability on the digits 0-5; "
-                       "take another judge or give it a --judge_prompt that asks for a digit alone")  # fmt: skip
+        raise BadInput(f"{settings.judge}: puts {mass.nanmean():.1%} of its probability on the digits 0-5; take another "
+                       "judge or a --judge_prompt that asks for a digit alone")  # fmt: skip
     if "target" in asked[0]:
         right, _ = judge_edits(judge, asked, [[load_image(row["target"])] for row in asked])
         if not right.nanmean() > untouched.nanmean():
@@ -346,52 +307,41 @@ def evaluate(editor, judge, rows, settings, name, accelerator):
     results = []
     for (number, row), group, marks in zip(mine, edits, scores.tolist()):
         for copy, (edit, mark) in enumerate(zip(group, marks)):
-            result = {"row": number, "copy": copy, "judge": mark}
-            if oracle(row, edit) is not None:
-                result["oracle"], result["success"] = oracle(row, edit)
-            results.append(result | ({"image": edit} if number < 8 and copy == 0 else {}))
+            shown = {"image": edit} if number < 8 and copy == 0 else {}
+            results.append({"row": number, "copy": copy, "judge": mark, **oracle(row, edit), **shown})
     return sorted(gather_object(results), key=lambda result: (result["row"], result["copy"]))
 
 
-def compare(base, now, key):
-    """Mean of `key` for base and now, and the paired difference's 95 % interval, bootstrapped over rows."""
-    rows = np.array([result["row"] for result in base])
-    before, after = (np.array([result[key] for result in results], float) for results in (base, now))
-    gains = np.array([np.nanmean((after - before)[rows == row]) for row in np.unique(rows)])
-    draws = np.random.default_rng(0).integers(len(gains), size=(2000, len(gains)))
-    low, high = np.nanquantile(np.nanmean(gains[draws], axis=1), (0.025, 0.975))
-    return {"base": np.nanmean(before), "now": np.nanmean(after), "gain": np.nanmean(gains), "low": low, "high": high}
-
-
-def epoch_record(epoch, scores, mass, r, reasons, sums, ranks, clock, decay):
-    """One line of log.jsonl; sums are over all ranks, clock is four times in seconds: rollout, reward, update between."""
+def epoch_record(epoch, scores, mass, r, reasons, seen, norms, clock, decay):
+    """One line of log.jsonl; `seen` and `norms` as update returns them, of all ranks; clock: four times in seconds."""
     seconds = dict(zip(("rollout", "reward", "update"), np.diff(clock).round(3).tolist()))
-    groups = scores.nanmean(1, keepdim=True)
+    bins = [seen[(5 * seen[:, 0]).long().clamp(max=4) == i, 1] for i in range(5)]
+    mean = lambda values: values.mean().item() if len(values) and not values.isnan().any() else None  # noqa: E731
     return {
         "epoch": epoch + 1, "reward": scores.nanmean().item(),
-        "reward spread": (scores - groups).square().nanmean().sqrt().item(), "digit mass": mass.nanmean().item(),
-        "failed scores": int(scores.isnan().sum()), "groups kept": reasons.count("") / len(reasons),
+        "reward spread": (scores - scores.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
+        "digit mass": mass.nanmean().item(), "failed scores": int(scores.isnan().sum()),
+        "groups kept": reasons.count("") / len(reasons),
         "groups dropped": {reason: reasons.count(reason) for reason in sorted(set(reasons) - {""})},
         "r histogram": torch.histc(r[~r.isnan()], 10, 0, 1).int().tolist(),
-        "loss": sums["loss"] / max(sums["pairs"], 1), "drift old": sums["drift old"] / max(sums["pairs"], 1),
-        "drift base": sums["drift base"] / max(sums["base pairs"], 1), "grad norm": sums["grad norm"] / max(sums["steps"], 1),
-        "loss by t": [sums[f"loss bin {i}"] / n if (n := sums[f"pairs bin {i}"]) else None for i in range(5)],
-        "optimizer steps": sums["steps"] // ranks, "old decay": decay, "seconds": seconds,
-        "edits per second": scores.numel() / sum(seconds.values()),
+        "loss": mean(seen[:, 1]), "loss by t": list(map(mean, bins)), "drift old": mean(seen[:, 2]),
+        "drift base": mean(seen[:, 3]), "grad norm": max(norms, default=None), "optimizer steps": len(norms),
+        "old decay": decay, "seconds": seconds, "edits per second": scores.numel() / sum(seconds.values()),
     }  # fmt: skip
 
 
-def epoch_line(record, epochs, elapsed):
-    """What the terminal shows of a record; elapsed in seconds since the first epoch began."""
-    left = elapsed / record["epoch"] * (epochs - record["epoch"])
-    line = (f"epoch {record['epoch']}/{epochs}  reward {record['reward']:.3f} +-{record['reward spread']:.3f}  "
-            f"kept {record['groups kept']:.0%}  loss {record['loss']:.2f}  grad {record['grad norm']:.2f}  "
-            f"drift {record['drift base']:.4f}  " + "  ".join(f"{k} {v:.1f} s" for k, v in record["seconds"].items())
+def epoch_line(record, epochs, pace):
+    """What the terminal shows of a record; pace in seconds an epoch, evaluations included."""
+    left = pace * (epochs - record["epoch"])
+    show = lambda key, digits: "-" if record[key] is None else f"{record[key]:.{digits}f}"  # noqa: E731
+    line = (f"epoch {record['epoch']}/{epochs}  reward {show('reward', 3)} +-{show('reward spread', 3)}  "
+            f"kept {record['groups kept']:.0%}  loss {show('loss', 2)}  grad {show('grad norm', 2)}  "
+            f"drift {show('drift base', 4)}  " + "  ".join(f"{key} {s:.1f} s" for key, s in record["seconds"].items())
             + f"  left {left / 60:.1f} min")  # fmt: skip
     for name, marks in record.get("held-out", {}).items():
         line += f"\n   held-out, {name}: " + "; ".join(
             f"{key} {m['base']:.3f} -> {m['now']:.3f} ({m['gain']:+.3f}, 95% {m['low']:+.3f} to {m['high']:+.3f})"
-            for key, m in marks.items())  # fmt: skip
+            + f", {m['missing']} missing" * (m["missing"] > 0) for key, m in marks.items())  # fmt: skip
     return line
 
 
@@ -403,9 +353,9 @@ def save_samples(path, rows, base, now):
             row = rows[before["row"]]
             target = [load_image(row["target"])] if "target" in row else []
             pictures.append([load_image(row["images"][0]), before["image"], after["image"], *target])
-            captions.append([row["prompt"], f"base {before['judge']:.2f}", f"now {after['judge']:.2f}", "target"])
+            captions.append([row["prompt"], f"base {before['judge']:.2f}", f"now {after['judge']:.2f}", *["target"][: len(target)]])
     path.parent.mkdir(exist_ok=True)
-    picture_grid(pictures, [line[: len(pictures[0])] for line in captions], "source, base, now, with the judge's score").save(path)
+    picture_grid(pictures, captions, "source, base, now, with the judge's score").save(path)
 
 
 def save_checkpoint(editor, optimizer, folder, epoch, averages):
@@ -413,10 +363,24 @@ def save_checkpoint(editor, optimizer, folder, epoch, averages):
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     for name in ("new", *averages):
-        save_lora(editor, part / ("" if name == "new" else name), name)
+        save_lora(editor, part / name.removeprefix("new"), name)
     torch.save(optimizer.state_dict(), part / "optimizer.pt")
     (part / "state.json").write_text(json.dumps({"epoch": epoch}))
     part.rename(folder)
+
+
+def load_checkpoint(editor, optimizer, out, averages):
+    """Puts back the newest checkpoint of a run's folder and cuts the log to it: the epochs done."""
+    folders = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    if not folders:
+        raise BadInput(f"{out}: holds no checkpoint to resume from; leave out --resume")
+    for name in ("new", *averages):
+        load_lora(editor, folders[-1] / name.removeprefix("new"), name)
+    optimizer.load_state_dict(torch.load(folders[-1] / "optimizer.pt", weights_only=True))
+    epoch = json.loads((folders[-1] / "state.json").read_text())["epoch"]
+    lines = (out / "log.jsonl").read_text().splitlines()
+    (out / "log.jsonl").write_text("".join(line + "\n" for line in lines[:epoch]))
+    return epoch
 
 
 def load_all(settings, accelerator):
@@ -424,17 +388,16 @@ def load_all(settings, accelerator):
     rows = {split: read_rows(settings.data, split) for split in ("train", "test")}
     rows["test"] = rows["test"][: settings.eval_rows]
     check_pictures(rows["train"] + rows["test"])
-    device = accelerator.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = accelerator.device, torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     editor = load_editor(settings.base, device, dtype, settings.resolution, solver_order=settings.solver_order)
     averages = ("old", "ema") if settings.ema_decay else ("old",)
     add_policies(editor, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed, averages)
     if settings.gradient_checkpointing:
         editor.pipe.transformer.enable_gradient_checkpointing()
-    prompt = read_prompt(settings.judge_prompt, settings.judge)
-    judge = load_judge(settings.judge, device, dtype, settings.judge_batch, prompt)
-    optimizer = torch.optim.AdamW(lora_parameters(editor, "new").values(), settings.lr,
-                                  (settings.adam_beta1, settings.adam_beta2), weight_decay=settings.weight_decay)  # fmt: skip
+    judge = load_judge(settings.judge, device, dtype, settings.judge_batch,
+                       read_prompt(settings.judge_prompt, settings.judge))  # fmt: skip
+    optimizer = torch.optim.AdamW(lora_parameters(editor, "new").values(), settings.lr, weight_decay=settings.weight_decay,
+                                  betas=(settings.adam_beta1, settings.adam_beta2))  # fmt: skip
     return rows, editor, judge, optimizer, averages
 
 
@@ -443,8 +406,8 @@ def main(argv=None):
     toy = not any(word.split("=")[0] == "--base" for word in argv)
     settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], **(TOY if toy else {}))
     out = Path(settings.out)
-    if (out / "log.jsonl").exists():
-        raise BadInput(f"{out}: holds a run already; give another --out, or remove it")
+    if (out / "log.jsonl").exists() and not settings.resume:
+        raise BadInput(f"{out}: holds a run already; give --resume, another --out, or remove it")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), project_dir=settings.out,
                               log_with=None if settings.report_to == "none" else settings.report_to)  # fmt: skip
     rank, ranks, chief = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -455,22 +418,23 @@ def main(argv=None):
     if toy:
         with accelerator.main_process_first():
             build_toy(ToySettings(out=settings.data))
-        settings = replace(settings, base=f"{settings.data}/editor", judge=settings.judge or f"local:{settings.data}/judge")
+        judge = settings.judge or f"local:{settings.data}/judge"
+        settings = replace(settings, base=f"{settings.data}/editor", judge=judge)
     rows, editor, judge, optimizer, averages = load_all(settings, accelerator)
-    check_start(editor, judge, rows["train"], settings)
+    check_start(editor, judge, optimizer, rows["train"], settings)
     if chief:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(settings), indent=1))
-        modules = len(editor.lora_layers)
         size = sum(p.numel() for p in lora_parameters(editor, "new").values())
-        print(f"{len(rows['train'])} training rows, {len(rows['test'])} held-out; LoRA on {modules} modules, {size:,} numbers; "
-              f"{settings.groups} x {settings.group_size} edits an epoch, {ranks} process(es) on {accelerator.device}")  # fmt: skip
+        print(f"{len(rows['train'])} training rows, {len(rows['test'])} held-out; LoRA of {size:,} numbers on "
+              f"{len(editor.lora_layers)} modules; {settings.groups} x {settings.group_size} edits an epoch")  # fmt: skip
     if settings.report_to != "none":
         accelerator.init_trackers("edit-nft", asdict(settings) | {"lora_targets": str(settings.lora_targets)})
     base = evaluate(editor, judge, rows["test"], settings, "base", accelerator)
+    first = load_checkpoint(editor, optimizer, out, averages) if settings.resume else 0
     start = time.time()
 
-    for epoch in range(settings.epochs):
+    for epoch in range(first, settings.epochs):
         clock = [time.time()]
         numbers = list(range(rank, settings.groups, ranks))  # groups live whole on one rank
         chosen = list(rows_of_epoch(settings.groups, len(rows["train"]), settings.seed, epoch))
@@ -478,7 +442,14 @@ def main(argv=None):
         bar = tqdm(total=2 * len(numbers), desc=f"epoch {epoch + 1}", leave=False, disable=not chief)
 
         # ---------------- rollout: the old policy draws a group of edits for each row
-        groups = draw_groups(editor, mine, numbers, settings, epoch, bar)
+        groups = []
+        with policy(editor, "old"):
+            for row, number in zip(mine, numbers):
+                noises = [seeded(settings.seed, "rollout", epoch, number, copy) for copy in range(settings.group_size)]
+                sources = [load_image(path) for path in row["images"]]
+                groups.append(rollout(editor, sources, row["prompt"], noises, settings.rollout_steps, settings.guidance,
+                                      settings.rollout_batch))  # fmt: skip
+                bar.update()
         clock.append(time.time())
 
         # ---------------- reward: the judge scores them; every rank learns all scores
@@ -491,13 +462,12 @@ def main(argv=None):
         # ---------------- filter: groups that say nothing are dropped, the rest become optimality probabilities
         r, reasons = group_advantages(scores, settings.advantage_clip, settings.filter, settings.filter_mean,
                                       settings.filter_std, settings.score_noise)  # fmt: skip
-        failed = int(scores.isnan().sum())
-        if failed > settings.max_failed * scores.numel():
+        if (failed := int(scores.isnan().sum())) > settings.max_failed * scores.numel():
             raise BadInput(f"epoch {epoch + 1}: the judge failed on {failed} of {scores.numel()} edits; see to "
                            f"{settings.judge}, or raise --max_failed")  # fmt: skip
 
         # ---------------- update: towards good edits, away from bad ones; then the old policy follows softly
-        sums = update(editor, optimizer, groups, numbers, r, settings, epoch, accelerator, bar)
+        seen, norms = update(editor, optimizer, groups, numbers, r, settings, epoch, accelerator, bar)
         decay = min(settings.decay_rate * (epoch + 1), settings.decay_max)
         soft_update(editor, decay)
         if settings.ema_decay:
@@ -506,17 +476,17 @@ def main(argv=None):
         bar.close()
 
         # ---------------- log, evaluate, save
-        sums = sum(map(Counter, gather_object([sums])), Counter())
-        record = epoch_record(epoch, scores, mass, r, reasons, sums, ranks, clock, decay)
-        last = epoch + 1 == settings.epochs
+        seen, last = torch.cat(gather_object([seen])), epoch + 1 == settings.epochs
+        record = epoch_record(epoch, scores, mass, r, reasons, seen, norms, clock, decay)
         if last or (epoch + 1) % settings.eval_every == 0:
-            held_out = {name: evaluate(editor, judge, rows["test"], settings, name, accelerator) for name in ("new", *averages)}
-            record["held-out"] = {name: {key: compare(base, results, key) for key in ("judge", "oracle", "success")
+            held_out = {name: evaluate(editor, judge, rows["test"], settings, name, accelerator)
+                        for name in ("new", *averages)}  # fmt: skip
+            record["held-out"] = {name: {key: paired_gain(base, results, key) for key in ("judge", "oracle", "success")
                                          if key in base[0]} for name, results in held_out.items()}  # fmt: skip
         if chief:
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
-            print(epoch_line(record, settings.epochs, time.time() - start), flush=True)
+            print(epoch_line(record, settings.epochs, (time.time() - start) / (epoch + 1 - first)), flush=True)
             if "held-out" in record:
                 save_samples(out / "samples" / f"epoch-{epoch + 1:04}.png", rows["test"], base, held_out["new"])
             if last or (epoch + 1) % settings.save_every == 0:
