@@ -691,13 +691,18 @@ def build_judge(folder, settings):
     tokenizer = new_judge_tokenizer()
     model = new_judge(tokenizer)
     train_judge(model, tokenizer, corrupted_batches(settings, 128), settings.judge_steps, 0.01, "judge ", position=1)
-    model.save_pretrained(folder / "judge")
-    tokenizer.save_pretrained(folder / "judge")
-    (folder / "judge" / "judge_prompt.txt").write_text(TOY_JUDGE_PROMPT)
+    save_judge(model, tokenizer, folder / "judge")
+
+
+def save_judge(model, tokenizer, folder):
+    """Writes the judge so that it loads like one from the hub, with the image processor and the prompt it was taught."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(
         patch_size=8, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
         size={"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024},
-    ).save_pretrained(folder / "judge")  # fmt: skip
+    ).save_pretrained(folder)  # fmt: skip
+    (folder / "judge_prompt.txt").write_text(TOY_JUDGE_PROMPT)
 
 
 def check_toy(pipe, judge, settings):

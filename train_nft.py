@@ -120,10 +120,10 @@ class Settings:
 
 
 TOY = dict(
-    data="data/toy", judge="", out="runs/toy", resolution=32, epochs=100, groups=16, group_size=12, rollout_batch=64,
+    data="data/toy", judge="", out="runs/toy", resolution=32, epochs=80, groups=16, group_size=12, rollout_batch=64,
     judge_batch=256, train_timesteps=3, train_steps_from=4, train_batch=256, lora_rank=16, lora_alpha=16, lr=4e-3,
-    kl_weight=0.02, ema_decay=0.0, gradient_checkpointing=False, eval_every=50, eval_rows=240, eval_steps=6,
-    save_every=50,
+    kl_weight=0.05, ema_decay=0.0, gradient_checkpointing=False, eval_every=40, eval_rows=240, eval_steps=6,
+    save_every=40,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- the maths
