@@ -484,7 +484,7 @@ def draw_edits(pipe, examples, *key):
     for first in tqdm(range(0, len(examples), 128), desc="editor's own edits", leave=False):
         part = examples[first : first + 128]
         pictures.append(pipe(
-            image=render(torch.tensor([e[0] for e in part])) * 2 - 1, prompt=[e[3] for e in part], height=SIZE, width=SIZE,
+            image=render(scenes_of(part)[0]), prompt=[e[3] for e in part], height=SIZE, width=SIZE,
             max_area=SIZE * SIZE, _auto_resize=False, num_inference_steps=6, max_sequence_length=TEXT_TOKENS,
             guidance_scale=2.5, output_type="pt", generator=[seeded(*key, first + i) for i in range(len(part))],
         ).images)  # fmt: skip

@@ -1,0 +1,297 @@
+"""Rows and pictures, and the toy world: its split, its oracle, its tokens, and the building of its models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data_prep
+from data_prep import (
+    BadInput, ToySettings, apply_change, build_toy, check_pictures, graded_corruptions, instructions, is_test_scene,
+    load_image, oracle, oracle_scores, parse_settings, read_rows, render, run_script, scenes_of, seeded, spearman, spoil,
+    to_pil, toy_examples,
+)  # fmt: skip
+
+ROOT = Path(__file__).parents[1]
+
+# ---------------------------------------------------------------- rows and pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+def write(folder, *rows, name="train.jsonl"):
+    (folder / name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+
+
+def test_a_row_keeps_what_it_holds_and_gets_absolute_paths(folder):
+    write(folder, {"prompt": "p", "image": "a.png", "target": "a.png", "extra": 3}, {"prompt": "q", "image": ["a.png"] * 2})
+    first, second = read_rows(folder, "train")
+    assert first["images"] == [str(folder / "a.png")] and first["target"] == str(folder / "a.png") and first["extra"] == 3
+    assert len(second["images"]) == 2 and first["id"] != second["id"]
+
+
+def test_the_released_file_names_are_read_too(folder):
+    write(folder, {"prompt": "p", "image": "a.png"}, name="train_metadata.jsonl")
+    assert len(read_rows(folder, "train")) == 1
+
+
+@pytest.mark.parametrize("row, message", [
+    ("{", "train.jsonl:2: not JSON"), ("[]", "train.jsonl:2: not an object"),
+    ({"image": "a.png"}, "train.jsonl:2: the row has no `prompt`"),
+    ({"prompt": " ", "image": "a.png"}, "train.jsonl:2: the row has no `prompt`"),
+    ({"prompt": "p"}, "train.jsonl:2: the row has no `image`"),
+    ({"prompt": "p", "image": 3}, "train.jsonl:2: the row has no `image`"),
+    ({"prompt": "p", "image": "../a.png"}, "leaves the dataset folder"),
+    ({"prompt": "p", "image": "/etc/passwd"}, "leaves the dataset folder"),
+])  # fmt: skip
+def test_a_bad_row_is_named_by_file_and_line(folder, row, message):
+    write(folder, {"prompt": "p", "image": "a.png"}, row)
+    with pytest.raises(BadInput, match=message) as error:
+        read_rows(folder, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_rows_is_refused(folder):
+    with pytest.raises(BadInput, match="holds neither train.jsonl"):
+        read_rows(folder, "train")
+    write(folder, "")
+    with pytest.raises(BadInput, match="holds no rows"):
+        read_rows(folder, "train")
+
+
+def test_pictures_of_every_mode_come_upright_in_rgb(folder):
+    for mode in ("L", "P", "RGBA", "CMYK", "1"):
+        Image.new(mode, (8, 4)).save(folder / f"x.{'tiff' if mode == 'CMYK' else 'png'}")
+        assert load_image(folder / f"x.{'tiff' if mode == 'CMYK' else 'png'}").mode == "RGB"
+    turned = Image.new("RGB", (8, 4))
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(folder / "turned.jpg", exif=exif)
+    assert load_image(folder / "turned.jpg").size == (4, 8)
+
+
+@pytest.mark.parametrize("content", [b"text", "cut"])
+def test_a_broken_picture_among_many_is_found_and_named(folder, content):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    for i in range(5):
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:300] if content == "cut" else content)
+    write(folder, *({"prompt": "p", "image": f"{i}.png"} for i in range(5)))
+    with pytest.raises(BadInput, match="3.png: not a readable picture"):
+        check_pictures(read_rows(folder, "train"))
+
+
+# ---------------------------------------------------------------- settings and seeds
+
+
+def test_an_unknown_key_and_an_abbreviation_are_refused(capsys):
+    for word in ("--nonsense", "--test_row"):
+        with pytest.raises(SystemExit):
+            parse_settings(ToySettings, [word, "3"])
+        assert word in capsys.readouterr().err
+    assert parse_settings(ToySettings, ["--test_rows", "3"], seed=7) == ToySettings(test_rows=3, seed=7)
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
+    def main():
+        raise BadInput("x.png: broken; mend it")
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: x.png: broken; mend it\n"
+
+
+def test_a_seed_is_a_hash_of_its_key_and_nothing_else():
+    assert seeded(1, "a").initial_seed() == 2461651067226055738  # on every machine
+    assert len({seeded(*key).initial_seed() for key in ((1, "a"), (1, "b"), (2, "a"), (1, "a", 0))}) == 4
+
+
+def test_spearman_is_the_correlation_of_mean_ranks():
+    a = torch.rand(50, generator=seeded("ranks"))
+    assert spearman(a, a.exp()) == pytest.approx(1) and spearman(a, -a) == pytest.approx(-1)
+    tied = spearman(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert tied == pytest.approx(0.9486833)
+
+
+# ---------------------------------------------------------------- the toy world
+
+
+def test_test_scenes_and_instructions_do_not_occur_in_training():
+    held_out = instructions()[1]
+    for source, target, _, text in toy_examples(3000, "train", 0):
+        assert not is_test_scene(source) and not is_test_scene(target) and text not in held_out
+    for source, _, _, text in toy_examples(300, "test", 0):
+        assert is_test_scene(source) and text in held_out
+
+
+def test_the_five_tasks_take_equal_parts_and_every_edit_changes_the_scene():
+    examples = toy_examples(500, "train", 0)
+    assert {task: sum(e[2] == task for e in examples) for task in data_prep.TASKS} == dict.fromkeys(data_prep.TASKS, 100)
+    assert all(source != target for source, target, _, _ in examples)
+
+
+def test_an_instruction_that_does_not_fit_the_scene_is_none():
+    texts = instructions()[0]
+    red_circle = data_prep.OBJECTS.index(("red", "circle"))
+    assert apply_change((0, red_circle, 0, 0, 0), *texts["make the red circle blue"]) is not None
+    assert apply_change((0, 0, 0, 0, 0), *texts["make the red circle blue"]) is None
+    assert apply_change((0, red_circle, 0, 0, 0), *texts["remove the red circle at the top right"]) is None
+    assert apply_change((0, red_circle, 0, 0, 0), *texts["change the black background to white"]) is None
+
+
+@pytest.fixture(scope="module")
+def world():
+    examples = toy_examples(200, "test", 0)
+    return examples, *scenes_of(examples)
+
+
+def test_the_oracle_gives_one_to_the_target_and_nothing_to_the_untouched_source(world):
+    _, sources, targets = world
+    score, success = oracle_scores(render(targets), sources, targets)
+    assert score.min() > 0.99 and success.all()
+    score, success = oracle_scores(render(sources), sources, targets)
+    assert score.max() < 0.01 and not success.any()
+
+
+def test_an_edit_that_ruins_something_else_scores_between(world):
+    _, sources, targets = world
+    ruined = targets.clone()
+    for scene, source, target in zip(ruined, sources, targets):
+        cell = next(i for i in range(1, 5) if source[i] == target[i])
+        scene[cell] = 0 if scene[cell] else 7
+    score, success = oracle_scores(render(ruined), sources, targets)
+    assert not success.any() and (score > 0.3).all() and (score < 0.95).all()
+
+
+def test_a_grey_smear_is_no_success(world):
+    _, sources, targets = world
+    score, success = oracle_scores(0.4 * render(targets) + 0.3, sources, targets)
+    assert not success.any()
+
+
+def test_spoiled_scenes_are_mostly_wrong(world):
+    examples, sources, targets = world
+    import random
+
+    rng = random.Random(0)
+    _, success = oracle_scores(render(torch.tensor([spoil(e, rng) for e in examples])), sources, targets)
+    assert success.float().mean() < 0.2
+
+
+def test_corruptions_have_every_quality(world):
+    examples, sources, targets = world
+    score, _ = oracle_scores(graded_corruptions(examples, 0, 0), sources, targets)
+    assert (score < 0.1).float().mean() > 0.2 and (score > 0.9).float().mean() > 0.2
+    assert ((score > 0.1) & (score < 0.9)).float().mean() > 0.1
+
+
+def test_no_word_is_unknown_and_the_longest_instruction_fits():
+    pipe, judge = data_prep.new_editor(), data_prep.new_judge_tokenizer()
+    for text in instructions()[0]:
+        ids = pipe.tokenizer_2(text).input_ids
+        assert len(ids) <= data_prep.TEXT_TOKENS and pipe.tokenizer_2.unk_token_id not in ids
+        assert len(pipe.tokenizer(text).input_ids) == len(text.split()) + 2
+        assert judge.unk_token_id not in judge(text).input_ids
+
+
+def test_fit_trains_vectors_matrices_and_convolutions():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 1))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    x = torch.randn(16, 1, 8, 8, generator=seeded("fit"))
+    losses = []
+
+    def loss(step):
+        losses.append((model(x) - 1).square().mean())
+        return losses[-1]
+
+    data_prep.fit("test", list(model.named_parameters()), loss, 60, lr=0.05)
+    assert losses[-1] < 0.1 * losses[0]
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# ---------------------------------------------------------------- building it
+
+
+def tiny(out, **changes):
+    values = dict(out=str(out), vae_steps=2, editor_steps=2, judge_steps=2, pool=200, train_rows=5, test_rows=5, check=False)
+    return ToySettings(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "toy"
+    build_toy(tiny(folder))
+    return folder
+
+
+def test_both_models_load_as_from_the_hub(toy):
+    from diffusers import DiffusionPipeline
+    from transformers import AutoModelForImageTextToText
+
+    assert type(DiffusionPipeline.from_pretrained(toy / "editor")).__name__ == "FluxKontextPipeline"
+    assert type(AutoModelForImageTextToText.from_pretrained(toy / "judge")).__name__ == "Qwen2_5_VLForConditionalGeneration"
+
+
+def test_written_rows_are_scored_by_the_oracle_and_others_are_not(toy):
+    rows = read_rows(toy, "test")
+    check_pictures(rows)
+    for row in rows:
+        assert oracle(row, load_image(row["target"]))["success"]
+        assert oracle(row, load_image(row["images"][0])) == {"oracle": pytest.approx(0, abs=0.01), "success": False}
+    assert oracle({"prompt": "p"}, Image.new("RGB", (32, 32))) == {}
+
+
+def test_two_machines_make_the_same_rows_and_another_seed_others(toy, tmp_path):
+    for name, seed in (("same", 0), ("other", 1)):
+        data_prep.write_rows(tmp_path / name, tiny("", seed=seed))
+    rows = {path: (path / "train.jsonl").read_text() for path in (toy, tmp_path / "same", tmp_path / "other")}
+    assert rows[toy] == rows[tmp_path / "same"] != rows[tmp_path / "other"]
+    picture = "pictures/train-0000-source.png"
+    assert load_image(toy / picture).tobytes() == load_image(tmp_path / "same" / picture).tobytes()
+
+
+def test_the_same_settings_rebuild_nothing_and_others_do(toy, monkeypatch):
+    monkeypatch.setattr(data_prep, "write_rows", lambda *a: pytest.fail("built again"))
+    build_toy(tiny(toy))
+    with pytest.raises(pytest.fail.Exception, match="built again"):
+        build_toy(tiny(toy, editor_steps=3))
+    assert (toy / "toy.json").exists()  # what was there stays until the new one is whole
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(BadInput, match="holds no toy"):
+        build_toy(tiny(tmp_path))
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_a_toy_that_is_too_bad_to_learn_from_stops_the_build(toy):
+    from diffusers import FluxKontextPipeline
+
+    pipe = FluxKontextPipeline.from_pretrained(toy / "editor")
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(RuntimeError, match="is not in 25-60 %"):
+        data_prep.check_toy(pipe, toy / "judge", tiny(toy, check=True))
+
+
+def test_pictures_survive_being_written(world, tmp_path):
+    picture = render(world[1][:1])[0]
+    to_pil(picture).save(tmp_path / "x.png")
+    back = torch.from_numpy(np.asarray(load_image(tmp_path / "x.png")).copy()).permute(2, 0, 1) / 255
+    assert (back - picture).abs().max() < 1 / 255
+
+
+def test_importing_does_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data_prep"],
+                          capture_output=True, text=True, cwd=tmp_path, env=os.environ)  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
