@@ -49,11 +49,16 @@ def run_script(main):
 
 
 def parse_settings(cls, argv=None, description=None, **defaults):
-    """The command line as an instance of the dataclass `cls`: `--name value` for each field, unknown names refused.
+    """The command line as an instance of the dataclass `cls`: `--name value` for each field; BadInput for other names.
 
     `defaults` replace the dataclass's own; argv None means sys.argv[1:].
     """
+
+    def refuse(message):
+        raise BadInput(f"{message}; --help lists what there is")
+
     parser = HfArgumentParser(cls, description=description, allow_abbrev=False)
+    parser.error = refuse  # one line instead of the whole usage
     parser.set_defaults(**defaults)
     return cls(**vars(parser.parse_args(argv)))
 
@@ -312,13 +317,13 @@ def oracle_scores(pictures, sources, targets):
 
 
 def oracle(row, image):
-    """{"oracle": score in [0, 1], "success": bool} of an edit of a toy row by program; {} for any other row."""
+    """(score in [0, 1], success) of an edit of a toy row by program; None for any other row."""
     if "target_scene" not in row:
-        return {}
+        return None
     picture = torch.from_numpy(np.asarray(image.convert("RGB").resize((SIZE, SIZE))).copy()).permute(2, 0, 1) / 255
     scenes = [torch.tensor([row[key]]) for key in ("source_scene", "target_scene")]
     score, success = oracle_scores(picture[None], *scenes)
-    return {"oracle": score.item(), "success": success.item()}
+    return score.item(), success.item()
 
 
 # ---------------------------------------------------------------- the toy editor: FLUX.1-Kontext in miniature

@@ -168,8 +168,8 @@ def group_advantages(scores, clip=5.0, filter="paper", filter_mean=0.9, filter_s
     r = A / (2 clip) + 1/2 (UniWorld-V2, Sec. 2.3). "paper" drops a group with a high mean and a low spread; "released"
     keeps only groups with a low mean and a high spread.
     """
+    scores, reasons = torch.as_tensor(scores).double(), []
     assert scores.ndim == 2, f"scores are (G, K), not {tuple(scores.shape)}"
-    scores, reasons = scores.double(), []
     for group in scores:
         valid = group[~group.isnan()]
         if len(valid) < 2:
@@ -308,7 +308,8 @@ def evaluate(editor, judge, rows, settings, name, accelerator):
     for (number, row), group, marks in zip(mine, edits, scores.tolist()):
         for copy, (edit, mark) in enumerate(zip(group, marks)):
             shown = {"image": edit} if number < 8 and copy == 0 else {}
-            results.append({"row": number, "copy": copy, "judge": mark, **oracle(row, edit), **shown})
+            truth = dict(zip(("oracle", "success"), oracle(row, edit) or ()))  # nothing for rows that are not the toy's
+            results.append({"row": number, "copy": copy, "judge": mark, **truth, **shown})
     return sorted(gather_object(results), key=lambda result: (result["row"], result["copy"]))
 
 
@@ -332,12 +333,11 @@ def epoch_record(epoch, scores, mass, r, reasons, seen, norms, clock, decay):
 
 def epoch_line(record, epochs, pace):
     """What the terminal shows of a record; pace in seconds an epoch, evaluations included."""
-    left = pace * (epochs - record["epoch"])
     show = lambda key, digits: "-" if record[key] is None else f"{record[key]:.{digits}f}"  # noqa: E731
     line = (f"epoch {record['epoch']}/{epochs}  reward {show('reward', 3)} +-{show('reward spread', 3)}  "
             f"kept {record['groups kept']:.0%}  loss {show('loss', 2)}  grad {show('grad norm', 2)}  "
             f"drift {show('drift base', 4)}  " + "  ".join(f"{key} {s:.1f} s" for key, s in record["seconds"].items())
-            + f"  left {left / 60:.1f} min")  # fmt: skip
+            + f"  left {pace * (epochs - record['epoch']) / 60:.1f} min")  # fmt: skip
     for name, marks in record.get("held-out", {}).items():
         line += f"\n   held-out, {name}: " + "; ".join(
             f"{key} {m['base']:.3f} -> {m['now']:.3f} ({m['gain']:+.3f}, 95% {m['low']:+.3f} to {m['high']:+.3f})"

@@ -334,6 +334,11 @@ def test_an_edits_weight_does_not_depend_on_its_neighbours_in_a_batch(run):
     assert log(one)[0]["grad norm"] == pytest.approx(log(all_)[0]["grad norm"], rel=1e-4)
 
 
+def test_gradient_checkpointing_changes_no_gradient(run):
+    plain, saving = run("plain", epochs=1), run("saving", epochs=1, gradient_checkpointing=True)
+    assert log(plain)[0]["grad norm"] == pytest.approx(log(saving)[0]["grad norm"], rel=1e-4)
+
+
 def test_optimizer_steps_deal_out_the_times(spied):
     run, counts = spied
     out = run(epochs=1, eval_every=5, optimizer_steps=2)
@@ -459,10 +464,11 @@ def test_groups_that_do_not_divide_by_the_ranks_are_refused(run, monkeypatch):
         run(groups=3)
 
 
-def test_an_unknown_key_is_refused_by_name(capsys):
-    with pytest.raises(SystemExit):
-        train_nft.main(["--learning_rate", "1"])
-    assert "--learning_rate" in capsys.readouterr().err
+@pytest.mark.parametrize("words", [["--learning_rate", "1"], ["--filter", "mine"], ["--lr", "fast"]])
+def test_an_unknown_key_or_value_is_refused_by_name(words):
+    with pytest.raises(BadInput, match=words[-2]) as error:
+        train_nft.main(words)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("fault, message", [("missing", "no such picture"), ("broken", "not a readable picture")])
@@ -523,3 +529,14 @@ def test_the_papers_settings_are_the_defaults():
                   decay_max=0.5, eval_steps=15, eval_every=10, save_every=30, ema_decay=0.9, filter_mean=0.9,
                   filter_std=0.05, filter="paper")  # fmt: skip
     assert {key: getattr(settings, key) for key in wanted} == wanted
+
+
+def test_the_base_stays_in_its_precision_and_the_lora_is_float32(kontext_folder):
+    from sample import add_policies, load_editor, lora_parameters
+
+    editor = load_editor(kontext_folder, dtype=torch.bfloat16)
+    add_policies(editor, 4, 4)
+    trained = {id(p) for name in ("new", "old") for p in lora_parameters(editor, name).values()}
+    kinds = {p.dtype for p in editor.pipe.transformer.parameters() if id(p) not in trained}
+    assert kinds == {torch.bfloat16}
+    assert {p.dtype for p in lora_parameters(editor, "new").values()} == {torch.float32}
