@@ -12,7 +12,7 @@ from PIL import Image
 import data_prep
 import reward_mllm
 from data_prep import BadInput, seeded
-from reward_mllm import JudgeSettings, digit_token_ids, expected_score, load_judge
+from reward_mllm import JudgeSettings, answer_token_ids, expected_score, load_judge
 
 ROOT = Path(__file__).parents[1]
 DIGITS = torch.arange(3, 9)  # where "0" to "5" stand in the made-up vocabularies below
@@ -192,8 +192,12 @@ def test_a_score_that_failed_is_nan_and_never_zero(judge, asked, monkeypatch):
         output.logits[2] = torch.nan
         return output
 
+    clean = judge.score(*asked).score
     monkeypatch.setattr(judge.model, "forward", spoiled)
-    assert judge.score(*asked).score.isnan().tolist() == [False, False, True, False, False, False]
+    scores = judge.score(*asked)
+    failed = scores.score.isnan()
+    assert failed.sum() == 1 and torch.equal(scores.score[~failed], clean[~failed])
+    assert [cause for cause in scores.causes if cause] == ["logits that are not finite"]
 
 
 def test_no_edits_give_no_scores(judge):
@@ -213,20 +217,20 @@ def word_tokenizer(words):
 
 
 def test_digit_ids_are_asked_of_the_tokenizer():
-    assert digit_token_ids(word_tokenizer(["[unk]", *"012345"])) == [1, 2, 3, 4, 5, 6]
-    assert digit_token_ids(word_tokenizer(["[unk]", "x", *"543210"])) == [7, 6, 5, 4, 3, 2]
+    assert answer_token_ids(word_tokenizer(["[unk]", *"012345"])) == [1, 2, 3, 4, 5, 6]
+    assert answer_token_ids(word_tokenizer(["[unk]", "x", *"543210"])) == [7, 6, 5, 4, 3, 2]
 
 
 def test_a_tokenizer_without_a_digit_is_refused():
-    with pytest.raises(BadInput, match="the digit 4 is not one token"):
-        digit_token_ids(word_tokenizer(["[unk]", *"01235"]))
+    with pytest.raises(BadInput, match="the answer 4 is not one token"):
+        answer_token_ids(word_tokenizer(["[unk]", *"01235"]))
 
 
 def test_a_tokenizer_that_splits_a_digit_is_refused(monkeypatch):
     tokenizer = word_tokenizer(["[unk]", *"012345"])
     monkeypatch.setattr(tokenizer, "encode", lambda digit, **kwargs: [9, "012345".index(digit)])
-    with pytest.raises(BadInput, match="the digit 0 is not one token"):
-        digit_token_ids(tokenizer)
+    with pytest.raises(BadInput, match="the answer 0 is not one token"):
+        answer_token_ids(tokenizer)
 
 
 def test_braces_in_an_instruction_reach_the_judge_as_they_are(judge_folder):
