@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import sample  # noqa: E402
 import train_nft  # noqa: E402
 from data_prep import BadInput, paired_gain, seeded  # noqa: E402
 from rule_judge import RuleJudge  # noqa: E402
@@ -205,7 +206,7 @@ def run(kontext_folder, dataset, tmp_path, monkeypatch):
     def call(out="run", judge=RuleJudge(), **changes):
         monkeypatch.setattr(train_nft, "load_judge", lambda *args: judge)
         train_nft.main(arguments(kontext_folder, dataset, tmp_path / out, **changes)
-                       + ["--resume"] * (tmp_path / out / "log.jsonl").exists())  # fmt: skip
+                       + ["--resume", "auto"])  # fmt: skip
         return tmp_path / out
 
     return call
@@ -225,7 +226,7 @@ def test_a_run_moves_the_lora_and_writes_what_it_promises(run, capsys):
     assert (out / "config.json").exists() and (out / "samples" / "epoch-0002.png").exists()
     first, last = log(out)
     for key in ("reward", "reward spread", "groups kept", "r histogram", "drift old", "drift base", "loss by t",
-                "grad norm", "digit mass", "seconds", "edits per second"):  # fmt: skip
+                "grad norm", "skipped steps", "terms", "digit mass", "seconds", "peak GB", "edits per second"):  # fmt: skip
         assert key in first
     assert set(last["held-out"]) == {"new", "old", "ema"}
     assert "epoch 2/2" in capsys.readouterr().out
@@ -276,8 +277,6 @@ def test_every_epoch_draws_other_noise(run, monkeypatch):
 
 
 def test_twelve_copies_run_on_one_process_that_takes_five_at_a_time(run, monkeypatch):
-    import sample
-
     sizes, call = [], sample._call_pipeline
     monkeypatch.setattr(sample, "_call_pipeline", lambda e, i, p, g, s, x: sizes.append(len(g)) or call(e, i, p, g, s, x))
     run(group_size=12, rollout_batch=5, epochs=1, groups=1, eval_every=5)
@@ -355,7 +354,7 @@ def test_failed_scores_are_counted_and_too_many_stop_the_run(run, dataset, tmp_p
     (broken / "test.jsonl").write_text((dataset / "test.jsonl").read_text())
     out = run("some", data=broken, max_failed=0.6)
     assert log(out)[0]["failed scores"] == 8
-    with pytest.raises(BadInput, match="judge failed on 8 of 16"):
+    with pytest.raises(BadInput, match="judge failed on 8 of 16 edits .*broken.*--resume auto"):
         run("many", data=broken)
 
 
@@ -381,7 +380,7 @@ def test_the_gradient_of_two_ranks_is_the_gradient_of_one(run, kontext_folder, d
 
 
 def test_a_judge_that_does_not_speak_in_digits_stops_the_run(run):
-    with pytest.raises(BadInput, match="of its probability on the digits"):
+    with pytest.raises(BadInput, match="puts 20.0% of its probability on the answers that count"):
         run(judge=RuleJudge(mass=0.2))
 
 
@@ -403,17 +402,17 @@ def test_a_judge_that_prefers_the_untouched_source_stops_the_run(run, dataset, t
 
 
 def test_an_editor_that_ignores_the_source_stops_the_run(run, monkeypatch):
-    velocity = train_nft.velocity
+    velocity = sample.velocity
     blind = lambda e, x, t, cond: velocity(e, x, t, cond | {"hidden_states": torch.zeros_like(cond["hidden_states"])})  # noqa: E731
-    monkeypatch.setattr(train_nft, "velocity", blind)
+    monkeypatch.setattr(sample, "velocity", blind)
     with pytest.raises(BadInput, match="another source picture changes nothing"):
         run()
 
 
 def test_a_lora_without_gradient_stops_the_run(run, monkeypatch):
-    velocity = train_nft.velocity
+    velocity = sample.velocity
     dead = lambda *a: velocity(*a).detach().requires_grad_()  # noqa: E731
-    monkeypatch.setattr(train_nft, "velocity", dead)
+    monkeypatch.setattr(sample, "velocity", dead)
     with pytest.raises(BadInput, match="gets no gradient"):
         run()
 
@@ -431,10 +430,19 @@ def test_policies_that_differ_at_the_start_stop_the_run(run, monkeypatch):
         run()
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(run, monkeypatch):
+def test_a_step_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops_the_run(run, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(train_nft, "nft_loss", lambda *a: nft_loss(*a) * (torch.nan if len(calls.append(1) or calls) == 2 else 1))
+    out = run("once", epochs=2)
+    assert [line["skipped steps"] for line in log(out)] == [1, 0] and log(out)[0]["optimizer steps"] == 0
+    assert all(weights.abs().sum() == 0 for key, weights in lora(out / "checkpoint-1").items() if "lora_B" in key)
+    assert all(weights.isfinite().all() for weights in lora(out / "checkpoint-2").values())
     monkeypatch.setattr(train_nft, "nft_loss", lambda *a: nft_loss(*a) * torch.nan)
-    with pytest.raises(FloatingPointError, match="epoch 1"):
-        run()
+    with pytest.raises(BadInput, match="three steps in a row .*not-finite.json"):
+        run("ever", epochs=9)
+    guilty = json.loads((tmp_path / "ever" / "not-finite.json").read_text())
+    assert guilty and set(guilty[0]) == {"row", "copy", "t", "loss", "score"} and guilty[0]["loss"] == "nan"
+    assert all(weights.isfinite().all() for weights in lora(tmp_path / "ever" / "checkpoint-3").values())
 
 
 @pytest.mark.parametrize("change, message", [
