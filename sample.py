@@ -41,6 +41,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers.hf_argparser import HfArg
 
 from data_prep import BadInput, load_image, parse_settings, run_script, seeded
@@ -400,6 +401,9 @@ def shard_base(editor, accelerator):
     )  # fmt: skip
     accelerator.state.fsdp_plugin = plugin
     fsdp2_prepare_model(accelerator, transformer)
+    parts = [(p.numel(), p.to_local().numel()) for p in transformer.parameters() if isinstance(p, DTensor)]
+    whole, here = map(sum, zip(*parts))
+    accelerator.print(f"the base's {whole:,} numbers are spread over {accelerator.num_processes} ranks, {here:,} on this one")
     editor.pipe.to(accelerator.device)
 
 

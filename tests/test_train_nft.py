@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -358,15 +359,20 @@ def test_failed_scores_are_counted_and_too_many_stop_the_run(run, dataset, tmp_p
         run("many", data=broken)
 
 
-def test_the_gradient_of_two_ranks_is_the_gradient_of_one(run, kontext_folder, dataset, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_ranks_end_with_the_lora_of_one(run, kontext_folder, dataset, tmp_path, shard):
     larger = {"lora_alpha": 64}  # Adam divides by the gradient's size: let that be far above rounding
     single = run("single", **larger)
     script, out = ROOT / "tests" / "rule_judge.py", tmp_path / "double"
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", script,
-         *arguments(kontext_folder, dataset, out, **larger)], capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", script,
+         *arguments(kontext_folder, dataset, out, **larger, shard=shard)], capture_output=True, text=True, cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "checkpoint-2" / "state.json").read_text())["settings"]["ranks"] == 2
+    if shard:
+        whole, here = (int(words.replace(",", "")) for words in re.search(r"base's ([\d,]+) .* ([\d,]+) on this", done.stdout).groups())
+        assert here < 0.6 * whole
     dropped = [line["groups kept"] for line in log(out)]
     assert any(0 < share < 1 for share in dropped) and dropped == [line["groups kept"] for line in log(single)]
     for name in ("", "old"):
