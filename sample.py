@@ -446,7 +446,8 @@ def save_checkpoint(editor, optimizer, out, state, keep):
     """
     folder = Path(out) / f"checkpoint-{state['epoch']}"
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    for left in folder.parent.glob(".checkpoint-*.part"):  # by a kill
+        shutil.rmtree(left)
     try:
         for name in editor.policies:
             save_lora(editor, part / name.removeprefix("new"), name)

@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Literal
 from zlib import crc32
 
@@ -467,7 +468,7 @@ def main(argv=None):
         if settings.dry_run:
             return accelerator.print(epoch_line(record, 1, 0) + f"\npeak GB: {record['peak GB']}; nothing was saved")
         state |= {"epoch": epoch + 1, "held-out": None}
-        record["grad spike"] = len(usual) > 4 and (record["grad norm"] or 0) > 5 * np.median(usual)
+        record["grad spike"] = len(usual) > 4 and (record["grad norm"] or 0) > 5 * median(usual)
         usual = [*usual, *filter(math.isfinite, norms)][-20:]
         for norm in norms:
             state["skipped in a row"] = 0 if math.isfinite(norm) else state["skipped in a row"] + 1

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -20,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import sample  # noqa: E402
 import train_nft  # noqa: E402
 from data_prep import BadInput, paired_gain, seeded  # noqa: E402
-from rule_judge import RuleJudge  # noqa: E402
+from rule_judge import RuleJudge, arguments, log, lora  # noqa: E402
 from train_nft import Settings, group_advantages, nft_loss, rows_of_epoch, self_normalised_mse  # noqa: E402
 
 # ---------------------------------------------------------------- nft_loss
@@ -175,52 +174,6 @@ def test_an_epoch_larger_than_the_data_uses_rows_again():
 # ---------------------------------------------------------------- whole runs
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    """Eight training rows, two with one prompt and other pictures, and two held-out ones."""
-    folder = tmp_path_factory.mktemp("data")
-    prompts = ["make the red circle blue", "make the red circle blue", "remove the green square", "add red triangle"]
-    for split, number in (("train", 8), ("test", 2)):
-        lines = []
-        for i in range(number):
-            noise = torch.rand(32, 32, 3, generator=seeded("picture", split, i))
-            Image.fromarray((noise * 255).byte().numpy()).save(folder / f"{split}{i}.png")
-            lines.append({"prompt": prompts[i % 4], "image": f"{split}{i}.png"} | ({"flat": True} if i in (1, 3, 4) else {}))
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder
-
-
-def arguments(kontext_folder, dataset, out, **changes):
-    values = dict(
-        base=kontext_folder, data=dataset, out=out, judge="local:rule", resolution=32, epochs=2, groups=4, group_size=4,
-        rollout_steps=4, train_timesteps=2, train_steps_from=4, train_batch=6, rollout_batch=4, eval_rows=2, eval_steps=2,
-        eval_every=2, save_every=1, lora_rank=4, lora_alpha=4, lr=1e-2, decay_rate=0.3, gradient_checkpointing=False,
-    ) | changes  # fmt: skip
-    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
-
-
-@pytest.fixture
-def run(kontext_folder, dataset, tmp_path, monkeypatch):
-    """run(out="a", **settings) calls main with the rule judge and returns the run's folder."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-
-    def call(out="run", judge=RuleJudge(), **changes):
-        monkeypatch.setattr(train_nft, "load_judge", lambda *args: judge)
-        train_nft.main(arguments(kontext_folder, dataset, tmp_path / out, **changes)
-                       + ["--resume", "auto"])  # fmt: skip
-        return tmp_path / out
-
-    return call
-
-
-def lora(folder, name=""):
-    return load_file(folder / name / "pytorch_lora_weights.safetensors")
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def test_a_run_moves_the_lora_and_writes_what_it_promises(run, capsys):
     out = run()
     assert any(weights.abs().sum() > 0 for key, weights in lora(out / "checkpoint-2").items() if "lora_B" in key)
@@ -240,18 +193,6 @@ def test_diffusers_alone_loads_a_checkpoint(run, kontext_folder):
     pipe = FluxKontextPipeline.from_pretrained(kontext_folder)
     pipe.load_lora_weights(out / "checkpoint-2")
     assert pipe.get_active_adapters() == ["default_0"]
-
-
-def test_a_resumed_run_ends_with_the_same_bits(run):
-    whole = run("whole", epochs=4)
-    halves = run("halves", epochs=2)
-    (halves / ".checkpoint-3.part").mkdir()  # what a kill leaves behind
-    run("halves", epochs=4)
-    for name in ("", "old", "ema"):
-        for key, weights in lora(whole / "checkpoint-4", name).items():
-            assert torch.equal(weights, lora(halves / "checkpoint-4", name)[key]), (name, key)
-    assert [line["epoch"] for line in log(halves)] == [1, 2, 3, 4]
-    assert [line["reward"] for line in log(halves)] == [line["reward"] for line in log(whole)]
 
 
 def test_new_old_and_ema_are_three_different_things_in_a_checkpoint(run):
@@ -434,21 +375,6 @@ def test_policies_that_differ_at_the_start_stop_the_run(run, monkeypatch):
     monkeypatch.setattr(train_nft, "add_policies", unequal)
     with pytest.raises(AssertionError, match="differ at the start"):
         run()
-
-
-def test_a_step_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops_the_run(run, monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr(train_nft, "nft_loss", lambda *a: nft_loss(*a) * (torch.nan if len(calls.append(1) or calls) == 2 else 1))
-    out = run("once", epochs=2)
-    assert [line["skipped steps"] for line in log(out)] == [1, 0] and log(out)[0]["optimizer steps"] == 0
-    assert all(weights.abs().sum() == 0 for key, weights in lora(out / "checkpoint-1").items() if "lora_B" in key)
-    assert all(weights.isfinite().all() for weights in lora(out / "checkpoint-2").values())
-    monkeypatch.setattr(train_nft, "nft_loss", lambda *a: nft_loss(*a) * torch.nan)
-    with pytest.raises(BadInput, match="three steps in a row .*not-finite.json"):
-        run("ever", epochs=9)
-    guilty = json.loads((tmp_path / "ever" / "not-finite.json").read_text())
-    assert guilty and set(guilty[0]) == {"row", "copy", "t", "loss", "score"} and guilty[0]["loss"] == "nan"
-    assert all(weights.isfinite().all() for weights in lora(tmp_path / "ever" / "checkpoint-3").values())
 
 
 @pytest.mark.parametrize("change, message", [
