@@ -142,7 +142,7 @@ def tiny_qwen_edit(cls, zero_cond_t=False):
     """A random QwenImageEditPipeline or QwenImageEditPlusPipeline; zero_cond_t as in Qwen-Image-Edit-2511."""
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
-    tokenizer = tiny_qwen_tokenizer()
+    tokenizer = tiny_qwen_tokenizer(longest=512)
     model, processor = tiny_qwen_vl(tokenizer)
     vae = AutoencoderKLQwenImage(base_dim=8, z_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
                                  latents_mean=[0.1] * 8, latents_std=[0.9] * 8)  # fmt: skip
