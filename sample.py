@@ -182,7 +182,10 @@ def load_editor(base, device="cpu", dtype=torch.float32, resolution=None, max_te
         pipe = load_pipeline(base, dtype)
     except (OSError, ValueError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{base}: not a diffusers model ({reason}); name a model folder or a hub id") from error
+        mend = "name a model folder or a hub id"
+        if any(word in reason for word in ("orchvision", "video processor", "Placeholder")):
+            mend = "its processor needs torchvision; pip install torchvision"
+        raise BadInput(f"{base}: not a diffusers model ({reason}); {mend}") from error
     kind, taken = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     if getattr(pipe, "transformer", None) is None or "image" not in taken:
         raise BadInput(f"{base}: {kind} edits no pictures; name an editor such as FLUX.1-Kontext-dev")

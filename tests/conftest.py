@@ -147,7 +147,7 @@ def tiny_qwen_edit(cls, zero_cond_t=False):
     vae = AutoencoderKLQwenImage(base_dim=8, z_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
                                  latents_mean=[0.1] * 8, latents_std=[0.9] * 8)  # fmt: skip
     vae.decoder.conv_out.weight.data *= 4
-    transformer = QwenImageTransformer2DModel(in_channels=32, out_channels=8, num_layers=1, attention_head_dim=16,
+    transformer = QwenImageTransformer2DModel(in_channels=32, out_channels=8, num_layers=2, attention_head_dim=16,
                                               num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
                                               zero_cond_t=zero_cond_t)  # fmt: skip
     return cls(scheduler=flow_scheduler(), vae=vae, text_encoder=model, tokenizer=tokenizer, processor=processor,
