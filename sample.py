@@ -202,10 +202,11 @@ def load_editor(base, device="cpu", dtype=torch.float32, resolution=None, max_te
     if resolution != nearest:
         most = f" up to {int(family.max_pixels**0.5)}" if family.max_pixels else ""
         raise BadInput(f"resolution {resolution}: {base} takes multiples of {multiple}{most}; take {nearest}")
-    own = taken["max_sequence_length"].default if "max_sequence_length" in taken else pipe.tokenizer_max_length
     if max_text is None:
-        max_text = min(own, getattr(getattr(pipe, "tokenizer_2", None) or pipe.tokenizer, "model_max_length", own))
-    pipe.tokenizer_max_length = pipe.tokenizer_max_length if "max_sequence_length" in taken else max_text
+        own = taken["max_sequence_length"].default if "max_sequence_length" in taken else 512
+        max_text = min(own, getattr(text_parts(pipe)[1], "model_max_length", own))
+    if "max_sequence_length" not in taken:
+        pipe.tokenizer_max_length = max_text
     pipe.scheduler = FlowDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.solver_order = solver_order
     pipe.set_progress_bar_config(disable=True)
@@ -296,7 +297,7 @@ def soft_update(editor, decay, average="old"):
 def save_lora(editor, folder, name="new"):
     """Writes one adapter in diffusers' format: plain pipe.load_lora_weights(folder) then draws the same edits.
 
-    LongCat's pipeline has no such method: there it is pipe.transformer.load_lora_adapter(folder, prefix="transformer").
+    LongCat's pipeline lacks it; there it is pipe.transformer.load_lora_adapter(folder, weight_name=LORA_FILE).
     """
     weights = {key: parameter.detach() for key, parameter in lora_parameters(editor, name).items()}
     settings = editor.pipe.transformer.peft_config[name].to_dict()
@@ -392,17 +393,26 @@ def sources_keep_their_size(editor, images):
     The small picture that Qwen-Image-Edit-Plus shows its text encoder stays the pipeline's own, if not above ours.
     """
     module, name = sys.modules[type(editor.pipe).__module__], editor.family.sizes
-    sizes, own = {image.width / image.height: image.size for image in images}, getattr(module, name or "__name__")
+    if not name:
+        yield
+        return
+    sizes, own = {image.width / image.height: image.size for image in images}, getattr(module, name)
 
     def ours(area, ratio):
-        own_answer = own(min(area, editor.resolution**2), ratio)
-        return own_answer if area < 1024**2 else (*sizes[ratio], *own_answer[2:])
+        answer = own(min(area, editor.resolution**2), ratio)
+        return answer if area < 1024**2 else (*sizes[ratio], *answer[2:])
 
-    setattr(module, name or "__name__", ours if name else own)
+    setattr(module, name, ours)
     try:
         yield
     finally:
-        setattr(module, name or "__name__", own)
+        setattr(module, name, own)
+
+
+def text_parts(pipe):
+    """(encoder, tokenizer) that read the whole prompt; either may be None."""
+    encoder, tokenizer = (getattr(pipe, f"{part}_2", None) or getattr(pipe, part, None) for part in ("text_encoder", "tokenizer"))
+    return encoder, getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its tokenizer
 
 
 def _call_pipeline(editor, images, prompt, generators, steps, guidance):
@@ -414,14 +424,14 @@ def _call_pipeline(editor, images, prompt, generators, steps, guidance):
               "max_sequence_length": editor.max_text, "negative_prompt": negative}  # fmt: skip
     taken = inspect.signature(pipe.__call__).parameters
     wanted = {name: value for name, value in wanted.items() if value is not None and name in taken}
-    tokenizer = getattr(pipe, "tokenizer_2", None) or getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
+    encoder, tokenizer = text_parts(pipe)
     too_long = f"a prompt has more than the {editor.max_text} tokens that {type(pipe).__name__} takes: {prompt[:60]!r}..."
     if family.long_text == "fail" and len(tokenizer(prompt).input_ids) > editor.max_text:
         raise BadInput(f"{too_long}; shorten it")
 
     def before_encoder(module, args, kwargs):
         ids = kwargs.get("input_ids", args[0] if args else None)  # (1, tokens)
-        if family.long_text == "cut" and ids.shape[1] == editor.max_text and not (ids == tokenizer.pad_token_id).any():
+        if ids is not None and ids.shape[1] == editor.max_text and tokenizer.pad_token_id not in ids:
             note(f"{too_long}; the rest is cut")
 
     def before_transformer(module, args, kwargs):
@@ -430,9 +440,9 @@ def _call_pipeline(editor, images, prompt, generators, steps, guidance):
             if not first:
                 first.update(kwargs)
 
-    encoder = getattr(pipe, "text_encoder_2", None) or pipe.text_encoder
-    hooks = [module.register_forward_pre_hook(hook, with_kwargs=True)
-             for module, hook in ((encoder, before_encoder), (pipe.transformer, before_transformer))]  # fmt: skip
+    hooks = [pipe.transformer.register_forward_pre_hook(before_transformer, with_kwargs=True)]
+    if family.long_text == "cut" and encoder is not None:
+        hooks.append(encoder.register_forward_pre_hook(before_encoder, with_kwargs=True))
     try:
         with sources_keep_their_size(editor, images):
             pictures = pipe(image=images[0] if len(images) == 1 else images, prompt=prompt, generator=list(generators),
@@ -545,7 +555,7 @@ class Settings:
     prompt: str = HfArg(default="", help="The instruction.")
     out: str = HfArg(default="out.png", help="Where the picture of the edits goes.")
     base: str = HfArg(default=TOY, help="The editor: a folder or a hub id.")
-    lora: str = HfArg(default="", help="A LoRA: RUN/checkpoint-N, a hub id, or another tool's .safetensors file.")
+    lora: str = HfArg(default="", help="A LoRA, ours or PEFT's: RUN/checkpoint-N, or a hub id.")
     compare: bool = HfArg(default=False, help="Show base and LoRA side by side, with the same seeds.")
     num: int = HfArg(default=4, help="Edits to draw.")
     seed: int = HfArg(default=42, help="The first edit's seed; the others follow it.")
@@ -574,16 +584,7 @@ def main(argv=None):
                          args.resolution, args.max_text)  # fmt: skip
     steps = args.steps or (6 if args.base == TOY else 28)
     guidance = 2.5 if args.guidance is None and args.base == TOY else args.guidance
-    if args.lora.endswith(".safetensors"):
-        try:
-            editor.pipe.load_lora_weights(args.lora, adapter_name="new")
-        except (OSError, ValueError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"{args.lora}: not a LoRA for {args.base} ({reason}); name RUN/checkpoint-N") from error
-        find_lora_layers(editor)
-        if not editor.lora_layers:
-            raise BadInput(f"{args.lora}: binds to no layer of {args.base}; take the LoRA's own base model")
-    elif args.lora:
+    if args.lora:
         add_policies(editor, averages=(), start=args.lora)
     names = ["base", "new"] if args.compare else ["new" if args.lora else "base"]
     rows, captions = [], []

@@ -354,6 +354,18 @@ def test_two_epochs_move_the_lora_and_nothing_else_and_diffusers_alone_draws_the
     assert pixels(plain()) == pixels(ours.images) != untrained
 
 
+@pytest.mark.parametrize("name, given, wanted", [
+    (QWEN, {}, {(1, 1.0), (2, 1.0), (3, 4.0)}), (QWEN, {"guidance": 2, "eval_guidance": 1}, {(1, 2.0), (2, 2.0), (3, 1.0)}),
+    (KONTEXT, {}, {(1, 2.5), (2, 2.5), (3, 3.5)}),
+])  # fmt: skip
+def test_training_takes_the_familys_guidance_in_rollouts_and_in_evaluation(
+        editor_folder, rows, tmp_path, watched, monkeypatch, name, given, wanted):  # fmt: skip
+    seen, call = set(), sample._call_pipeline
+    monkeypatch.setattr(sample, "_call_pipeline", lambda *args: seen.add(args[4:]) or call(*args))
+    train(editor_folder(name), rows, tmp_path / "out", epochs=1, eval_every=5, eval_steps=3, **given)
+    assert seen == wanted  # steps and guidance: 1 in the check at the start, 2 in rollouts, 3 in evaluation
+
+
 # ---------------------------------------------------------------- released LoRAs
 
 
