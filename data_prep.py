@@ -1,10 +1,13 @@
 """The data: JSONL rows in, checked examples out; and the toy world with its two tiny models.
 
     python data_prep.py toy            # builds data/toy: rows, pictures, a tiny editor, a tiny judge
+    python data_prep.py check DIR      # lists every fault of a dataset; --against BENCH finds a benchmark's pictures
 """
 
+import difflib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -75,68 +78,222 @@ def seeded(*key):
 # ---------------------------------------------------------------- rows and pictures
 
 
+MAX_PIXELS, MIN_SIDE = 2**26, 16  # a picture above the first is never decoded; one with a shorter side is a fault
+NEAR = 0.05  # root mean square difference of two 16 x 16 thumbnails in [0, 1] below which they show one picture
+KEYS = ("prompt", "image", "requirement", "task", "target")  # what a row may hold beside its id; others are kept
+
+
 def load_image(path):
-    """The picture at `path` as an upright RGB PIL.Image; BadInput when it is missing or does not decode."""
+    """The picture at `path`, or in a binary file, as an upright RGB PIL.Image; transparent parts are white.
+
+    Raises BadInput when it is missing, does not decode, or has more than MAX_PIXELS, which its header tells.
+    """
+    name = getattr(path, "name", path)
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            if image.width * image.height > MAX_PIXELS:
+                raise BadInput(f"{name}: {image.width} x {image.height} pixels, above {MAX_PIXELS:,}; make it smaller")
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise BadInput(f"{name}: holds floats of no known range; save it with 8 bits")
+            if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such picture; correct the path in the row, or add the file") from None
+        raise BadInput(f"{name}: no such picture; correct the path in the row, or add the file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: not a readable picture ({error}); replace it or remove its row") from None
+        raise BadInput(f"{name}: not a readable picture ({error}); replace it or remove its row") from None
 
 
-def read_rows(folder, split):
+def read_rows(folder, split, faults=None):
     """The rows of a dataset folder's `train` or `test` split, checked, pictures not yet opened.
 
     Returns a list of dicts: `prompt` (str), `images` (list of absolute paths, from the key `image`), `id` (str), and
     whatever else the row holds (`requirement`, `task`, ...); `target`, the picture of a right edit, becomes absolute.
-    Raises BadInput naming file, line and mend.
+    The first bad row raises BadInput naming file, line and mend. With a list as `faults` bad rows are left out and what
+    is wrong with each is appended to it.
     """
     folder = Path(folder).resolve()
     names = [f"{split}.jsonl", f"{split}_metadata.jsonl"]
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         raise BadInput(f"{folder}: holds neither {names[0]} nor {names[1]}; name a dataset folder")
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
+    rows, seen = [], {}
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{where}: not JSON ({error}); write one object a line") from None
-        if not isinstance(row, dict):
-            raise BadInput(f"{where}: not an object; write one object a line")
-        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
-        images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image")
-        if not images or not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-            raise BadInput(f"{where}: the row has no `image`; add a path, or a list of paths, relative to {folder}")
-        row["images"] = [_inside(folder, name, where) for name in images]
-        if "target" in row:
-            row["target"] = _inside(folder, row["target"], where)
-        row["id"] = str(row.get("id", f"{split}-{number}"))
-        rows.append(row)
-    if not rows:
+            if line.strip():
+                rows.append(_read_row(line, folder, f"{file}:{number}", f"{split}-{number}", seen))
+        except BadInput as fault:
+            if faults is None:
+                raise
+            faults.append(str(fault))
+    if not rows and not faults:
         raise BadInput(f"{file}: holds no rows; add some")
     return rows
 
 
-def _inside(folder, name, where):
-    path = (folder / name).resolve()
+def _read_row(line, folder, where, name, seen):
+    """One checked row of read_rows; `seen` maps ids and contents of earlier rows to their places."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON ({error}); write one object a line") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: not an object; write one object a line")
+    for key in sorted(row.keys() - set(KEYS)):
+        for meant in set(difflib.get_close_matches(key, KEYS, 1, 0.8)) - row.keys():
+            raise BadInput(f"{where}: unknown key `{key}`; write `{meant}`")
+    if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
+    images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image")
+    if not images or not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise BadInput(f"{where}: the row has no `image`; add a path, or a list of paths, relative to {folder}")
+    for key in ("requirement", "task", "target"):
+        if not isinstance(row.get(key, ""), str):
+            raise BadInput(f"{where}: `{key}` is {row[key]!r}, not text; write it in quotes or leave it out")
+    row["images"] = [inside(folder, name, where) for name in images]
+    if "target" in row:
+        row["target"] = inside(folder, row["target"], where)
+    row["id"] = str(row.get("id", name))
+    for mark, mend in ((row["id"], f"the id {row['id']!r} again"), ((row["prompt"], *row["images"]), "the row again")):
+        if seen.setdefault(mark, where) != where:
+            raise BadInput(f"{where}: {mend} that {Path(seen[mark]).name} has; remove or change one")
+    return row
+
+
+def inside(folder, name, where):
+    """The absolute path of `name` in `folder`; BadInput when it leaves it, also by a link."""
+    try:
+        path = (folder / name).resolve()
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"{where}: picture {name!r} is no path ({error}); correct it") from None
     if not path.is_relative_to(folder):
         raise BadInput(f"{where}: picture {name} leaves the dataset folder; move it inside {folder}")
     return str(path)
 
 
-def check_pictures(rows):
-    """Opens every picture of `rows` once; the first that is missing or broken raises BadInput."""
-    paths = {path for row in rows for path in (*row["images"], *filter(None, [row.get("target")]))}
+def look_at(path):
+    """A fit picture's (hash of its pixels, thumbnail (768,) float32 in [0, 1]); a BadInput, not raised, for another."""
+    try:
+        image = load_image(path)
+        if min(image.size) < MIN_SIDE:
+            raise BadInput(f"{path}: {image.width} x {image.height} pixels, below {MIN_SIDE}; replace it or remove its row")
+    except BadInput as fault:
+        return fault
+    small = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32) / 255
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes()).digest(), small.flatten()
+
+
+def row_pictures(row):
+    return [*row["images"], *filter(None, [row.get("target")])]
+
+
+def check_pictures(rows, faults=None, looks=None):
+    """Opens every picture of `rows` once and returns the rows whose pictures are all fit for use.
+
+    The first missing, broken or too small picture raises BadInput; with a list as `faults` it is appended instead.
+    looks: a dict that gets what look_at says of each path.
+    """
+    looks = {} if looks is None else looks
+    paths = sorted({path for row in rows for path in row_pictures(row)})
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(load_image, sorted(paths)):
-            pass
+        for path, look in zip(paths, pool.map(look_at, paths)):
+            looks[path] = look
+            if isinstance(look, BadInput) and faults is None:
+                raise look
+            if isinstance(look, BadInput):
+                faults.append(str(look))
+    return [row for row in rows if not any(isinstance(looks[path], BadInput) for path in row_pictures(row))]
+
+
+# ---------------------------------------------------------------- the check
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """What `data_prep.py check DIR` is told."""
+
+    dataset: str = HfArg(default="", help="The dataset folder; also the first word after check.")
+    against: str = HfArg(default="", help="A benchmark's folder: its pictures must not be in the dataset.")
+
+
+def read_table(folder):
+    """The rows of all parquet and arrow files below `folder` as dicts, a few at a time; none where there are none.
+
+    A picture is a dict with its file's `bytes`. Arrow files are streams, as `datasets` writes them to disk.
+    """
+    files = sorted(file for kind in ("*.parquet", "*.arrow") for file in Path(folder).rglob(kind))
+    if not files:
+        return
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise BadInput(f"{files[0]}: reading it needs pyarrow; pip install pyarrow") from None
+    for file in files:
+        stream = ParquetFile(file).iter_batches(16) if file.suffix == ".parquet" else pyarrow.ipc.open_stream(file)
+        for batch in stream:
+            yield from batch.to_pylist()
+
+
+def benchmark_pictures(folder):
+    """(name, path or binary file) of every picture in a benchmark's folder, also of those inside parquet and arrow files."""
+    known = Image.registered_extensions()
+    for file in sorted(Path(folder).rglob("*")):
+        if file.suffix.lower() in known:
+            yield str(file.relative_to(folder)), file
+    for number, row in enumerate(read_table(folder)):
+        for column, value in row.items():
+            if isinstance(value, dict) and value.get("bytes"):
+                yield f"row {number}, {column}", io.BytesIO(value["bytes"])
+
+
+def copies_of(looks, folder):
+    """Which looked-at pictures show one of the benchmark in `folder`: (path, words) pairs, exact and near copies."""
+    paths = [path for path, look in looks.items() if not isinstance(look, BadInput)]
+    hashes, own = [looks[path][0] for path in paths], torch.tensor(np.array([looks[path][1] for path in paths]))
+    found, number = {}, 0
+    for name, picture in benchmark_pictures(folder):
+        look, number = look_at(picture), number + 1
+        if isinstance(look, BadInput) or not paths:
+            continue
+        distance = (own - torch.from_numpy(look[1])).square().mean(1).sqrt()  # (paths,)
+        for i in torch.nonzero(distance < NEAR).flatten().tolist():
+            exact = hashes[i] == look[0]
+            said = f"an exact copy of {name}" if exact else f"a near copy of {name} (difference {distance[i]:.3f})"
+            if exact or paths[i] not in found:
+                found[paths[i]] = said
+    if not number:
+        raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
+    return found.items()
+
+
+def check_dataset(settings):
+    """Reads a dataset once and prints every fault on a line of its own; BadInput when there is one.
+
+    Rows that are alike though their files differ are no fault of the data, training takes them: they are notes.
+    """
+    if not settings.dataset:
+        raise BadInput("check: no dataset is named; python data_prep.py check DIR [--against BENCH]")
+    folder, faults, looks, rows = Path(settings.dataset).resolve(), [], {}, []
+    splits = [split for split in ("train", "test") if list(folder.glob(f"{split}*.jsonl"))]
+    for split in splits or ["train"]:
+        rows += read_rows(folder, split, faults)
+    seen, notes = {}, []
+    rows = check_pictures(rows, faults, looks)
+    for row in rows:
+        mark = (row["prompt"], *(looks[path][0] for path in row["images"]))
+        if seen.setdefault(mark, row["id"]) != row["id"]:
+            notes.append(f"note: row {row['id']} has the prompt and the very pictures of row {seen[mark]}")
+    if settings.against:
+        faults += [f"{path}: {said}; remove its rows" for path, said in copies_of(looks, settings.against)]
+    print("".join(f"{line}\n" for line in notes + faults), end="")
+    counts = f"{len(rows)} good rows in {' and '.join(splits)}, {len(looks)} pictures"
+    if faults:
+        raise BadInput(f"{folder}: {len(faults)} faults, one a line above; {counts}")
+    print(f"{folder}: no faults; {counts}" + f"; nothing of {settings.against}" * bool(settings.against))
 
 
 class PictureProcessor(Qwen2VLProcessor):
@@ -779,9 +936,14 @@ def build_toy(settings):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] != ["toy"]:
-        raise BadInput(f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR]")
-    build_toy(parse_settings(ToySettings, argv[1:], description="Builds the toy world and its two tiny models."))
+    if argv[:1] == ["check"]:
+        words = ["--dataset"] * (argv[1:2] != [] and not argv[1].startswith("-")) + argv[1:]
+        check_dataset(parse_settings(CheckSettings, words, description="Lists every fault of a dataset folder."))
+    elif argv[:1] == ["toy"]:
+        build_toy(parse_settings(ToySettings, argv[1:], description="Builds the toy world and its two tiny models."))
+    else:
+        raise BadInput(f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR] or "
+                       "check DIR [--against BENCH]")  # fmt: skip
 
 
 if __name__ == "__main__":

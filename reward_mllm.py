@@ -1,91 +1,348 @@
-"""The judge: an untrained multimodal LLM that reads its score of an edit off the logits of the digits 0-5.
+"""The judge: an untrained multimodal LLM, local or served, that scores an edit by the logits of its answer.
 
     python reward_mllm.py --source a.png --edited b.png --prompt "remove the red circle" [--judge local:MODEL]
+    python reward_mllm.py agree FILE.jsonl --judge http://localhost:8000/v1 --strategies logits sampled
 
 It sees the instruction, the source picture and the edit, and is told to answer with one digit. The score is the mean of
-the digits under their probabilities at the first answer position, over 5 (UniWorld-V2, arXiv:2510.16888): no sampling,
-one forward for many edits.
+the digits under their probabilities at the first answer position, over 5 (UniWorld-V2, arXiv:2510.16888): no sampling.
+The other strategies of the paper's Table 4, several questions per edit, and plain terms are settings.
 
-Shapes: B edits, V words of the vocabulary.
+Shapes: n edits, B of them in one forward, V words of the vocabulary.
 
 Departures from the authors' released code:
-1. The digits' token ids are asked of the tokenizer, and each must be one token.
-2. How much probability the judge puts on digits at all (the mass) comes with every score.
-3. A score that cannot be had is NaN; it is never 0.
-4. Every edit is judged under its own row's instruction, on the pixels themselves: no JPEG.
+1. The answers' token ids are asked of the tokenizer; in a server's reply answers are found by their text.
+2. How much probability the judge puts on answers at all (the mass) comes with every score.
+3. A score that cannot be had is NaN with its cause; it is never 0, and it takes no other score with it.
+4. Every edit is judged under its own row's instruction, on the pixels themselves: PNG over the wire, no JPEG, no pickle.
+5. Instruction and source of a group are processed once, not once an edit.
 """
 
+import ast
+import base64
+import functools
 import inspect
+import io
+import itertools
+import operator
+import os
+import random
+import re
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
+import requests
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
-from data_prep import BadInput, load_image, parse_settings, run_script
+from data_prep import BadInput, load_image, parse_settings, read_rows, run_script, seeded, spearman
 
 TOY = "local:data/toy/judge"
-JUDGE_PROMPT = """You check edits of pictures. The last picture is an edited version of what comes before it.
-Instruction: {prompt}
-A good edit shows: {requirement}
-Rate how well the instruction was carried out while everything it does not mention stayed as it was, from 0 (not at all,
-or the picture is spoiled) to 5 (completely, and nothing else changed). Answer with one digit and nothing else."""
-REQUIREMENT = "the change that was asked for, complete and natural, and no other change."
+STRATEGIES = ("logits", "sampled", "yes_no", "logits_cot", "sampled_cot", "yes_no_cot")
+
+# ---------------------------------------------------------------- settings
 
 
-class Scores(NamedTuple):
-    score: torch.Tensor  # (n,) in [0, 1], NaN where the judge gave none
-    mass: torch.Tensor  # (n,) probability of the six digits among all words
-    probabilities: torch.Tensor  # (n, 6) of the digits among themselves
+@dataclass(frozen=True)
+class JudgeSettings:
+    judge: str = HfArg(default="local:Qwen/Qwen2.5-VL-7B-Instruct", help="local:MODEL or http://HOST:PORT/v1[,http://...].")
+    judge_model: str = HfArg(default="", help="A served judge's name. [the first one that the server lists]")
+    judge_strategy: Literal[STRATEGIES] = HfArg(
+        default="logits", help="Expected digit, one sampled digit, or yes against no; _cot: after a chain of thought.")  # fmt: skip
+    judge_formula: str = HfArg(default="execution", help="The reward: execution * (0.6 + 0.4 * consistency), ...")
+    judge_prompt: list[str] = HfArg(default_factory=list, help="FILE or ASPECT=FILE: texts in place of the judge's prompts.")
+    judge_thought: int = HfArg(default=512, help="Tokens of a chain of thought, at most.")
+    judge_device: str = HfArg(default="", help="Where a local judge runs. [beside the editor]")
+    judge_batch: int = HfArg(default=16, help="Edits in one forward of a local judge.")
+    judge_in_flight: int = HfArg(default=16, help="Requests at a time to each server.")
+    judge_logprobs: int = HfArg(default=20, help="Likeliest words that a server is asked for.")
+    judge_timeout: float = HfArg(default=60.0, help="Seconds that a server may take for an answer.")
+    judge_patience: float = HfArg(default=120.0, help="Seconds to go on trying, where that may help.")
+
+    def __post_init__(self):
+        for name in ("judge_thought", "judge_batch", "judge_in_flight", "judge_logprobs", "judge_timeout"):
+            if getattr(self, name) <= 0:
+                raise BadInput(f"--{name} {getattr(self, name)}: give a value above 0")
+
+
+# ---------------------------------------------------------------- what is asked
+
+THINK = "Do not rate it yet. First say in a few sentences what was asked, what changed, and what should have stayed."
+DIGIT = "Rate it from 0 (not at all, or the picture is spoiled) to 5 (completely). Answer with one digit and nothing else."
+YES_NO = "Is it so, completely? Answer yes or no and nothing else."
+LAYOUT = "You check edits of pictures. The last picture is an edited version of what comes before it.\nInstruction: {prompt}\n"
+PROMPTS = {
+    "execution": LAYOUT + "A good edit shows: {requirement}\nThe question is how well the instruction was carried out while "
+    "everything it does not mention stayed as it was. {answer}",
+    "consistency": LAYOUT + "Leave aside whether the instruction was carried out. The question is how far all that it does not "
+    "ask to change, such as other objects, faces, background, layout and style, is the same as before. {answer}",
+    "quality": LAYOUT + "Leave aside whether the instruction was carried out. The question is how natural the last picture "
+    "looks: sharp, well lit, free of seams, smears and noise, with no broken shapes, hands or letters. {answer}",
+}  # fmt: skip
+REQUIREMENTS = {  # by task; what a row's own `requirement` replaces
+    "": "the change that was asked for, complete and natural, and no other change.",
+    "add": "the new thing, once, where it was asked for, in fitting size, light and perspective, hiding nothing without need.",
+    "remove": "the thing gone with its shadow and reflection, and in its place what would plausibly be behind it.",
+    "replace": "the new thing where the old one was, in fitting size, pose and light, and no trace of the old one.",
+    "adjust": "the named property changed as asked, on all of the named thing and on nothing else; its shape is the same.",
+    "color": "the new colour on all of the named thing, with its shading and texture kept, and on nothing else.",
+    "material": "the named thing plainly made of the new material, with fitting sheen and texture; its shape is the same.",
+    "background": "the new background all around, meeting the foreground at clean edges; the foreground is the same.",
+    "style": "the new style in every part of the picture; the scene, its things and their places are still the same.",
+    "tone": "the new light, weather, season or mood over the whole picture; things and places are the same.",
+    "action": "the new pose, movement or expression, with sound anatomy; it is the same person or animal in the same clothes.",
+    "portrait": "the person changed as asked and still plainly the same person, with natural skin, face and hands.",
+    "text": "the new text, spelled exactly as asked, in the place and manner of the old or as asked; other text is the same.",
+    "hybrid": "every one of the changes that were asked for, each of them complete, and no other.",
+    "extract": "the named thing alone, whole and unaltered, on a plain background.",
+    "reference": "what was asked for of the reference picture, recognisably the same; the rest is that of the edited picture.",
+    "red_box": "the change made to what the red box marks and nowhere else, and the box itself gone.",
+}  # fmt: skip
+SAME_TASK = {  # other names of tasks, as in ImgEdit and GEdit
+    "alter": "adjust", "compose": "hybrid", "subject_add": "add", "subject_remove": "remove", "subject_replace": "replace",
+    "color_alter": "color", "recolour": "color", "material_alter": "material", "background_change": "background",
+    "style_change": "style", "tone_transfer": "tone", "motion_change": "action", "ps_human": "portrait", "text_change": "text",
+    "redbox": "red_box",
+}  # fmt: skip
+
+
+def requirement(row):
+    """What a good edit of a row must show: its own `requirement`, or its task's default text."""
+    task = re.sub(r"[\s-]+", "_", str(row.get("task") or "").strip().lower())
+    return row.get("requirement") or REQUIREMENTS.get(SAME_TASK.get(task, task), REQUIREMENTS[""])
+
+
+def read_prompts(settings):
+    """The prompt of every aspect: ours, the judge's own judge_prompt.txt for `execution`, or the files that were named."""
+    own = Path(settings.judge.removeprefix("local:")) / "judge_prompt.txt"
+    files = {"execution": own} if settings.judge.startswith("local:") and own.is_file() else {}
+    for entry in settings.judge_prompt:
+        name, _, file = entry.rpartition("=")
+        files[name or "execution"] = Path(file)
+    prompts = dict(PROMPTS)
+    for name, file in files.items():
+        if not file.is_file():
+            raise BadInput(f"--judge_prompt {file}: no such file; name a text file")
+        prompts[name] = file.read_text(encoding="utf-8")
+        if "{prompt}" not in prompts[name]:
+            raise BadInput(f"{file}: has no {{prompt}}; write it where the instruction goes")
+    return prompts
+
+
+def answers_of(strategy):
+    """The texts that count as answers under a strategy, and their values in [0, 1]."""
+    if strategy.startswith("yes_no"):
+        return ("yes", "Yes", "no", "No"), (1.0, 1.0, 0.0, 0.0)
+    return tuple("012345"), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 # ---------------------------------------------------------------- the score
 
 
-def expected_score(logits, digit_ids):
-    """Expected digit over 5, and the digits' probability mass, from the logits at the first answer position.
+class Scores(NamedTuple):
+    score: torch.Tensor  # (n,) in [0, 1], NaN where the judge gave none
+    mass: torch.Tensor  # (n,) probability of all answers that count, the least over the aspects; NaN where not known
+    terms: dict = {}  # name -> (n,): each aspect's score, and the plain terms
+    causes: list = ()  # n strings: why there is no score; "" where there is one
+    words: list = ()  # n strings: what the judge would most likely say; "" where not known
 
-    logits: (B, V); digit_ids: the six token ids of "0" to "5". Returns score (B,) in [0, 1] and mass (B,) in [0, 1], as
-    float32; both NaN in a row whose logits are not finite. Source: UniWorld-V2 (arXiv:2510.16888), Sec. 2.2.
+
+class Answer(NamedTuple):
+    score: float = torch.nan
+    mass: float = torch.nan
+    cause: str = ""
+    words: str = ""
+
+
+class JudgeFailure(Exception):
+    """No answer; `cause` is short and the same for the same fault, so that it can be counted."""
+
+    def __init__(self, cause, may_help=False, wait=0.0):
+        super().__init__(cause)
+        self.cause, self.may_help, self.wait = cause, may_help, wait  # may_help: trying again, after `wait` seconds
+
+
+def expected_score(logits, token_ids, values=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
+    """Expected value and probability mass of the answers, from the logits at the first answer position.
+
+    logits: (B, V); token_ids: those of "0" to "5", or of other answers, whose values in [0, 1] are given. Returns score
+    (B,) in [0, 1] and mass (B,) in [0, 1], float32; both NaN in a row whose logits are not finite. Source: UniWorld-V2
+    (arXiv:2510.16888), Sec. 2.2.
     """
     assert logits.ndim == 2, f"logits are (B, V), not {tuple(logits.shape)}"
-    assert len(digit_ids) == 6, f"six digits are scored, not {len(digit_ids)}"
-    probabilities, mass = _digit_probabilities(logits, digit_ids)
-    return probabilities @ torch.arange(6.0, device=logits.device) / 5, mass
-
-
-def _digit_probabilities(logits, digit_ids):
-    """((B, 6) among the digits, (B,) of the digits among all words) of logits (B, V), float32."""
+    assert len(token_ids) == len(values), f"{len(values)} answers are scored, not {len(token_ids)}"
     logits = logits.float()
     logits = logits.masked_fill(~logits.isfinite().all(1, keepdim=True), torch.nan)  # spoils its own row alone
-    digits = logits[:, torch.as_tensor(digit_ids, device=logits.device)]  # (B, 6)
-    return digits.softmax(1), (digits.logsumexp(1) - logits.logsumexp(1)).exp()
+    answers = logits[:, torch.as_tensor(token_ids, device=logits.device)]  # (B, answers)
+    mass = (answers.logsumexp(1) - logits.logsumexp(1)).exp()
+    return answers.softmax(1) @ torch.tensor(values, device=logits.device), mass
 
 
-def digit_token_ids(tokenizer):
-    """The token ids of "0" to "5", in this order; BadInput when one of them is not a token of its own."""
-    ids = [tokenizer.encode(digit, add_special_tokens=False) for digit in "012345"]
-    for digit, pieces in zip("012345", ids):
+def answer_token_ids(tokenizer, texts=tuple("012345")):
+    """The token ids of the answers, in their order; BadInput when one of them is not a token of its own."""
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    for text, pieces in zip(texts, ids):
         if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id or ids.count(pieces) > 1:
-            raise BadInput(f"{tokenizer.name_or_path}: the digit {digit} is not one token of its own ({pieces}); "
-                           "take a judge whose tokenizer keeps digits apart")  # fmt: skip
+            raise BadInput(f"{tokenizer.name_or_path}: the answer {text} is not one token of its own ({pieces}); take a judge "
+                           "whose tokenizer keeps it apart, or another --judge_strategy")  # fmt: skip
     return [pieces[0] for pieces in ids]
 
 
-def read_prompt(file, judge):
-    """The judge's prompt: the text of `file`, else of the judge's own judge_prompt.txt, else JUDGE_PROMPT."""
-    own = Path(judge.removeprefix("local:")) / "judge_prompt.txt"
-    if not file and not own.is_file():
-        return JUDGE_PROMPT
-    file = Path(file or own)
-    if not file.is_file():
-        raise BadInput(f"--judge_prompt {file}: no such file; name a text file")
-    text = file.read_text(encoding="utf-8")
-    if "{prompt}" not in text:
-        raise BadInput(f"{file}: has no {{prompt}}; write it where the instruction goes")
-    return text
+def read_choice(choice, strategy="logits"):
+    """The Answer in one choice of a chat completion; answers are found by their text among the likeliest first words."""
+    texts, values = answers_of(strategy)
+    message = choice.get("message") or {}
+    try:
+        first = choice["logprobs"]["content"][0]
+        p = {word["token"]: float(np.exp(float(word["logprob"]))) for word in (first, *first["top_logprobs"])}
+    except (KeyError, TypeError, IndexError, ValueError):
+        return Answer(cause="no logprobs in the reply")
+    words = ", ".join(f"{word!r} {p[word]:.0%}" for word in sorted(p, key=p.get, reverse=True)[:5])
+    if not all(0 <= value < 1.01 for value in p.values()):  # NaN is neither; e to the minus infinity is a sound 0
+        return Answer(cause="logprobs that are not finite", words=words)
+    if message.get("reasoning_content") or message.get("reasoning") or first["token"].strip().startswith("<think"):
+        return Answer(torch.nan, 0.0, "the judge thinks before it answers", words)
+    mass = sum(p.get(text, 0.0) for text in texts)
+    if strategy.startswith("sampled"):
+        said = dict(zip(texts, values)).get((message.get("content") or "").strip())
+        return Answer(torch.nan if said is None else said, mass, "" if said is not None else "sampled no digit", words)
+    unseen = min(p.values()) * sum(text not in p for text in texts)  # what answers that are not listed may hold at most
+    if mass == 0 or unseen > 1e-3 * mass:
+        return Answer(torch.nan, mass, "answers missing from top_logprobs", words)
+    return Answer(sum(p.get(text, 0.0) * value for text, value in zip(texts, values)) / mass, mass, "", words)
+
+
+# ---------------------------------------------------------------- plain terms and the formula
+
+PLAIN = {"pixel_distance": (0, 1), "brightness_drift": (-1, 1), "sharpness_drift": (-1, 1)}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+FUNCTIONS = {"min": torch.minimum, "max": torch.maximum, "abs": torch.abs}
+
+
+def plain_terms(sources, edits):
+    """Terms that need no judge, to watch for copying, blur and drift: a dict name -> (n,), all 0 for an untouched source.
+
+    pixel_distance: mean absolute difference in [0, 1]; brightness_drift: edit's mean minus source's; sharpness_drift:
+    (edit - source) / (edit + source) of the mean absolute Laplacian, -1 all blurred. Of a row's first source picture.
+    """
+
+    @functools.cache
+    def seen(number, size):
+        picture = pictures[number].convert("RGB")
+        pixels = np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS), np.float32) / 255
+        light = pixels.mean(2)
+        bend = 4 * light[1:-1, 1:-1] - light[2:, 1:-1] - light[:-2, 1:-1] - light[1:-1, 2:] - light[1:-1, :-2]
+        return pixels, light.mean(), np.abs(bend).mean() + 1e-6
+
+    pictures, rows = {id(picture): picture for picture in (*edits, *(shown[0] for shown in sources))}, []
+    for shown, edit in zip(sources, edits):
+        (before, dark, dull), (after, light, sharp) = (seen(id(picture), edit.size) for picture in (shown[0], edit))
+        rows.append((np.abs(after - before).mean(), light - dark, (sharp - dull) / (sharp + dull)))
+    return dict(zip(PLAIN, torch.tensor(np.array(rows, np.float32).reshape(-1, len(PLAIN))).T))
+
+
+def evaluate_formula(node, terms):
+    """The value (n,) of a parsed formula; + - * numbers, names of `terms`, min, max and abs; BadInput for all else."""
+    match node:
+        case ast.Constant(value=int() | float()):
+            return torch.tensor(float(node.value))
+        case ast.Name(id=name) if name in terms:
+            return terms[name]
+        case ast.UnaryOp(op=ast.USub()):
+            return -evaluate_formula(node.operand, terms)
+        case ast.BinOp(op=op) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](*(evaluate_formula(side, terms) for side in (node.left, node.right)))
+        case ast.Call(func=ast.Name(id=name), keywords=[]) if name in FUNCTIONS and len(node.args) == 2 - (name == "abs"):
+            return FUNCTIONS[name](*(evaluate_formula(inner, terms) for inner in node.args))
+    raise BadInput(f"--judge_formula: {ast.unparse(node)[:80]!r} is not of + - * min max abs, numbers and names; rewrite it")
+
+
+def read_formula(text, prompts):
+    """A formula's syntax tree and the aspects it names; BadInput unless it stays within 0 and 1 for all their values."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(FUNCTIONS))
+        if unknown := [name for name in names if name not in prompts and name not in PLAIN]:
+            raise BadInput(f"--judge_formula: {unknown[0]} is neither an aspect ({', '.join(prompts)}) nor a plain term "
+                           f"({', '.join(PLAIN)}); give it a prompt, --judge_prompt {unknown[0]}=FILE")  # fmt: skip
+        ends, draws = torch.tensor([PLAIN.get(name, (0, 1)) for name in names]).float(), seeded("formula")
+        tried = ends[:, :1] + torch.randint(3, (len(names), 4096), generator=draws) / 2 * ends.diff(dim=1)  # low, middle, high
+        values = evaluate_formula(tree, dict(zip(names, tried)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError, IndexError):
+        raise BadInput(f"--judge_formula {text!r}: is no formula; write one such as execution * (0.6 + 0.4 * consistency)") from None
+    if not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):
+        raise BadInput(f"--judge_formula {text}: goes from {values.min():.2f} to {values.max():.2f}; write one within 0 and 1")
+    return tree, [name for name in names if name not in PLAIN]
+
+
+# ---------------------------------------------------------------- the judge
+
+
+class Judge:
+    """What a local and a served judge share. A backend gives `_answers(questions, pictures)` and `ask`."""
+
+    def __init__(self, settings, workers):
+        self.settings, self.prompts = settings, read_prompts(settings)
+        self.formula, self.aspects = read_formula(settings.judge_formula, self.prompts)
+        self.pool = ThreadPoolExecutor(workers)
+        self.use(settings.judge_strategy)
+
+    def use(self, strategy):
+        """Turns to a strategy; BadInput when this judge cannot follow it."""
+        self.strategy, self.thinks, self.samples = strategy, strategy.endswith("_cot"), strategy.startswith("sampled")
+        self.texts, self.values = answers_of(strategy)
+        self.ending = YES_NO if "yes" in self.texts else DIGIT
+        for aspect in self.aspects:
+            if self.ending == YES_NO and "{answer}" not in self.prompts[aspect]:
+                raise BadInput(f"{aspect}'s prompt: has no {{answer}} for --judge_strategy {strategy} to fill; write one")
+
+    def question(self, row, aspect="execution"):
+        """The text of an aspect's question about a row: instruction, requirement, and how to answer."""
+        values = {"prompt": row["prompt"], "requirement": requirement(row), "answer": THINK if self.thinks else self.ending}
+        return re.sub(r"\{(prompt|requirement|answer)\}", lambda mark: values[mark[1]], self.prompts[aspect])
+
+    def score(self, rows, sources, edits):
+        """Judges each edit under its own row's instruction: n rows, n lists of source pictures, n edits -> Scores on CPU.
+
+        rows: dicts with `prompt` and perhaps `requirement` and `task`; pictures are PIL.Images. Neighbours with the same
+        question and source objects share their forward up to the edit.
+        """
+        assert len(rows) == len(sources) == len(edits), "one row and one list of sources for each edit"
+        n, times = len(edits), len(self.aspects)
+        answers = self._answers([self.question(row, aspect) for aspect in self.aspects for row in rows],
+                                [[*shown, edit] for shown, edit in zip(sources, edits)] * times)  # fmt: skip
+        score, mass = (torch.tensor([getattr(a, key) for a in answers]).view(times, n) for key in ("score", "mass"))
+        terms = dict(zip(self.aspects, score)) | plain_terms(sources, edits)
+        first = lambda key: [next(filter(None, (getattr(a, key) for a in answers[i::n])), "") for i in range(n)]  # noqa: E731
+        return Scores(evaluate_formula(self.formula, terms).clamp(0, 1), mass.amin(0), terms, first("cause"), first("words"))
+
+    def submit(self, row, sources, edits):
+        """The Future of one group's Scores: the judge works while the caller goes on."""
+        return self.pool.submit(self.score, [row] * len(edits), [sources] * len(edits), edits)
+
+    def close(self):
+        """Forgets what was submitted and has not begun; for a caller that gives up."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def refuse_silent_judge(scores, name, least=0.5):
+    """BadInput for a judge that gave no score at all, or whose mass on answers is below `least` on average."""
+    causes, words = Counter(filter(None, scores.causes)), next(filter(None, scores.words), "nothing")
+    mass = scores.mass[~scores.mass.isnan()]
+    if len(mass) and not mass.mean() >= least:
+        raise BadInput(f"{name}: puts {mass.mean():.1%} of its probability on the answers that count and would rather say {words}; "
+                       "take another judge, --judge_strategy, or a --judge_prompt that asks for the answer alone")  # fmt: skip
+    if scores.score.isnan().all():
+        raise BadInput(f"{name}: gave no score: {', '.join(f'{n} x {cause}' for cause, n in causes.most_common(3))}; see to it")
 
 
 # ---------------------------------------------------------------- a local judge
@@ -101,128 +358,398 @@ class PictureProcessor:
     def __init__(self, model, config):
         self.image_processor = AutoImageProcessor.from_pretrained(model)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.image_token_id, self.apply_chat_template = config.image_token_id, self.tokenizer.apply_chat_template
         self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
-        self.apply_chat_template = self.tokenizer.apply_chat_template
 
     def __call__(self, text, images, **kwargs):
-        distinct = {id(picture): picture for pictures in images for picture in pictures}  # a source comes K times
-        made = self.image_processor(images=list(distinct.values()), return_tensors="pt")
-        patches = dict(zip(distinct, made.pixel_values.split(made.image_grid_thw.prod(1).tolist())))
-        grids = dict(zip(distinct, made.image_grid_thw))
-        texts = []
-        for words, pictures in zip(text, images):
-            pieces = words.split(self.image_token)
-            if len(pieces) != len(pictures) + 1:
-                raise BadInput(f"the judge's prompt holds the picture mark {self.image_token}; remove it: {words[:80]!r}")
-            marks = [self.image_token * (grids[id(p)].prod() // self.image_processor.merge_size**2) for p in pictures]
-            texts.append("".join(piece + mark for piece, mark in zip(pieces, [*marks, ""])))
+        made = self.image_processor(images=[picture for shown in images for picture in shown], return_tensors="pt")
+        sizes = iter((made.image_grid_thw.prod(1) // self.image_processor.merge_size**2).tolist())
+        texts = [re.sub(re.escape(self.image_token), lambda mark: mark[0] * next(sizes), words) for words in text]
         inputs = self.tokenizer(texts, add_special_tokens=False, **kwargs)
-        shown = [id(picture) for pictures in images for picture in pictures]
-        inputs["pixel_values"] = torch.cat([patches[key] for key in shown])
-        inputs["image_grid_thw"] = torch.stack([grids[key] for key in shown])
-        token = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).int()
+        inputs.update(made, mm_token_type_ids=(inputs["input_ids"] == self.image_token_id).int())
         return inputs
 
 
-def _load_processor(model, config):
+def load_processor(model, config):
     try:
         return AutoProcessor.from_pretrained(model)
     except ImportError as error:
         if "orchvision" not in str(error):
             raise
-        image_processor = AutoImageProcessor.from_pretrained(model)
-        if not hasattr(image_processor, "merge_size") or not hasattr(config, "image_token_id"):
-            raise BadInput(f"{model}: its processor needs torchvision; pip install torchvision") from None
-        return PictureProcessor(model, config)
+    if not hasattr(AutoImageProcessor.from_pretrained(model), "merge_size") or not hasattr(config, "image_token_id"):
+        raise BadInput(f"{model}: its processor needs torchvision; pip install torchvision")
+    return PictureProcessor(model, config)
 
 
-class LocalJudge:
-    """A multimodal LLM of transformers, on this machine. Raises BadInput when `model` is none."""
+class LocalJudge(Judge):
+    """A multimodal LLM of transformers, on this machine. Raises BadInput when `settings.judge` names none."""
 
-    def __init__(self, model, device="cpu", dtype=torch.float32, batch_size=16, prompt=JUDGE_PROMPT):
-        if not Path(model).is_dir() and (str(model).count("/") != 1 or str(model).startswith((".", "/", "~"))):
-            mend = "run python data_prep.py toy first" if f"local:{model}" == TOY else "name a folder or a hub id owner/name"
+    def __init__(self, settings, device="cpu", dtype=torch.float32):
+        model = settings.judge.removeprefix("local:")
+        if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+            mend = "run python data_prep.py toy first" if settings.judge == TOY else "name a folder or a hub id owner/name"
             raise BadInput(f"{model}: no such model folder; {mend}")
         try:
             self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
-            self.processor = _load_processor(model, self.model.config)
+            self.processor = load_processor(model, self.model.config)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise BadInput(f"{model}: not a multimodal LLM of transformers ({reason}); name one such as "
                            "Qwen/Qwen2.5-VL-7B-Instruct") from error  # fmt: skip
         self.model.requires_grad_(False)
         self.processor.tokenizer.padding_side = "left"  # the answer's place is the last one in every row
-        self.digit_ids = digit_token_ids(self.processor.tokenizer)
-        self.batch_size, self.prompt = batch_size, prompt
-        last_only = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.forward_options = {"use_cache": False} | ({"logits_to_keep": 1} if last_only else {})
+        options = inspect.signature(self.model.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in options else {}
+        self.cache_name = "cache" if "cache" in options else "past_key_values"  # its older name
+        self.lock = threading.RLock()
+        super().__init__(settings, workers=1)
 
-    def question(self, row, pictures):
-        """The chat-formatted text for one edit: instruction first, then `pictures` pictures, then room for the answer."""
-        text = self.prompt.replace("{requirement}", row.get("requirement") or REQUIREMENT)
-        content = [{"type": "text", "text": text.replace("{prompt}", row["prompt"])}] + [{"type": "image"}] * pictures
-        chat = [{"role": "user", "content": content}]
+    def use(self, strategy):
+        super().use(strategy)
+        self.token_ids = answer_token_ids(self.processor.tokenizer, self.texts)
+        self.shares_prefix = self._prefix_works()
+
+    def _chat(self, turns, pictures):
+        """The chat-formatted text of what user and judge said in turn: instruction first, then `pictures` pictures."""
+        said = [[{"type": "text", "text": turn}] for turn in turns]
+        said[0] += [{"type": "image"}] * pictures
+        chat = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(said)]
         return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
+    def _inputs(self, texts, pictures):
+        mark = getattr(self.processor, "image_token", None)
+        if mark and any(text.count(mark) != len(shown) for text, shown in zip(texts, pictures)):
+            raise ValueError(f"the text holds the picture mark {mark}")
+        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(self.model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return inputs
+
+    def _logits(self, texts, pictures, share):
+        """(B, V) at the first answer position; with `share`, what comes before the last picture is computed once for all."""
+        heads = [text.rpartition(self.processor.image_token)[0] if share else text for text in texts]
+        keys = [(head, *map(id, shown[:-1])) for head, shown in zip(heads, pictures)]
+        first = [keys.index(key) for key in dict.fromkeys(keys)]
+        if not share or len(first) == len(texts):
+            return self.model(**self._inputs(texts, pictures), **self.last_only, use_cache=False).logits[:, -1]
+        owner = torch.tensor([first.index(keys.index(key)) for key in keys], device=self.model.device)  # (B,)
+        prefix = self._inputs([heads[i] for i in first], [pictures[i][:-1] for i in first])
+        rest = self._inputs([text[len(head) :] for text, head in zip(texts, heads)], [shown[-1:] for shown in pictures])
+        cache = self.model(**prefix, **self.last_only, use_cache=True)[self.cache_name]
+        cache.reorder_cache(owner)
+        both = {key: torch.cat([prefix[key][owner], rest[key]], 1) for key in rest if rest[key].shape == rest["input_ids"].shape}
+        places = (both["attention_mask"].cumsum(1) - 1).clamp(min=0)  # (B, length)
+        if hasattr(self.model.model, "get_rope_index"):  # Qwen's picture tokens have places in three directions
+            grids = prefix["image_grid_thw"].split([len(pictures[i]) - 1 for i in first])
+            grids = [grid for i, own in zip(owner.tolist(), rest["image_grid_thw"][:, None]) for grid in (grids[i], own)]
+            places, _ = self.model.model.get_rope_index(**both, image_grid_thw=torch.cat(grids))  # (3, B, length)
+        rest.update({"attention_mask": both["attention_mask"], self.cache_name: cache,
+                     "position_ids": places[..., prefix["input_ids"].shape[1] :]})  # fmt: skip
+        return self.model(**rest, **self.last_only).logits[:, -1]
+
     @torch.no_grad()
-    def score(self, rows, sources, edits):
-        """Judges each edit under its own row's instruction: n rows, n lists of source pictures, n edits -> Scores on CPU.
+    def _prefix_works(self):
+        """Whether a shared prefix leaves this model's scores as they are: tried on two questions and four noisy pictures."""
+        noise = [Image.effect_noise((64, 64), 64).convert("RGB") for _ in range(4)]
+        texts = [self._chat([self.question({"prompt": prompt}, self.aspects[0])], 2) for prompt in ("a b", "a b", "b", "b")]
+        pictures = [[noise[i // 2], noise[3 - i]] for i in range(4)]
+        try:
+            whole, shared = (expected_score(self._logits(texts, pictures, share), self.token_ids, self.values)[0]
+                             for share in (False, True))  # fmt: skip
+        except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):
+            return False
+        return torch.allclose(whole, shared, atol=1e-4 if self.model.dtype == torch.float32 else 0.02)
 
-        rows: dicts with `prompt` and perhaps `requirement`; pictures are PIL.Images. batch_size edits go in one forward.
-        """
-        assert len(rows) == len(sources) == len(edits), "one row and one list of sources for each edit"
-        results = []
-        for first in range(0, len(edits), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            pictures = [[*source, edit] for source, edit in zip(sources[part], edits[part])]
-            text = [self.question(row, len(shown)) for row, shown in zip(rows[part], pictures)]
-            inputs = self.processor(text=text, images=pictures, padding=True, return_tensors="pt").to(self.model.device)
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-            logits = self.model(**inputs, **self.forward_options).logits[:, -1]  # (B, V)
-            probabilities, mass = _digit_probabilities(logits, self.digit_ids)
-            results.append((expected_score(logits, self.digit_ids)[0].cpu(), mass.cpu(), probabilities.cpu()))
-        if not results:
-            return Scores(torch.empty(0), torch.empty(0), torch.empty(0, 6))
-        return Scores(*map(torch.cat, zip(*results)))
+    def _generate(self, turns, pictures, max_tokens):
+        inputs = self._inputs([self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures)
+        made = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        return self.processor.tokenizer.batch_decode(made, skip_special_tokens=True)
+
+    def _answers(self, questions, pictures):
+        """Batches of neighbours in length; a group stays together."""
+        size = lambda i: (sum(p.width * p.height for p in pictures[i]), len(questions[i]))  # noqa: E731
+        order, found = sorted(range(len(questions)), key=size), {}
+        with self.lock, torch.no_grad():
+            for first in range(0, len(order), self.settings.judge_batch):
+                part = order[first : first + self.settings.judge_batch]
+                found |= zip(part, self._safely([[questions[i]] for i in part], [pictures[i] for i in part]))
+        return [found[i] for i in range(len(questions))]
+
+    def _safely(self, turns, pictures):
+        """An Answer for each; a batch that the model refuses is halved until the refused picture stands alone."""
+        try:
+            if self.thinks and len(turns[0]) == 1:
+                thoughts = self._generate(turns, pictures, self.settings.judge_thought)
+                turns = [[question, thought, self.ending] for (question,), thought in zip(turns, thoughts)]
+            logits = self._logits([self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures, self.shares_prefix)
+        except (ValueError, RuntimeError) as error:
+            if len(turns) == 1:
+                return [Answer(cause=refusal(error))]
+            half = len(turns) // 2
+            return self._safely(turns[:half], pictures[:half]) + self._safely(turns[half:], pictures[half:])
+        score, mass = expected_score(logits, self.token_ids, self.values)
+        causes = ["logits that are not finite" if bad else "" for bad in score.isnan().tolist()]
+        p, ids = logits.float().softmax(1).topk(min(5, logits.shape[1]))
+        said = [self.processor.tokenizer.batch_decode(row[:, None]) for row in ids]
+        words = [", ".join(f"{word!r} {share:.0%}" for word, share in zip(*row)) for row in zip(said, p.tolist())]
+        if self.samples:
+            for i, shown in enumerate(pictures):
+                if not causes[i]:
+                    draw = torch.multinomial(logits[i].float().softmax(0).cpu(), 1, generator=seeded(seed_of(shown[-1]))).item()
+                    score[i] = dict(zip(self.token_ids, self.values)).get(draw, torch.nan)
+                    causes[i] = "sampled no digit" if score[i].isnan() else ""
+        return list(map(Answer, score.tolist(), mass.tolist(), causes, words))
+
+    def ask(self, text, pictures, max_tokens=1024):
+        """The reply to one user message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
+        try:
+            with self.lock, torch.no_grad():
+                return self._generate([[text]], [pictures], max_tokens)[0]
+        except (ValueError, RuntimeError) as error:
+            raise JudgeFailure(refusal(error)) from error
 
 
-def load_judge(spec, device="cpu", dtype=torch.float32, batch_size=16, prompt=JUDGE_PROMPT):
-    """The judge that `spec` names: local:MODEL, a folder or hub id. BadInput for anything else."""
-    kind, _, model = spec.partition(":")
-    if kind != "local" or not model:
-        raise BadInput(f"judge {spec!r}: not of the form local:MODEL; name one such as local:Qwen/Qwen2.5-VL-7B-Instruct")
-    return LocalJudge(model, device, dtype, batch_size, prompt)
+# ---------------------------------------------------------------- a served judge
+
+
+class ServedJudge(Judge):
+    """One OpenAI-compatible server, or several with the same model. The key comes from JUDGE_API_KEY or OPENAI_API_KEY.
+
+    Raises BadInput when a server does not answer or does not have the model.
+    """
+
+    def __init__(self, settings):
+        super().__init__(settings, workers=64)
+        self.urls = [url.strip().rstrip("/") for url in settings.judge.split(",")]
+        self.workers = ThreadPoolExecutor(settings.judge_in_flight * len(self.urls))
+        self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
+        self.session = requests.Session()
+        self.session.mount("http", requests.adapters.HTTPAdapter(len(self.urls), settings.judge_in_flight))
+        self.session.headers.update({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        self.load, self.rest, self.free = dict.fromkeys(self.urls, 0), dict.fromkeys(self.urls, 0.0), threading.Condition()
+        self.name = settings.judge_model
+        for url in self.urls:
+            try:
+                names = [model["id"] for model in self._once(url + "/models")["data"]]
+            except (JudgeFailure, KeyError, TypeError) as failure:
+                reason = getattr(failure, "cause", "it lists no models")
+                raise BadInput(f"judge {url}: {reason}; start the server, or correct the address") from None
+            self.name = self.name or (names or [""])[0]
+            if self.name not in names:
+                raise BadInput(f"judge {url}: serves {', '.join(names) or 'nothing'}, not {self.name}; see to --judge_model")
+
+    def _once(self, url, body=None):
+        """One request: the reply's JSON, or a JudgeFailure that knows whether trying again may help."""
+        try:
+            reply = self.session.request("POST" if body else "GET", url, json=body, timeout=self.settings.judge_timeout)
+        except requests.RequestException as error:
+            kinds = {requests.Timeout: "timeout", requests.ConnectionError: "no connection"}
+            cause = next((kinds[kind] for kind in kinds if isinstance(error, kind)), "a broken reply")
+            raise JudgeFailure(cause, may_help=True) from None
+        if reply.status_code != 200:
+            again = reply.status_code in (408, 425, 429) or reply.status_code >= 500
+            said = "" if again else " " + " ".join(reply.text.split())[:120].replace(self.key or "\0", "***")
+            wait = reply.headers.get("Retry-After", "")
+            raise JudgeFailure(f"HTTP {reply.status_code}{said}", again, float(wait) if wait.isdigit() else 0.0)
+        try:
+            return reply.json()
+        except ValueError:
+            raise JudgeFailure("a reply that is not JSON", may_help=True) from None
+
+    def _take(self):
+        """The least loaded server that did not just fail, as soon as it has room."""
+        with self.free:
+            while True:
+                awake = [url for url in self.urls if self.rest[url] <= time.monotonic()] or self.urls
+                url = min(awake, key=self.load.get)
+                if self.load[url] < self.settings.judge_in_flight:
+                    self.load[url] += 1
+                    return url
+                self.free.wait(1.0)
+
+    def _complete(self, turns, urls, **options):
+        """The one choice of a chat completion; tries again, ever more slowly, for judge_patience seconds."""
+        said = [[{"type": "text", "text": turn}] for turn in turns]
+        said[0] += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(said)]
+        deadline = time.monotonic() + self.settings.judge_patience
+        for attempt in itertools.count():
+            url = self._take()
+            try:
+                reply = self._once(url + "/chat/completions", {"model": self.name, "messages": messages, **options})
+                break
+            except JudgeFailure as failure:
+                wait = max(failure.wait, min(2**attempt, 16) * random.uniform(0.5, 1))
+                if not failure.may_help or time.monotonic() + wait > deadline:
+                    raise
+                self.rest[url] = time.monotonic() + wait
+            finally:
+                with self.free:
+                    self.load[url] -= 1
+                    self.free.notify()
+            time.sleep(wait)
+        choices = reply.get("choices") if isinstance(reply, dict) else None
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            raise JudgeFailure(f"{len(choices) if isinstance(choices, list) else 'no'} choices instead of 1")
+        return choices[0]
+
+    def _reply(self, turns, urls, max_tokens):
+        choice = self._complete(turns, urls, max_tokens=max_tokens, temperature=0)
+        if not (reply := (choice.get("message") or {}).get("content")):
+            raise JudgeFailure("an empty reply")
+        return reply
+
+    def ask(self, text, pictures, max_tokens=1024):
+        """The reply to one user message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
+        return self._reply([text], list(map(png_url, pictures)), max_tokens)
+
+    def _answers(self, questions, pictures):
+        sources = {id(picture): picture for shown in pictures for picture in shown[:-1]}
+        sources = {key: png_url(picture) for key, picture in sources.items()}  # once a group
+
+        def answer(question, shown):
+            try:
+                turns, urls = [question], [*(sources[id(picture)] for picture in shown[:-1]), png_url(shown[-1])]
+                if self.thinks:
+                    turns += [self._reply(turns, urls, self.settings.judge_thought), self.ending]
+                seed = {"seed": seed_of(shown[-1])} if self.samples else {}
+                return read_choice(self._complete(turns, urls, max_tokens=1, temperature=1, logprobs=True,
+                                                  top_logprobs=self.settings.judge_logprobs, **seed),
+                                   self.strategy)  # fmt: skip
+            except JudgeFailure as failure:
+                return Answer(cause=failure.cause)
+
+        return list(self.workers.map(answer, questions, pictures))
+
+    def close(self):
+        super().close()
+        self.workers.shutdown(wait=False, cancel_futures=True)
+
+
+def png_url(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def seed_of(picture):
+    return zlib.crc32(picture.tobytes()) >> 1
+
+
+def refusal(error):
+    return f"refused: {' '.join(str(error).split())[:80]}"
+
+
+def load_judge(settings, device="cpu", dtype=torch.float32):
+    """The judge that settings.judge names: local:MODEL or http://host:port/v1[,...]. BadInput when it cannot serve."""
+    if settings.judge.startswith(("http://", "https://")):
+        return ServedJudge(settings)
+    if not settings.judge.startswith("local:") or settings.judge == "local:":
+        raise BadInput(f"judge {settings.judge!r}: not of the form local:MODEL or http://host:port/v1; name one such as "
+                       "local:Qwen/Qwen2.5-VL-7B-Instruct")  # fmt: skip
+    device = torch.device(settings.judge_device or device)
+    return LocalJudge(settings, device, torch.float32 if device.type == "cpu" else dtype)
+
+
+# ---------------------------------------------------------------- does it agree with people?
+
+
+def read_ratings(file):
+    """Edits that people rated, in groups of one source and instruction: a list of (row, edits, labels), pictures opened.
+
+    A line has `prompt`, `image` and either `edit` and `score`, or two `edits` and `preference`: 0 the first is better, 1
+    the second, 0.5 neither. Paths are relative to the file.
+    """
+    groups = {}
+    for row in read_rows(file.parent, file.stem):
+        try:
+            paths = row["edits"] if "edits" in row else [row["edit"]]
+            labels = [1 - row["preference"], float(row["preference"])] if "edits" in row else [float(row["score"])]
+        except (KeyError, TypeError, ValueError):
+            raise BadInput(f"{file}: {row['id']} has neither `edit` and `score` nor `edits` and `preference`; add them") from None
+        _, edits, marks = groups.setdefault((row["prompt"], *row["images"], row["id"] * ("edits" in row)), (row, [], []))
+        edits += [load_image(file.parent / path) for path in paths]
+        marks += labels
+    return list(groups.values())
+
+
+def right_pairs(scores, labels):
+    """1 for every pair of edits that scores order as labels do, 0 for the contrary, 1/2 for equal scores; and the ties."""
+    pairs = [(a - b, x - y) for (a, x), (b, y) in itertools.combinations(zip(scores, labels), 2) if x != y and a == a and b == b]
+    ties = [abs(gap) < 1e-6 for gap, _ in pairs]
+    return [0.5 if tie else float((gap > 0) == (wanted > 0)) for tie, (gap, wanted) in zip(ties, pairs)], sum(ties)
+
+
+def agree(words, settings, judge):
+    """Prints, for each strategy, how far the judge orders edits as people do: the paper's Table 4."""
+    if not words or not words[0].endswith(".jsonl"):
+        raise BadInput("agree: names no file; write python reward_mllm.py agree FILE.jsonl --judge ...")
+    groups = read_ratings(Path(words[0]))
+    print(f"{settings.judge}: {sum(len(edits) for _, edits, _ in groups)} edits in {len(groups)} groups")
+    print("strategy     right pairs (95 %)    Spearman  ties   spread  mass   failed  s/score")
+    for strategy in settings.strategies:
+        try:
+            judge.use(strategy)
+        except BadInput as error:
+            print(f"{strategy:<12} {error}")
+            continue
+        start = time.perf_counter()
+        asked = [judge.submit(row, [load_image(path) for path in row["images"]], edits) for row, edits, _ in groups]
+        asked = [future.result() for future in asked]
+        seconds, labels = time.perf_counter() - start, [marks for *_, marks in groups]
+        right, ties = zip(*(right_pairs(scores.score.tolist(), marks) for scores, marks in zip(asked, labels)))
+        sums, counts = np.array([[sum(pairs), len(pairs)] for pairs in right]).T
+        draws = np.random.default_rng(0).integers(len(groups), size=(2000, len(groups)))
+        low, high = np.nanquantile(sums[draws].sum(1) / np.maximum(counts[draws].sum(1), 1), (0.025, 0.975))
+        every, mass = (torch.cat([getattr(scores, key) for scores in asked]) for key in ("score", "mass"))
+        rank = spearman(every[~every.isnan()], torch.tensor(sum(labels, []))[~every.isnan()])
+        spread = np.nanmean([scores.score[~scores.score.isnan()].std(unbiased=False) for scores in asked])
+        print(f"{strategy:<12} {sums.sum() / max(counts.sum(), 1):6.1%} ({low:5.1%} to {high:5.1%})  {rank:7.3f}  "
+              f"{sum(ties) / max(counts.sum(), 1):5.1%}  {spread:5.3f}  {mass.nanmean():5.3f}  {every.isnan().float().mean():6.1%}  "
+              f"{seconds / len(every):.3f}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AgreeSettings(JudgeSettings):
+    strategies: list[str] = HfArg(default_factory=lambda: ["logits"], help=f"Those to compare, of {', '.join(STRATEGIES)}.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if unknown := set(self.strategies) - set(STRATEGIES):
+            raise BadInput(f"--strategies {unknown.pop()}: no strategy; take of {', '.join(STRATEGIES)}")
 
 
 # ---------------------------------------------------------------- the command
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(JudgeSettings):
     source: list[str] = HfArg(default_factory=list, help="The source picture, or several.")
     edited: str = HfArg(default="", help="The edited picture.")
     prompt: str = HfArg(default="", help="The instruction.")
     requirement: str = HfArg(default="", help="What a good edit must show.")
-    judge: str = HfArg(default=TOY, help="The judge, local:MODEL.")
-    judge_prompt: str = HfArg(default="", help="A file whose text replaces the judge's prompt.")
+    task: str = HfArg(default="", help="The kind of edit, for its default requirement.")
 
     def __post_init__(self):
+        super().__post_init__()
         for name, mend in (("source", "name the source picture"), ("edited", "name the edit"), ("prompt", "say what was asked")):
             if not getattr(self, name):
                 raise BadInput(f"--{name} is missing; {mend}")
 
 
 def main(argv=None):
-    args = parse_settings(Settings, argv, description=__doc__.splitlines()[0])
-    sources, edit = [load_image(path) for path in args.source], load_image(args.edited)
+    argv = sys.argv[1:] if argv is None else argv
     cuda = torch.cuda.is_available()
-    judge = load_judge(args.judge, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32,
-                       prompt=read_prompt(args.judge_prompt, args.judge))  # fmt: skip
-    row = {"prompt": args.prompt, "requirement": args.requirement}
-    score, mass, probabilities = (value[0] for value in judge.score([row], [sources], [edit]))
-    print(f"score {score:.4f}   mass on digits {mass:.4f}")
-    print("   ".join(f"p({digit}) {p:.4f}" for digit, p in enumerate(probabilities.tolist())))
+    where = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    if argv[:1] == ["agree"]:
+        settings = parse_settings(AgreeSettings, argv[2:], description="How far a judge agrees with people.", judge=TOY)
+        return agree(argv[1:2], settings, load_judge(settings, *where))
+    settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
+    sources, edit = [load_image(path) for path in settings.source], load_image(settings.edited)
+    row = {"prompt": settings.prompt, "requirement": settings.requirement, "task": settings.task}
+    scores = load_judge(settings, *where).score([row], [sources], [edit])
+    refuse_silent_judge(scores, settings.judge, least=0)
+    print(f"score {scores.score.item():.4f}   mass on answers {scores.mass.item():.4f}   it would say {scores.words[0]}")
+    print("   ".join(f"{name} {value.item():.4f}" for name, value in scores.terms.items()))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from data_prep import (
     BadInput, ToySettings, build_toy, check_pictures, load_image, oracle, paired_gain, parse_settings,
     read_rows, run_script, seeded,
 )  # fmt: skip
-from reward_mllm import load_judge, read_prompt
+from reward_mllm import JudgeSettings, load_judge
 from sample import (
     add_policies, load_editor, load_lora, lora_parameters, picture_grid, policy, rollout, save_lora, soft_update,
     velocity,
@@ -51,15 +51,12 @@ from sample import (
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(JudgeSettings):
     """Defaults are the paper's for FLUX.1-Kontext-dev; without --base the toy world's, TOY below, take their place."""
 
     base: str = HfArg(default="", help="The editor, a hub id or folder. [the toy's]")
     data: str = HfArg(default="", help="A dataset folder with train.jsonl and test.jsonl.")
-    judge: str = HfArg(default="local:Qwen/Qwen2.5-VL-7B-Instruct", help="The judge, local:MODEL.")
-    judge_prompt: str = HfArg(default="", help="A file whose text replaces the judge's prompt.")
     max_failed: float = HfArg(default=0.1, help="Share of an epoch's scores that may fail before the run stops.")
-    judge_batch: int = HfArg(default=16, help="Edits in one forward of the judge.")
     out: str = HfArg(default="runs/nft", help="The run's folder.")
     seed: int = HfArg(default=0, help="Seed of every draw.")
     epochs: int = HfArg(default=300, help="Epochs: rollouts of `groups` rows each, and their update.")
@@ -108,7 +105,8 @@ class Settings:
     resume: bool = HfArg(default=False, help="Go on from the newest checkpoint in --out.")
 
     def __post_init__(self):
-        for name in ("epochs", "groups", "rollout_batch", "train_batch", "judge_batch", "lora_rank", "lora_alpha", "lr",
+        super().__post_init__()
+        for name in ("epochs", "groups", "rollout_batch", "train_batch", "lora_rank", "lora_alpha", "lr",
                      "nft_beta", "advantage_clip", "grad_clip", "eval_every", "eval_rows", "eval_copies", "eval_steps",
                      "save_every", "score_noise"):  # fmt: skip
             if getattr(self, name) <= 0:
@@ -397,8 +395,7 @@ def load_all(settings, accelerator):
                  settings.start_lora)  # fmt: skip
     if settings.gradient_checkpointing:
         editor.pipe.transformer.enable_gradient_checkpointing()
-    judge = load_judge(settings.judge, device, dtype, settings.judge_batch,
-                       read_prompt(settings.judge_prompt, settings.judge))  # fmt: skip
+    judge = load_judge(settings, device, dtype)
     optimizer = torch.optim.AdamW(lora_parameters(editor, "new").values(), settings.lr, weight_decay=settings.weight_decay,
                                   betas=(settings.adam_beta1, settings.adam_beta2))  # fmt: skip
     return rows, editor, judge, optimizer, averages

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 import data_prep
 from data_prep import (
@@ -53,12 +55,31 @@ def test_the_released_file_names_are_read_too(folder):
     ({"prompt": "p", "image": 3}, "train.jsonl:2: the row has no `image`"),
     ({"prompt": "p", "image": "../a.png"}, "leaves the dataset folder"),
     ({"prompt": "p", "image": "/etc/passwd"}, "leaves the dataset folder"),
+    ({"prompt": "p", "image": "link.png"}, "leaves the dataset folder"),
+    ({"prompt": "p", "image": "a\0.png"}, "is no path"),
+    ({"prompt": "p", "image": "b.png", "target": 3}, "`target` is 3, not text"),
+    ({"prompts": "p", "image": "b.png"}, "unknown key `prompts`; write `prompt`"),
+    ({"prompt": "p", "image": "b.png", "requirment": "r"}, "unknown key `requirment`; write `requirement`"),
+    ({"prompt": "p", "image": "a.png"}, "the row again that train.jsonl:1 has"),
+    ({"prompt": "p", "image": "b.png", "id": "train-1"}, "the id 'train-1' again that train.jsonl:1 has"),
+    ("[" * 100000, "not JSON"),
 ])  # fmt: skip
 def test_a_bad_row_is_named_by_file_and_line(folder, row, message):
-    write(folder, {"prompt": "p", "image": "a.png"}, row)
+    (folder / "link.png").symlink_to("/etc/hostname")
+    write(folder, {"prompt": "p", "image": "a.png"}, row, {"prompt": "q", "image": "a.png"})
     with pytest.raises(BadInput, match=message) as error:
         read_rows(folder, "train")
     assert "\n" not in str(error.value)
+    faults = []
+    assert [row["prompt"] for row in read_rows(folder, "train", faults)] == ["p", "q"]
+    assert len(faults) == 1 and faults[0] == str(error.value)
+
+
+def test_a_line_that_is_not_utf_8_is_one_bad_row(folder):
+    (folder / "train.jsonl").write_bytes(b'{"prompt": "\xff", "image": "a.png"}\n{"prompt": "a\xe2\x80\xa8b", "image": "a.png"}')
+    faults = []
+    assert [row["prompt"] for row in read_rows(folder, "train", faults)] == ["a\u2028b"]
+    assert len(faults) == 1 and "train.jsonl:1: not JSON" in faults[0]
 
 
 def test_a_folder_without_rows_is_refused(folder):
@@ -70,14 +91,55 @@ def test_a_folder_without_rows_is_refused(folder):
 
 
 def test_pictures_of_every_mode_come_upright_in_rgb(folder):
-    for mode in ("L", "P", "RGBA", "CMYK", "1"):
-        Image.new(mode, (8, 4)).save(folder / f"x.{'tiff' if mode == 'CMYK' else 'png'}")
-        assert load_image(folder / f"x.{'tiff' if mode == 'CMYK' else 'png'}").mode == "RGB"
+    def saved(image, name, **options):
+        image.save(folder / name, **options)
+        return load_image(folder / name)
+
+    for mode in ("L", "P", "RGB", "1", "LA", "RGBA"):
+        assert saved(Image.new(mode, (8, 4)), "x.png").mode == "RGB"
+    cyan = np.asarray(saved(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "x.jpg", quality=95)).mean((0, 1))
+    assert cyan[0] < 60 and cyan[1] > 150 and cyan[2] > 150
     turned = Image.new("RGB", (8, 4))
     exif = turned.getexif()
     exif[274] = 6
-    turned.save(folder / "turned.jpg", exif=exif)
-    assert load_image(folder / "turned.jpg").size == (4, 8)
+    assert saved(turned, "turned.jpg", exif=exif).size == (4, 8)
+
+
+def test_sixteen_bits_are_scaled_and_not_cut(folder):
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    for name in ("x.png", "x.tiff"):
+        Image.fromarray(ramp).save(folder / name)
+        seen = np.asarray(load_image(folder / name))[..., 0]
+        assert np.abs(seen - ramp / 257).max() <= 0.5
+    Image.fromarray(ramp.astype(np.float32)).save(folder / "f.tiff")
+    with pytest.raises(BadInput, match="floats of no known range"):
+        load_image(folder / "f.tiff")
+
+
+def test_transparent_parts_are_white_and_not_what_lies_behind(folder):
+    hidden = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    hidden.save(folder / "x.png")
+    assert load_image(folder / "x.png").getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (8, 8))
+    palette.save(folder / "p.png", transparency=0)
+    assert load_image(folder / "p.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_bomb_is_refused_by_its_header_before_it_is_decoded(folder, monkeypatch):
+    def png(width, height):
+        chunk = lambda kind, data: (len(data).to_bytes(4, "big") + kind + data  # noqa: E731
+                                    + zlib.crc32(kind + data).to_bytes(4, "big"))  # fmt: skip
+        head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+
+    monkeypatch.setattr(Image.Image, "convert", lambda *a: pytest.fail("decoded"))
+    monkeypatch.setattr(PngImageFile, "load", lambda *a: pytest.fail("decoded"))
+    (folder / "bomb.png").write_bytes(png(9000, 9000))
+    with pytest.raises(BadInput, match="bomb.png: 9000 x 9000 pixels, above"):
+        load_image(folder / "bomb.png")
+    (folder / "bomb.png").write_bytes(png(2**30, 2**30))
+    with pytest.raises(BadInput, match="bomb.png: not a readable picture"):
+        load_image(folder / "bomb.png")
 
 
 @pytest.mark.parametrize("content", [b"text", "cut"])
@@ -89,6 +151,109 @@ def test_a_broken_picture_among_many_is_found_and_named(folder, content):
     write(folder, *({"prompt": "p", "image": f"{i}.png"} for i in range(5)))
     with pytest.raises(BadInput, match="3.png: not a readable picture"):
         check_pictures(read_rows(folder, "train"))
+
+
+# ---------------------------------------------------------------- the check
+
+
+def draw(path, seed, size=(96, 64), **options):
+    """A picture of smooth random colours, another for every seed."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    rough = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC).save(path, **options)
+
+
+def faulty(folder):
+    """A dataset with one fault of each kind in nine rows, the ninth being good."""
+    for i in range(9):
+        draw(folder / f"{i}.png", i)
+    (folder / "1.png").write_bytes(b"text")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:300])
+    (folder / "3.png").unlink()
+    Image.new("RGB", (64, 8)).save(folder / "4.png")
+    lines = [{"prompt": "p", "image": f"{i}.png"} for i in range(9)]
+    lines[5]["image"], lines[6]["prompt"], lines[7]["image"] = "../x.png", "", "8.png"
+    lines[8]["image"] = "8.png"
+    write(folder, *lines)
+
+
+def test_check_lists_all_faults_together_and_training_can_skip_them(tmp_path, capsys):
+    faulty(tmp_path)
+    with pytest.raises(BadInput, match="7 faults, one a line above; 2 good rows in train"):
+        data_prep.main(["check", str(tmp_path)])
+    said = capsys.readouterr().out.splitlines()
+    wanted = ["leaves the dataset", "has no `prompt`", "the row again", "1.png: not a readable", "2.png: not a readable",
+              "3.png: no such picture", "4.png: 64 x 8 pixels, below 16"]  # fmt: skip
+    assert len(said) == 7 and all(mark in line for mark, line in zip(wanted, said))
+    faults = []
+    rows = check_pictures(read_rows(tmp_path, "train", faults), faults)
+    assert [Path(row["images"][0]).name for row in rows] == ["0.png", "8.png"] and faults == said
+
+
+def test_check_says_when_nothing_is_wrong_and_notes_rows_that_are_alike(tmp_path, capsys):
+    for name in ("a", "b"):
+        draw(tmp_path / f"{name}.png", 0)
+    write(tmp_path, *({"prompt": "p", "image": f"{name}.png"} for name in "ab"))
+    write(tmp_path, {"prompt": "q", "image": "a.png"}, name="test.jsonl")
+    data_prep.main(["check", str(tmp_path)])
+    assert capsys.readouterr().out == ("note: row train-2 has the prompt and the very pictures of row train-1\n"
+                                       f"{tmp_path}: no faults; 3 good rows in train and test, 2 pictures\n")  # fmt: skip
+
+
+def test_check_finds_exact_resized_and_recompressed_benchmark_pictures(tmp_path, capsys):
+    data, bench = tmp_path / "data", tmp_path / "bench"
+    for i in range(4):
+        draw(bench / "singleturn" / f"{i}.png", i)
+    original = load_image(bench / "singleturn" / "0.png")
+    for i in range(10, 14):
+        draw(data / f"{i}.png", i)
+    original.save(data / "same.bmp")
+    original.save(data / "recompressed.jpg", quality=40)
+    original.resize((50, 31)).save(data / "resized.png")
+    names = sorted(path.name for path in data.iterdir())
+    write(data, *({"prompt": "p", "image": name} for name in names))
+    with pytest.raises(BadInput, match="3 faults"):
+        data_prep.main(["check", str(data), "--against", str(bench)])
+    said = capsys.readouterr().out
+    assert "same.bmp: an exact copy of singleturn/0.png" in said
+    assert "resized.png: a near copy of singleturn/0.png" in said
+    assert "recompressed.jpg: a near copy of singleturn/0.png" in said
+    (data / "train.jsonl").write_text("\n".join(json.dumps({"prompt": "p", "image": f"{i}.png"}) for i in range(10, 14)))
+    data_prep.main(["check", str(data), "--against", str(bench)])
+    assert f"nothing of {bench}" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="holds no pictures"):
+        data_prep.main(["check", str(data), "--against", str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_pictures_inside_a_parquet_or_arrow_benchmark_are_compared_too(tmp_path, capsys, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    data, bench = tmp_path / "data", tmp_path / "bench"
+    draw(data / "0.png", 0)
+    write(data, {"prompt": "p", "image": "0.png"})
+    bench.mkdir()
+    table = pyarrow.table({"key": ["k"], "input_image": [{"bytes": (data / "0.png").read_bytes(), "path": None}]})
+    if kind == "parquet":
+        parquet.write_table(table, bench / "0.parquet")
+    else:
+        with pyarrow.ipc.new_stream(str(bench / "data-0.arrow"), table.schema) as stream:
+            stream.write_table(table)
+    with pytest.raises(BadInput, match="1 fault"):
+        data_prep.main(["check", str(data), "--against", str(bench)])
+    assert "an exact copy of row 0, input_image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "no command"), (["cheque"], "cheque: say what to do"), (["check"], "no dataset is named"),
+    (["check", "nowhere"], "nowhere: holds neither train.jsonl"), (["check", ".", "--gainst", "x"], "unrecognized"),
+])  # fmt: skip
+def test_a_wrong_command_is_one_line(words, message):
+    with pytest.raises(BadInput, match=message) as error:
+        data_prep.main(words)
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------- settings and seeds

@@ -12,7 +12,7 @@ from PIL import Image
 import data_prep
 import reward_mllm
 from data_prep import BadInput, seeded
-from reward_mllm import LocalJudge, digit_token_ids, expected_score, load_judge
+from reward_mllm import JudgeSettings, answer_token_ids, expected_score, load_judge
 
 ROOT = Path(__file__).parents[1]
 DIGITS = torch.arange(3, 9)  # where "0" to "5" stand in the made-up vocabularies below
@@ -76,9 +76,15 @@ def judge_folder(tmp_path_factory):
     return folder
 
 
+def local(folder, prompt="{prompt}", **changes):
+    """The judge of a folder, asked by `prompt`."""
+    (folder / "judge_prompt.txt").write_text(prompt)
+    return load_judge(JudgeSettings(judge=f"local:{folder}", **changes))
+
+
 @pytest.fixture(scope="session")
 def judge(judge_folder):
-    return load_judge(f"local:{judge_folder}", prompt="{prompt}")
+    return local(judge_folder)
 
 
 def picture(*key, size=(32, 32)):
@@ -91,7 +97,8 @@ def asked():
     """Six edits of three rows with instructions of different lengths."""
     prompts = ["make the red circle blue", "remove the green square at the top left", "add a red circle at the top right"]
     rows = [{"prompt": prompts[i // 2]} for i in range(6)]
-    return rows, [[picture("source", i // 2)] for i in range(6)], [picture("edit", i) for i in range(6)]
+    sources = [picture("source", i) for i in range(3)]
+    return rows, [[sources[i // 2]] for i in range(6)], [picture("edit", i) for i in range(6)]
 
 
 def test_the_score_is_that_of_a_plain_forward_of_the_model(judge, judge_folder):
@@ -107,13 +114,13 @@ def test_the_score_is_that_of_a_plain_forward_of_the_model(judge, judge_folder):
     digits = [tokenizer.convert_tokens_to_ids(digit) for digit in "012345"]
     wanted = logits[0, digits].softmax(0)
     scores = judge.score([{"prompt": text}], [[source]], [edit])
-    assert torch.allclose(scores.probabilities[0], wanted, atol=1e-5)
+    assert scores.mass.item() == pytest.approx(logits.softmax(1)[0, digits].sum().item(), abs=1e-5)
     assert scores.score.item() == pytest.approx((wanted @ torch.arange(6.0) / 5).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_scores_do_not_depend_on_the_batch(judge, judge_folder, asked, batch_size):
-    other = LocalJudge(judge_folder, batch_size=batch_size, prompt="{prompt}")
+    other = local(judge_folder, judge_batch=batch_size)
     assert torch.allclose(judge.score(*asked).score, other.score(*asked).score, atol=1e-5)
 
 
@@ -124,7 +131,7 @@ def test_scores_do_not_depend_on_the_order(judge, asked):
 
 def test_each_edit_is_judged_under_its_own_instruction(judge_folder, asked):
     rows, sources, edits = asked
-    judge = LocalJudge(judge_folder, batch_size=4, prompt="{prompt}")
+    judge = local(judge_folder, judge_batch=4)
     together = judge.score(rows, sources, edits).score
     alone = torch.cat([judge.score([row], [source], [edit]).score for row, source, edit in zip(*asked)])
     first = judge.score([rows[0]] * 6, sources, edits).score
@@ -159,12 +166,12 @@ def test_pixels_reach_the_model_unchanged(judge, monkeypatch):
     assert torch.allclose(seen["pixel_values"], data_prep.judge_patches(pixels), atol=1e-6)
 
 
-def test_many_edits_take_one_forward_and_no_generate(judge, asked, monkeypatch):
+def test_many_edits_take_two_forwards_and_no_generate(judge, asked, monkeypatch):
     calls, forward = [], judge.model.forward
     monkeypatch.setattr(judge.model, "forward", lambda **kwargs: calls.append(1) or forward(**kwargs))
     monkeypatch.setattr(judge.model, "generate", lambda *a, **k: pytest.fail("generate was called"))
     judge.score(*asked)
-    assert len(calls) == 1
+    assert len(calls) == 2  # what the edits share, then the edits
 
 
 def test_a_source_shown_with_several_edits_is_prepared_once(judge, monkeypatch):
@@ -174,7 +181,7 @@ def test_a_source_shown_with_several_edits_is_prepared_once(judge, monkeypatch):
                                          "__call__": lambda self, images, **k: sizes.append(len(images)) or prepare(images=images, **k)})())  # fmt: skip
     source = picture("source")
     judge.score([{"prompt": "make the red circle blue"}] * 4, [[source]] * 4, [picture(i) for i in range(4)])
-    assert sizes == [5]
+    assert sizes == [1, 4]
 
 
 def test_a_score_that_failed_is_nan_and_never_zero(judge, asked, monkeypatch):
@@ -185,8 +192,12 @@ def test_a_score_that_failed_is_nan_and_never_zero(judge, asked, monkeypatch):
         output.logits[2] = torch.nan
         return output
 
+    clean = judge.score(*asked).score
     monkeypatch.setattr(judge.model, "forward", spoiled)
-    assert judge.score(*asked).score.isnan().tolist() == [False, False, True, False, False, False]
+    scores = judge.score(*asked)
+    failed = scores.score.isnan()
+    assert failed.sum() == 1 and torch.equal(scores.score[~failed], clean[~failed])
+    assert [cause for cause in scores.causes if cause] == ["logits that are not finite"]
 
 
 def test_no_edits_give_no_scores(judge):
@@ -206,55 +217,58 @@ def word_tokenizer(words):
 
 
 def test_digit_ids_are_asked_of_the_tokenizer():
-    assert digit_token_ids(word_tokenizer(["[unk]", *"012345"])) == [1, 2, 3, 4, 5, 6]
-    assert digit_token_ids(word_tokenizer(["[unk]", "x", *"543210"])) == [7, 6, 5, 4, 3, 2]
+    assert answer_token_ids(word_tokenizer(["[unk]", *"012345"])) == [1, 2, 3, 4, 5, 6]
+    assert answer_token_ids(word_tokenizer(["[unk]", "x", *"543210"])) == [7, 6, 5, 4, 3, 2]
 
 
 def test_a_tokenizer_without_a_digit_is_refused():
-    with pytest.raises(BadInput, match="the digit 4 is not one token"):
-        digit_token_ids(word_tokenizer(["[unk]", *"01235"]))
+    with pytest.raises(BadInput, match="the answer 4 is not one token"):
+        answer_token_ids(word_tokenizer(["[unk]", *"01235"]))
 
 
 def test_a_tokenizer_that_splits_a_digit_is_refused(monkeypatch):
     tokenizer = word_tokenizer(["[unk]", *"012345"])
     monkeypatch.setattr(tokenizer, "encode", lambda digit, **kwargs: [9, "012345".index(digit)])
-    with pytest.raises(BadInput, match="the digit 0 is not one token"):
-        digit_token_ids(tokenizer)
+    with pytest.raises(BadInput, match="the answer 0 is not one token"):
+        answer_token_ids(tokenizer)
 
 
 def test_braces_in_an_instruction_reach_the_judge_as_they_are(judge_folder):
-    judge = LocalJudge(judge_folder, prompt="{requirement} | {prompt}")
-    question = judge.question({"prompt": "write {x} and {requirement}", "requirement": "text {y}"}, 2)
+    judge = local(judge_folder, "{requirement} | {prompt}")
+    question = judge.question({"prompt": "write {x} and {requirement}", "requirement": "text {y}"})
     assert "text {y} | write {x} and {requirement}" in question
 
 
 def test_the_instruction_comes_before_the_pictures(judge):
-    question = judge.question({"prompt": "make the red circle blue"}, 2)
+    question = judge._chat([judge.question({"prompt": "make the red circle blue"})], 2)
     assert question.index("make") < question.index("<|image_pad|>") and question.count("<|image_pad|>") == 2
 
 
 def test_a_judge_may_bring_its_own_prompt(tmp_path):
-    assert "0" in reward_mllm.read_prompt("", f"local:{tmp_path}") and "{prompt}" in reward_mllm.JUDGE_PROMPT
+    read = lambda *files: reward_mllm.read_prompts(JudgeSettings(judge=f"local:{tmp_path}", judge_prompt=list(files)))  # noqa: E731
+    assert read() == reward_mllm.PROMPTS
     (tmp_path / "judge_prompt.txt").write_text("mine: {prompt}")
-    assert reward_mllm.read_prompt("", f"local:{tmp_path}") == "mine: {prompt}"
+    assert read() == reward_mllm.PROMPTS | {"execution": "mine: {prompt}"}
     (tmp_path / "other.txt").write_text("other: {prompt}")
-    assert reward_mllm.read_prompt(tmp_path / "other.txt", f"local:{tmp_path}") == "other: {prompt}"
+    assert read(f"{tmp_path}/other.txt")["execution"] == "other: {prompt}"
+    named = read(f"consistency={tmp_path}/other.txt")
+    assert (named["consistency"], named["execution"]) == ("other: {prompt}", "mine: {prompt}")
 
 
 # ---------------------------------------------------------------- the command and bad input
 
 
-def test_the_command_prints_score_mass_and_six_probabilities(judge_folder, tmp_path, capsys):
+def test_the_command_prints_score_mass_terms_and_likely_words(judge_folder, tmp_path, capsys):
     picture("a").save(tmp_path / "a.png")
     picture("b").save(tmp_path / "b.png")
     reward_mllm.main(["--source", str(tmp_path / "a.png"), "--edited", str(tmp_path / "b.png"),
                       "--prompt", "make the red circle blue", "--judge", f"local:{judge_folder}"])  # fmt: skip
     printed = capsys.readouterr().out
-    assert "score 0." in printed and "mass on digits" in printed and all(f"p({digit})" in printed for digit in range(6))
+    assert "score 0." in printed and "mass on answers" in printed and "it would say '" in printed and "execution 0." in printed
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"--judge": "http://localhost"}, "not of the form local:MODEL"),
+    ({"--judge": "ftp://localhost"}, "not of the form local:MODEL"),
     ({"--judge": "local:nowhere"}, "nowhere: no such model folder"),
     ({"--edited": "nowhere.png"}, "nowhere.png: no such picture"),
     ({"--prompt": ""}, "--prompt is missing"),
@@ -271,7 +285,7 @@ def test_bad_input_is_one_line_with_the_mend(judge_folder, tmp_path, change, mes
 
 def test_a_folder_that_is_no_multimodal_model_is_refused(kontext_folder):
     with pytest.raises(BadInput, match="not a multimodal LLM"):
-        load_judge(f"local:{kontext_folder / 'text_encoder'}")
+        load_judge(JudgeSettings(judge=f"local:{kontext_folder / 'text_encoder'}"))
 
 
 def test_importing_does_nothing(tmp_path):

@@ -444,7 +444,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(run, monk
     ({"base": "nowhere"}, "nowhere: no such model folder"),
     ({"data": "nowhere"}, "nowhere: holds neither train.jsonl"),
     ({"lora_targets": "nothing"}, "match no module"),
-    ({"judge_prompt": "nowhere.txt"}, "nowhere.txt: no such file"),
 ])  # fmt: skip
 def test_a_setting_that_cannot_work_is_refused_in_one_line(run, change, message):
     with pytest.raises(BadInput, match=message) as error:

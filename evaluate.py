@@ -1,0 +1,827 @@
+"""Scores an editor on ImgEdit-Bench, GEdit-Bench or a held-out set of one's own: draws, asks a judge, adds up.
+
+    python evaluate.py imgedit --bench DIR --base MODEL [--lora DIR] --judge http://HOST/v1 --judge_model NAME --out RUN
+    python evaluate.py gedit ... --language both         # and heldout, on the test split of a dataset folder
+    python evaluate.py compare RUN_A RUN_B               # paired difference, with its interval, in words
+
+Three stages, each resumable and each on its own with --stage: `sample` writes the edits in the benchmark's own layout,
+`judge` appends every call of the judge as one JSON line, `score` adds up those lines. Drawing and asking split the rows
+over processes under `accelerate launch`; a row's seed does not depend on their number.
+
+A subject is whose edits are scored: trained (with --lora), base, edits (with --edits, made by anything), source (the
+untouched source, as a baseline). Shapes: S source pictures, T tasks, D draws of the bootstrap.
+
+Departures from the benchmarks' own scripts, all of them undone by --mode official:
+1. Every sensible spelling of a score is understood, and its range is checked.
+2. An answer without a score, a failed call and a missing edit count at the floor (1 or 0) instead of going unseen.
+3. Means are not rounded on the way.
+Never reproduced: random scores for answers that cannot be read, endless retries, and rows that count twice.
+"""
+
+import ast
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from tqdm import tqdm
+from transformers.hf_argparser import HfArg
+
+from data_prep import BadInput, inside, load_image, oracle, parse_settings, read_rows, read_table, run_script
+from reward_mllm import JudgeFailure, JudgeSettings, load_judge
+from sample import find_lora_layers, load_editor, picture_grid, policy, rollout
+
+IMGEDIT_TASKS = ("add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action")
+GEDIT_TASKS = ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change",
+               "subject-add", "subject-remove", "subject-replace", "text_change", "tone_transfer")  # fmt: skip
+METRICS = {"imgedit": ("score",), "gedit": ("O", "SC", "PQ"), "heldout": ("judge", "oracle", "success")}  # the main one first
+CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
+MISSING = "no edit"  # the failure of an edit that is not there
+
+# ---------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Settings(JudgeSettings):
+    """The benchmark's own sampling (28 steps, seed 42, native size, the family's guidance) and the strict reading."""
+
+    benchmark: Literal["imgedit", "gedit", "heldout"] = HfArg(default="imgedit", help="Also the first word.")
+    bench: str = HfArg(default="", help="The benchmark's folder, or a dataset folder with test.jsonl.")
+    base: str = HfArg(default="", help="The editor, a hub id or folder.")
+    lora: str = HfArg(default="", help="Its LoRA: RUN/checkpoint-N.")
+    edits: str = HfArg(default="", help="A folder of finished edits in the benchmark's layout, instead of an editor.")
+    baselines: list[str] = HfArg(default_factory=list, help="Scored beside it: source (nothing done), base (no LoRA).")
+    out: str = HfArg(default="runs/eval", help="The folder for edits, calls, scores and report.")
+    stage: Literal["all", "sample", "judge", "score"] = HfArg(default="all", help="One stage alone.")
+    mode: Literal["strict", "official"] = HfArg(default="strict", help="How answers are read and means taken.")
+    language: Literal["en", "cn", "both"] = HfArg(default="en", help="GEdit's rows.")
+    prompts: str = HfArg(default="", help="judge_prompt.json or vie_prompts.py, where they are not in --bench.")
+    name: str = HfArg(default="", help="What the table calls the model. [base and LoRA]")
+    steps: int = HfArg(default=28, help="Solver steps.")
+    seed: int = HfArg(default=42, help="Seed of each row's first edit.")
+    copies: int = HfArg(default=1, help="Edits of each row, with the seeds that follow, in one pipeline call.")
+    guidance: float | None = HfArg(default=None, help="Guidance scale. [the family's for evaluation]")
+    resolution: int | None = HfArg(default=None, help="Square root of the working pixels. [the model's own]")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if unknown := set(self.baselines) - {"source", "base"}:
+            raise BadInput(f"--baselines {' '.join(unknown)}: not a baseline; there are source and base")
+        if self.steps < 1 or self.copies < 1:
+            raise BadInput(f"--steps {self.steps} --copies {self.copies}: nothing to draw; give at least 1 of each")
+
+
+DRAWN = ("benchmark", "bench", "base", "lora", "edits", "steps", "seed", "copies", "guidance", "resolution")  # an edit's making
+
+# ---------------------------------------------------------------- reading an answer
+
+
+WITHIN = r"(?m:^|[,;{(|.])"
+
+
+def parse_imgedit(reply, mode="strict"):
+    """The scores in an answer of ImgEdit's judge, as a list; None where there are none.
+
+    strict: the values of three differently labelled scores, each from 1 to 5. official: the digits after ": " on lines
+    that hold nothing else behind it, any number of them, out of any range.
+    """
+    if mode == "official":
+        pairs = [line.strip().split(": ") for line in reply.splitlines()]
+        return [int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()] or None
+    for start in (r"(?m:^)", WITHIN):  # at the start of lines; else also within them
+        scores = _labelled(reply.rpartition("</think>")[2], start, 5)
+        if len(scores) == 3:
+            return scores if all(1 <= score <= 5 for score in scores) else None
+    return None
+
+
+def parse_gedit(reply, mode="strict"):
+    """The scores in an answer of GEdit's judge (VIEScore), as a list; None where there are none.
+
+    strict: two values from 0 to 10, out of JSON, out of what is nearly JSON, or labelled. official: what the official
+    parser makes of it, also a single value or one out of range; where that would draw a random score, None.
+    """
+    if mode == "official":
+        return _official_gedit(reply)
+    text, found = reply.rpartition("</think>")[2], []
+    for start in (match.start() for match in re.finditer("{", text)):
+        try:
+            value = json.JSONDecoder(strict=False).raw_decode(text, start)[0]
+            found += [value[key] for key in ("score", "scores") if isinstance(value.get(key), list)]
+        except ValueError:
+            pass
+    if not found:  # quotes inside the reasoning, single quotes, an answer cut short
+        found = re.findall(r"(?i)scores?[\"']?\s*[:=]\s*[\"']?[\[(]([^\])]*)[\])]", text)
+        found = found or re.findall(r"^\s*\[?((?:[\d./\s]+,)+[\d./\s]+)\]?\s*$", text)
+        found = [values.split(",") for values in found]
+    numbers = [re.fullmatch(r"\s*[\"']?(\d+(?:\.\d+)?)(?:\s*/\s*10)?[\"']?\s*", str(value)) for value in (found or [[]])[-1]]
+    scores = [float(number[1]) for number in numbers if number] if all(numbers) else []
+    scores = scores if found else _labelled(text, WITHIN, 10)
+    return scores if len(scores) == 2 and all(0 <= score <= 10 for score in scores) else None
+
+
+def _labelled(text, start, top):
+    """The values of `label: 4`, `**Label** - 4/5`, `| label | 4.0 |` ..., the last of each label, in order."""
+    text = re.sub(r"[*`\"“”]", "", text)
+    end = rf"\s*(?:/\s*{top}\b|(?:out )?of {top}\b|points?\b|stars?\b)?(?=\s*(?:[,;.|(){{}}\n]|$)|\s+[-–—]\s)"
+    label = r"\W*?(?:\d+[.)]\s*)?([^\W\d][\w &/()'’-]{1,60}?)(?:\s*[:：=|]+|\s+[-–—]|\s+is\b)\s*"
+    found = re.findall(rf"{start}{label}(\d+(?:\.\d+)?)(?!\.?\d){end}", text)
+    unwanted = re.compile(r"(?i)reason|overall|average|total|final|expla|analysis|rationale")
+    return list({key.strip().lower(): float(value) for key, value in found if not unwanted.search(key)}.values())
+
+
+def _official_gedit(reply):
+    """What VIEScore's parser reads: between two delimiters or the outer braces, mended where it is not JSON."""
+    mark = "||V^=^V||"
+    if reply.count(mark) == 2:
+        text = reply.split(mark)[1]
+    elif "{" in reply and "}" in reply:
+        text = reply[reply.find("{") : reply.rfind("}") + 1]
+    else:
+        text = reply[reply.find("[") : reply.rfind("]") + 1] if "[" in reply else ""
+        if re.match(r"\[\d+, ?\d+\]$", text):
+            return json.loads(text)
+        return [int(reply)] if re.fullmatch(r"\s*\+?\d+\s*", reply) and 0 <= int(reply) <= 10 else None
+    text = text.strip().replace("\n", "")
+    for attempt in (str, _mended):
+        try:
+            value = json.loads(attempt(text))["score"]
+            scores = value if isinstance(value, list) else [value]
+            return scores if all(isinstance(score, (int, float)) for score in scores) and scores else None
+        except (ValueError, KeyError, TypeError):
+            pass
+    return None
+
+
+def _mended(text):
+    """Quotes round bare keys and values, brackets round lone numbers, as VIEScore mends what is not JSON."""
+
+    def value(pair):
+        body = pair[2].strip()
+        if re.match(r"-?\d+(?:\.\d+)?$", body):
+            body = f"[{body}]"
+        elif body.lower() not in ("true", "false", "null"):
+            body = f'"{body}"'
+        return f"{pair[1]}: {body}{pair[3]}"
+
+    return re.sub(r'("[^\n]*?"):([^\n]*?)([,}])', value, re.sub(r"(\w+)(?=:)", r'"\1"', text))
+
+
+# ---------------------------------------------------------------- adding up
+
+
+def score_imgedit(records, mode="strict"):
+    """ImgEdit-Bench's result from the judge's calls: {"rows": [one dict a row], "groups": {"all": table of tabulate}}.
+
+    records: dicts with `row`, `task`, `source`, and `reply` or `failure`; of several for one row the last counts. A row's
+    score is the mean of its three, the floor is 1. official: rounded to 2 digits, as are the tasks'.
+    """
+    rows, digits = [], 2 if mode == "official" else None
+    for record in {record["row"]: record for record in records}.values():
+        marks = parse_imgedit(record.get("reply") or "", mode)
+        score = sum(marks) / len(marks) if marks else None
+        rows.append(_row(record, mode, 1.0, score=score if score is None or digits is None else round(score, digits)))
+    return {"rows": rows, "groups": grouped(rows, METRICS["imgedit"], digits)}
+
+
+def score_gedit(records, mode="strict"):
+    """GEdit-Bench's result from the judge's calls, as score_imgedit; groups are `en`, `en intersection`, `cn` ...
+
+    records: dicts with `row`, `call` ("SC" or "PQ"), `task`, `source`, `language`, `intersection`, and `reply` or
+    `failure`. A row's SC and PQ are the lower of their two scores, O is sqrt(SC PQ); the floor is 0.
+    """
+    calls, rows = {}, []
+    for record in records:
+        calls.setdefault(record["row"], {})[record["call"]] = record
+    for both in calls.values():
+        marks = {call: parse_gedit(both.get(call, {}).get("reply") or "", mode) for call in CALLS["gedit"]}
+        low = {call: min(scores) if scores else None for call, scores in marks.items()}
+        whole = None not in low.values() and low["SC"] * low["PQ"] >= 0
+        rows.append(_row(next(iter(both.values())), mode, 0.0, O=math.sqrt(low["SC"] * low["PQ"]) if whole else None, **low))
+    return {"rows": rows, "groups": grouped(rows, METRICS["gedit"])}
+
+
+def score_heldout(records, mode="strict"):
+    """A held-out set's result, as score_imgedit: the judge's own score in `scores`, the oracle's, if any, in `truth`."""
+    rows = [_row(record, mode, 0.0, judge=(record.get("scores") or [None])[0], **record.get("truth", {}))
+            for record in {record["row"]: record for record in records}.values()]  # fmt: skip
+    return {"rows": rows, "groups": grouped(rows, METRICS["heldout"])}
+
+
+def _row(record, mode, floor, **metrics):
+    """A row's result: a metric without a value gets the floor; official: then the row has no value at all (NaN)."""
+    answered = None not in metrics.values()
+    if not answered:
+        metrics = {key: math.nan if mode == "official" else floor if value is None else value for key, value in metrics.items()}
+    kept = ("row", "task", "source", "language", "intersection")
+    return {key: record[key] for key in kept if key in record} | {"answered": answered} | metrics
+
+
+def grouped(rows, metrics, digits=None):
+    """The tables of the rows of each language and of its intersection subset; of all rows where there is no language."""
+    groups = {}
+    for row in rows:
+        name = row.get("language", "all")
+        for group in (name, f"{name} intersection")[: 1 + bool(row.get("intersection"))]:
+            groups.setdefault(group, []).append(row)
+    return {name: tabulate(rows, [key for key in metrics if key in rows[0]], digits) for name, rows in groups.items()}
+
+
+def tabulate(rows, metrics, digits=None):
+    """Means with 95 % intervals: {"rows", "answered", metric: {"macro": [mean, low, high], "micro": ..., task: ...}}.
+
+    rows: dicts with `task`, `source`, `answered` and the metrics, NaN where there is no value. macro is the mean of the
+    tasks' means, micro that of the rows. digits: to which the tasks' means are rounded; None: not.
+    """
+    table = {"rows": len(rows), "answered": sum(row["answered"] for row in rows)}
+    for metric in metrics:
+        kept = [row for row in rows if not math.isnan(row.get(metric, math.nan))]
+        values, tasks, sources = ([row[key] for row in kept] for key in (metric, "task", "source"))
+        names, draws = bootstrap(values, tasks, sources)  # (D, T)
+        own = [[value for value, task in zip(values, tasks) if task == name] for name in names]
+        means = [sum(mine) / len(mine) if digits is None else round(sum(mine) / len(mine), digits) for mine in own]
+        with np.errstate(all="ignore"):
+            whole = np.nansum(draws, 1) / (~np.isnan(draws)).sum(1)  # (D,) over the tasks that were drawn
+        micro = bootstrap(values, ["all"] * len(values), sources)[1].reshape(-1)
+        table[metric] = {"macro": _interval(means, whole), "micro": _interval(values, micro)}
+        table[metric] |= {name: _interval([mean], draws[:, i]) for i, (name, mean) in enumerate(zip(names, means))}
+    return table
+
+
+def _interval(values, draws):
+    draws = draws[~np.isnan(draws)]
+    ends = np.quantile(draws, (0.025, 0.975)).tolist() if len(draws) else [None, None]
+    return [sum(values) / len(values) if values else None, *ends]
+
+
+def bootstrap(values, tasks, sources, draws=2000, seed=0):
+    """Resamples source pictures, each with all its rows: (names of the T tasks, their means (D, T), NaN if not drawn).
+
+    values, tasks, sources: of n rows. With one source picture alone nothing is known of the spread: all NaN.
+    """
+    names, task = np.unique(np.array(tasks, str), return_inverse=True)
+    pictures, source = np.unique(np.array(sources, str), return_inverse=True)
+    if len(pictures) < 2:
+        return names.tolist(), np.full((draws, len(names)), math.nan)
+    totals, counts = np.zeros((2, len(pictures), len(names)))  # (S, T) each
+    np.add.at(totals, (source, task), values)
+    np.add.at(counts, (source, task), 1)
+    times = np.random.default_rng(seed).multinomial(len(pictures), np.full(len(pictures), 1 / len(pictures)), draws)  # (D, S)
+    with np.errstate(all="ignore"):
+        return names.tolist(), (times @ totals) / (times @ counts)  # (D, T)
+
+
+def paired_differences(a, b, metrics):
+    """The tables of a - b over the rows that both results have; the rows' sources are resampled for both at once."""
+    other = {row["row"]: row for row in b}
+    pairs = [(row, other[row["row"]]) for row in a if row["row"] in other]
+    return grouped([row | {"answered": row["answered"] and mate["answered"]} | {key: row[key] - mate[key] for key in metrics
+                    if key in row and key in mate} for row, mate in pairs], metrics)  # fmt: skip
+
+
+def verdict(difference, a, b):
+    """A mean difference [mean, low, high] of a and b in words."""
+    mean, low, high = difference
+    if low is None:
+        return f"too few source pictures to tell {a} from {b}"
+    interval = f"(95 % interval {low:+.3f} to {high:+.3f})"
+    if low <= 0 <= high:
+        return f"no difference between {a} and {b} can be told: {mean:+.3f} {interval}"
+    return f"{a} is {'better' if mean > 0 else 'worse'} than {b}: {mean:+.3f} {interval}"
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def load_benchmark(settings):
+    """(rows, prompts, {"sha256", "rows"} of the metadata) of the benchmark; BadInput when it is not what it should be.
+
+    rows: dicts with `row` (its name), `prompt`, `images` (paths), `task`, `source` (whose picture it is), `file` (where
+    its edit lies in a subject's folder), and GEdit's `language` and `intersection`. prompts: by task (ImgEdit) or call
+    (GEdit), with the benchmark's own placeholder.
+    """
+    folder = Path(settings.bench).resolve()
+    if not settings.bench or not folder.is_dir():
+        raise BadInput(f"--bench {settings.bench}: no such folder; name the benchmark's")
+    if settings.benchmark == "heldout":
+        rows = [row | {"row": row["id"], "task": row.get("task", "all"), "source": row["images"][0], "file": f"{i:05}.png"}
+                for i, row in enumerate(read_rows(folder, "test"))]  # fmt: skip
+        prompts, sha = {}, ""
+    else:
+        rows, prompts, sha = {"imgedit": read_imgedit, "gedit": read_gedit}[settings.benchmark](folder, settings)
+    if gone := [row for row in rows if not Path(row["images"][0]).is_file()]:
+        raise BadInput(f"{gone[0]['images'][0]}: the picture of row {gone[0]['row']} is not there, nor {len(gone) - 1} others; "
+                       "put the pictures beside the metadata")  # fmt: skip
+    said = json.dumps([[row["row"], row["prompt"], row["task"]] for row in rows])
+    return rows, prompts, {"sha256": sha or hashlib.sha256(said.encode()).hexdigest(), "rows": len(rows)}
+
+
+def find_file(given, folders, names, what):
+    """The file that was given, else the first of `names` in `folders`."""
+    paths = [Path(given)] if given else [Path(folder, name) for folder in folders for name in names]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise BadInput(f"{given or folders[0]}: holds no {what}, {' or '.join(names)}; name the benchmark's folder, or --prompts FILE")
+
+
+def read_json(file):
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{file}: not JSON ({error}); take the benchmark's own file") from None
+    if not isinstance(value, dict) or not value:
+        raise BadInput(f"{file}: holds no entries; take the benchmark's own file")
+    return value
+
+
+def read_imgedit(folder, settings):
+    """ImgEdit-Bench, single turn: {key: {id, prompt, edit_type}}, a judge's prompt for each type, and the pictures."""
+    file = find_file("", (folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"), "ImgEdit metadata")
+    asked = find_file(settings.prompts, (file.parent, file.parent.parent), ("judge_prompt.json", "prompts.json"), "judge prompts")
+    texts, rows, prompts = read_json(asked), [], {}
+    for key, entry in read_json(file).items():
+        where = f"{file}: row {key}"
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("id", "prompt", "edit_type")):
+            raise BadInput(f"{where} has no id, prompt and edit_type; take ImgEdit-Bench's single-turn metadata")
+        kind = entry["edit_type"]
+        task = "adjust" if kind == "alter" else kind  # two versions circulate
+        if task not in IMGEDIT_TASKS:
+            raise BadInput(f"{where}: unknown task {kind!r}; ImgEdit-Bench has {', '.join(IMGEDIT_TASKS)}")
+        prompts[task] = texts.get(kind) or texts.get(task) or (texts.get("alter") if task == "adjust" else None)
+        if not isinstance(prompts[task], str):
+            raise BadInput(f"{asked}: has no prompt for the task {kind!r} of row {key}; take both files from one version")
+        rows.append({"row": key, "prompt": entry["prompt"], "images": [inside(file.parent, entry["id"], where)], "task": task,
+                     "source": entry["id"], "file": f"{file_name(key, where)}.png"})  # fmt: skip
+    return rows, prompts, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def read_gedit(folder, settings):
+    """GEdit-Bench: parquet or arrow files, or metadata.jsonl with `file_name` beside the pictures; and vie_prompts.py."""
+    prompts = read_vie_prompts(find_file(settings.prompts, (folder, folder / "viescore", folder.parent / "viescore"),
+                                         ("vie_prompts.py",), "judge prompts"))  # fmt: skip
+    rows, times, listed = [], {}, folder / "metadata.jsonl"
+    try:
+        lines = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+        entries = [json.loads(line) for line in lines if line.strip()] or read_table(folder)
+    except ValueError as error:
+        raise BadInput(f"{listed}: not JSON ({error}); write one object a line") from None
+    for number, entry in enumerate(entries, 1):
+        where = f"{folder}: row {number}"
+        if not all(isinstance(entry.get(name), str) for name in ("key", "task_type", "instruction", "instruction_language")):
+            raise BadInput(f"{where} lacks key, task_type, instruction or instruction_language; name GEdit-Bench's folder")
+        task, language, key = entry["task_type"], entry["instruction_language"], file_name(entry["key"], where)
+        if task not in GEDIT_TASKS or language not in ("en", "cn"):
+            raise BadInput(f"{where}: unknown task {task!r} in {language!r}; there are {', '.join(GEDIT_TASKS)}, in en and cn")
+        if settings.language not in (language, "both"):
+            continue
+        place = f"{task}/{language}/{key}"
+        times[place] = times.get(place, 0) + 1
+        name = place if times[place] == 1 else f"{place}-{times[place]}"  # a few keys repeat, with another instruction
+        stored = (entry.get("input_image_raw") or entry.get("input_image") or {}).get("bytes")
+        if stored:
+            path = Path(settings.out, "sources", f"{name}.png")
+            write_whole(path, lambda part: part.write_bytes(stored))
+        else:
+            path = Path(inside(folder, str(entry.get("file_name")), where))
+        picture = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+        rows.append({"row": name, "prompt": entry["instruction"], "images": [str(path)], "task": task, "source": picture,
+                     "file": f"fullset/{name}.png", "shared file": f"fullset/{place}.png", "language": language,
+                     "intersection": bool(entry.get("Intersection_exist"))})  # fmt: skip
+    if not rows:
+        raise BadInput(f"{folder}: holds no rows in {settings.language}, in parquet, arrow or metadata.jsonl; name GEdit-Bench's")
+    return rows, prompts, ""
+
+
+def read_vie_prompts(file):
+    """{"SC": ..., "PQ": ...}, put together as VIEScore does, from a Python file whose constants are read as literals."""
+    texts = {}
+    try:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant):
+                texts[node.targets[0].id] = ast.literal_eval(node.value)
+        parts = [texts[name] for name in ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
+                                          "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ")]  # fmt: skip
+        return {"SC": "\n".join(parts[:3]), "PQ": "\n".join([parts[0], parts[3]])}
+    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+        raise BadInput(f"{file}: has not the texts of VIEScore ({error}); take GEdit-Bench's vie_prompts.py") from None
+
+
+def file_name(key, where):
+    if not re.fullmatch(r"\w[\w. -]*", key):
+        raise BadInput(f"{where}: the key {key!r} cannot be a file's name; correct it")
+    return key
+
+
+def write_whole(path, write):
+    """Has `write` fill a file beside `path` and renames it: at no moment is there half a file at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}-{path.name}")
+    write(part)
+    part.replace(path)
+
+
+# ---------------------------------------------------------------- sample: the edits
+
+
+def subjects_of(settings):
+    """{name: folder of its edits}, the one in question first; the edits of `source` are the sources themselves."""
+    first = "edits" if settings.edits else "trained" if settings.lora else "base"
+    return {name: Path(settings.edits) if name == "edits" else Path(settings.out, name)
+            for name in dict.fromkeys([first, *sorted(settings.baselines)])}  # fmt: skip
+
+
+def with_copies(rows, settings):
+    """Every row `copies` times: the first lies where the benchmark wants it, the others in a folder of their seed."""
+    for row in rows:
+        for seed in range(settings.seed, settings.seed + settings.copies):
+            other = {} if seed == settings.seed else {"row": f"{row['row']}@{seed}", "file": f"seed-{seed}/{row['file']}"}
+            yield row | {"seed": seed} | other
+
+
+def draw_edits(settings, rows, accelerator):
+    """Draws what is missing of this process's share of the rows; an edit's noise comes from its seed alone."""
+    todo = []
+    for name, folder in subjects_of(settings).items():
+        for row in rows[accelerator.process_index :: accelerator.num_processes] if name in ("trained", "base") else ():
+            copies = [copy for copy in with_copies([row], settings) if not (folder / copy["file"]).is_file()]
+            todo += [(name, folder, row, copies)] * bool(copies)
+    if not todo:
+        return
+    if not settings.base:
+        raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
+    cuda = accelerator.device.type == "cuda"
+    editor = load_editor(settings.base, accelerator.device, torch.bfloat16 if cuda else torch.float32, settings.resolution)
+    if settings.lora:
+        try:
+            editor.pipe.load_lora_weights(settings.lora, adapter_name="new")
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"{settings.lora}: not a LoRA for {settings.base} ({reason}); name RUN/checkpoint-N") from error
+        find_lora_layers(editor)
+        if not editor.lora_layers:
+            raise BadInput(f"{settings.lora}: binds to no layer of {settings.base}; take the LoRA's own base model")
+    for name, folder, row, copies in tqdm(todo, desc="edits", disable=not accelerator.is_main_process):
+        sources, noises = [load_image(path) for path in row["images"]], [seed_of(copy) for copy in copies]
+        with policy(editor, "new" if name == "trained" else "base"):
+            edits = rollout(editor, sources, row["prompt"], noises, settings.steps, settings.guidance).images
+        for copy, edit in zip(copies, edits):
+            path = folder / copy["file"]
+            if settings.benchmark == "gedit":
+                write_whole(path.with_name(f"{path.stem}_SRCIMG.png"), lambda part: sources[0].save(part, "PNG"))
+            write_whole(path, lambda part: edit.save(part, "PNG"))
+
+
+def seed_of(copy):
+    return torch.Generator().manual_seed(copy["seed"])
+
+
+# ---------------------------------------------------------------- judge: the calls
+
+
+def edit_of(row, subject, folder):
+    """Where a row's edit lies; of a repeated key a foreign folder has one file alone."""
+    if subject == "source":
+        return Path(row["images"][0])
+    path = folder / row["file"]
+    return path if path.is_file() or subject != "edits" else folder / row.get("shared file", row["file"])
+
+
+def question(call, row, prompts):
+    """The text of a call on an edit: the benchmark's prompt with the instruction in its place."""
+    text = prompts.get(call) or prompts.get(row["task"]) or "{prompt}"
+    return re.sub("<edit_prompt>|<instruction>|{prompt}", lambda mark: row["prompt"], text)
+
+
+def shown_to_judge(path, benchmark):
+    """The picture as the benchmark's scorer shows it: GEdit's with about 512 x 512 pixels, others as they are."""
+    image = load_image(path)
+    if benchmark != "gedit":
+        return image
+    width = math.sqrt(512 * 512 * image.width / image.height)
+    return image.resize((int(width), int(width * image.height / image.width)))
+
+
+def short_hash(text):
+    return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:8]
+
+
+def read_calls(out, stem):
+    """{(subject, row, call): its newest record} of a judge's call files; a last line that a kill cut short is none."""
+    lines = [line for file in sorted(Path(out).glob(f"{stem}*.jsonl")) for line in file.read_bytes().split(b"\n")[:-1]]
+    return {(record["subject"], record["row"], record["call"]): record for record in map(json.loads, lines)}
+
+
+def judge_edits(settings, rows, prompts, accelerator):
+    """Asks the judge what this process's share of the rows lacks, and appends each call as one line as it comes.
+
+    A call is asked again only when it failed, or when its text or picture has changed.
+    """
+    judge = load_judge(settings, accelerator.device, torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32)
+    name = getattr(judge, "name", "") or settings.judge_model or settings.judge.removeprefix("local:")
+    warn_of_reward_judge(settings, name)
+    texts = json.dumps(prompts or judge.prompts, sort_keys=True)
+    stem = "-".join(["calls", *re.findall(r"[\w.]+", name), short_hash(texts)])
+    done, todo, process = read_calls(settings.out, stem), [], accelerator.process_index
+    for subject, folder in subjects_of(settings).items():
+        for row in list(with_copies(rows, settings))[process :: accelerator.num_processes]:
+            path = edit_of(row, subject, folder)
+            seen = short_hash(path.read_bytes()) if path.is_file() else ""
+            for call in CALLS[settings.benchmark]:
+                text = question(call, row, prompts)
+                record = {"subject": subject, "row": row["row"], "call": call, "judge": name, "prompt": short_hash(text), "picture": seen}
+                before = done.get((subject, row["row"], call), {})
+                if any(before.get(key) != value for key, value in record.items()) or (before.get("failure") and seen):
+                    todo.append((record, text, row, path))
+    path = Path(settings.out, f"{stem}-{process}.jsonl")
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut the last line short
+    lock, counts = threading.Lock(), {True: 0, False: 0}
+    with open(path, "ab", buffering=0) as file:
+
+        def keep(record, answer):
+            with lock:
+                file.write(json.dumps(record | answer, ensure_ascii=False).encode() + b"\n")
+                counts["failure" in answer] += answer.get("failure") != MISSING
+                if counts[True] >= 8 and not counts[False]:
+                    raise BadInput(f"{settings.judge}: its first {counts[True]} calls all failed ({answer['failure']}); see to "
+                                   "the judge, which must take pictures, and start again")  # fmt: skip
+
+        for record, *_ in todo:
+            if not record["picture"]:
+                keep(record, {"failure": MISSING})
+        ask = ask_heldout if settings.benchmark == "heldout" else ask_benchmark
+        ask(settings, judge, [entry for entry in todo if entry[0]["picture"]], keep, not accelerator.is_main_process)
+
+
+def ask_benchmark(settings, judge, todo, keep, quiet):
+    """judge.ask for each entry of todo, several at a time; a failed call is a record with its cause."""
+    parse = parse_imgedit if settings.benchmark == "imgedit" else parse_gedit
+
+    def ask(record, text, row, path):
+        pictures = [path] if record["call"] == "PQ" else [*row["images"], path]
+        try:
+            reply = judge.ask(text, [shown_to_judge(picture, settings.benchmark) for picture in pictures])
+            keep(record, {"reply": reply, "scores": parse(reply)})
+        except (JudgeFailure, BadInput) as failure:
+            if not isinstance(failure, JudgeFailure) and not str(failure).startswith(str(path)):
+                raise
+            keep(record, {"failure": str(failure)})
+
+    with ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(","))) as pool:
+        futures = [pool.submit(ask, *entry) for entry in todo]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="judge", disable=quiet):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def ask_heldout(settings, judge, todo, keep, quiet):
+    """The judge's own score of each edit, judge_batch edits at a time, and the oracle's where there is one."""
+    for first in tqdm(range(0, len(todo), settings.judge_batch), desc="judge", disable=quiet):
+        records, _, rows, paths = zip(*todo[first : first + settings.judge_batch])
+        edits = [load_image(path) for path in paths]
+        result = judge.score(rows, [[load_image(path) for path in row["images"]] for row in rows], edits)
+        for i, score in enumerate(result.score.tolist()):
+            answer = {"failure": result.causes[i] or "no score"} if math.isnan(score) else {"scores": [score]}
+            truth = dict(zip(("oracle", "success"), map(float, oracle(rows[i], edits[i]) or ())))
+            keep(records[i], answer | ({"truth": truth} if truth else {}))
+
+
+def warn_of_reward_judge(settings, name):
+    """Says so when the judge is the one that the LoRA was trained to please."""
+    for folder in [Path(settings.lora), *Path(settings.lora).parents][:3] if settings.lora else ():
+        if (folder / "config.json").is_file():
+            reward = read_json(folder / "config.json")
+            if settings.judge == reward.get("judge") or name == reward.get("judge_model"):
+                print(f"warning: {name} is the judge that {settings.lora} was trained with; its scores tell how well it is "
+                      "pleased: let another judge have the last word", file=sys.stderr)  # fmt: skip
+            return
+
+
+# ---------------------------------------------------------------- score: tables, report, comparison
+
+
+def score_calls(settings, rows, version):
+    """Adds up each judge's calls in --out into scores-JUDGE-PROMPTS-MODE.json: {that file's name: its content}."""
+    stems = {re.match(r"calls-(.*-[0-9a-f]{8})-\d+$", file.stem)[1] for file in Path(settings.out).glob("calls-*.jsonl")}
+    if not stems:
+        raise BadInput(f"{settings.out}: holds no calls of a judge; run --stage judge first")
+    score, results = {"imgedit": score_imgedit, "gedit": score_gedit, "heldout": score_heldout}[settings.benchmark], {}
+    for stem in sorted(stems):
+        said, subjects = read_calls(settings.out, f"calls-{stem}"), {}
+        for name in subjects_of(settings):
+            subjects[name] = score([said.get((name, row["row"], call), {"call": call, "failure": "not judged"}) | row
+                                    for row in with_copies(rows, settings) for call in CALLS[settings.benchmark]], settings.mode)  # fmt: skip
+        results[f"scores-{stem}-{settings.mode}.json"] = {
+            "benchmark": settings.benchmark, "judge": stem, "mode": settings.mode, "metadata": version, "subjects": subjects}  # fmt: skip
+    for name, result in results.items():
+        write_whole(Path(settings.out, name), lambda part: part.write_text(json.dumps(result, ensure_ascii=False)))
+    return results
+
+
+def shown(mean):
+    mean, low, high = mean
+    return "-" if mean is None else f"{mean:.3f}" if low is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def tables(groups, title):
+    """The text of a result's tables: for each group its coverage, and a line a metric with each mean and its interval."""
+    lines = []
+    for group, table in groups.items():
+        lines.append(f"{title}, {group}: {table['answered']} of {table['rows']} rows answered")
+        for metric, means in ((key, value) for key, value in table.items() if isinstance(value, dict)):
+            lines.append(f"  {metric:7} " + "  ".join(f"{name} {shown(mean)}" for name, mean in means.items()))
+    return "\n".join(lines)
+
+
+def describe(settings, results):
+    """What a person reads first: every table, the gain over the baselines, and a row for a table of published numbers."""
+    lines, metrics = [], METRICS[settings.benchmark]
+    for result in results.values():
+        version, (first, *others) = result["metadata"], result["subjects"]
+        lines.append(f"{result['benchmark']}, {result['mode']} reading, judge and prompts {result['judge']}, "
+                     f"{version['rows']} rows, metadata sha256 {version['sha256']}")  # fmt: skip
+        full = {"imgedit": 737, "gedit": 1212 if settings.language == "both" else 606}.get(settings.benchmark, version["rows"])
+        if version["rows"] != full:
+            lines.append(f"warning: the published metadata has {full} rows; these numbers stand beside no published ones")
+        lines += [tables(content["groups"], name) for name, content in result["subjects"].items()]
+        for name in others:
+            gains = paired_differences(*(result["subjects"][key]["rows"] for key in (first, name)), metrics)
+            lines += [f"{group}: " + verdict(table[metrics[0]]["macro"], first, name) for group, table in gains.items()]
+        groups = result["subjects"][first]["groups"]
+        title = settings.name or " + ".join(filter(None, (settings.base or settings.edits, settings.lora)))
+        marks = [(f"{group} {metric}", shown(table[metric]["macro"])) for group, table in groups.items() for metric in metrics
+                 if metric in table]  # fmt: skip
+        for cells in (("model", "judge", *(name for name, _ in marks)), ["---"] * (2 + len(marks)),
+                      (title, result["judge"], *(mark for _, mark in marks))):  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>edit-nft: evaluation</title><style>
+body {font: 14px system-ui, sans-serif; margin: 1.5em; background: #fff; color: #222}
+pre {background: #f4f4f4; padding: .8em; overflow: auto}
+article {display: flex; flex-wrap: wrap; gap: 12px; border-top: 1px solid #ddd; padding: 12px 0}
+article > div {flex: 0 0 230px} figure {margin: 0; width: 260px} small {color: #666} summary {cursor: pointer}
+img {width: 260px; height: 260px; object-fit: contain; background: #f4f4f4; image-rendering: @SCALING@}
+details {white-space: pre-wrap}</style>
+<h1>edit-nft: evaluation</h1><pre>@SUMMARY@</pre>
+<label>task <select id="task"><option value="">all</option></select></label>
+<label>order <select id="order"><option value="worst">worst first</option><option value="best">best first</option>
+<option value="loss">most behind the base first</option></select></label> <span id="count"></span><main></main>
+<script type="application/json" id="data">@DATA@</script><script>
+const rows = JSON.parse(document.getElementById("data").textContent), task = document.getElementById("task"),
+  order = document.getElementById("order"), main = document.querySelector("main");
+const add = (to, tag, text) => { const e = document.createElement(tag); if (text) e.textContent = text; to.append(e); return e; };
+for (const name of [...new Set(rows.map(r => r.task))].sort()) add(task, "option", name).value = name;
+const low = (r, key) => r[key] === null ? -1 : r[key];
+function show() {
+  main.replaceChildren();
+  const kept = rows.filter(r => !task.value || r.task === task.value);
+  const by = {worst: (a, b) => low(a, "mark") - low(b, "mark"), best: (a, b) => low(b, "mark") - low(a, "mark"),
+    loss: (a, b) => a.gain - b.gain}[order.value];
+  for (const r of kept.sort(by)) {
+    const article = add(main, "article"), head = add(article, "div");
+    add(head, "b", r.prompt); add(head, "p", r.task); add(head, "small", r.row);
+    for (const [name, picture, marks, said] of r.shown) {
+      const figure = add(article, "figure"), caption = add(figure, "figcaption", name + "  " + marks);
+      if (picture) { const img = add(figure, "img"); img.src = picture; img.loading = "lazy"; } else add(figure, "p", "no edit");
+      if (said) { const more = add(figure, "details", said); more.prepend(add(more, "summary", "the judge's words")); }
+    }
+  }
+  document.getElementById("count").textContent = kept.length + " rows";
+}
+task.onchange = order.onchange = show; show();
+</script>
+"""
+
+
+def write_report(settings, rows, results, summary):
+    """report.html with small pictures beside it, and grid.png: of each task the row with the median mark of the first subject."""
+    out, metric, entries, subjects = Path(settings.out), METRICS[settings.benchmark][0], [], subjects_of(settings)
+    marks = [(result, name, {row["row"]: row for row in result["subjects"][name]["rows"]},
+              read_calls(out, f"calls-{result['judge']}")) for result in results.values() for name in subjects]  # fmt: skip
+    (out / "report").mkdir(exist_ok=True)
+
+    def small(number, name, path):
+        if not path.is_file():
+            return None
+        picture = load_image(path)
+        picture.thumbnail((384, 384))
+        picture.save(out / "report" / f"{number:05}-{name}.jpg", quality=92)
+        return picture
+
+    grid = {}
+    for number, row in enumerate(tqdm(list(with_copies(rows, settings)), desc="report")):
+        paths = {"source": Path(row["images"][0])} | {name: edit_of(row, name, folder) for name, folder in subjects.items()}
+        pictures = {name: small(number, name, path) for name, path in paths.items()}
+        texts, said = dict.fromkeys(paths, ""), dict.fromkeys(paths, "")
+        for result, name, of_row, calls in marks:
+            mine = of_row[row["row"]]
+            texts[name] += " ".join(f"{key} {mine[key]:.2f}" for key in METRICS[settings.benchmark] if key in mine) + " "
+            for call in CALLS[settings.benchmark]:
+                record = calls.get((name, row["row"], call), {})
+                said[name] += f"{call}: {record.get('reply') or record.get('failure') or ''}\n"
+        first, gain = marks[0][2][row["row"]][metric], 0.0
+        for result, name, of_row, _ in marks[: len(subjects)]:
+            gain = first - of_row[row["row"]][metric] if name == "base" else gain
+        entries.append({"row": row["row"], "task": row["task"], "prompt": row["prompt"], "gain": 0 if math.isnan(gain) else gain,
+                        "mark": None if math.isnan(first) else first, "shown": [
+                            (name, picture and f"report/{number:05}-{name}.jpg", texts[name], said[name])
+                            for name, picture in pictures.items()]})  # fmt: skip
+        grid.setdefault(row["task"], []).append((first, number, row["prompt"], pictures, texts))
+    biggest = max(max(picture.size) for _, _, _, pictures, _ in grid[row["task"]] for picture in pictures.values() if picture)
+    page = PAGE.replace("@SUMMARY@", html.escape(summary)).replace("@SCALING@", "auto" if biggest > 128 else "pixelated")
+    page = page.replace("@DATA@", json.dumps(entries, ensure_ascii=False).replace("</", "<\\/"))
+    (out / "report.html").write_text(page, encoding="utf-8")
+    middle = [sorted(of_task, key=lambda entry: entry[:2])[len(of_task) // 2] for _, of_task in sorted(grid.items())]
+    picture_grid([list(pictures.values()) for *_, pictures, _ in middle],
+                 [[f"{name} {texts[name]}" if name != "source" else prompt for name in pictures]
+                  for _, _, prompt, pictures, texts in middle],
+                 "of each task the row with the median score").save(out / "grid.png")  # fmt: skip
+
+
+def compare(places):
+    """Prints the paired differences of two runs' results under each judge and reading that both have; RUN or RUN/SUBJECT."""
+    if len(places) != 2:
+        raise BadInput("compare: name two runs, python evaluate.py compare RUN_A RUN_B")
+    found = []
+    for place in map(Path, places):
+        files = {file.name: read_json(file) for folder in (place, place.parent) for file in folder.glob("scores-*.json")}
+        if not files:
+            raise BadInput(f"{place}: holds no scores; name an --out folder of evaluate.py, or a subject in it")
+        for result in files.values():
+            subject = place.name if place.name in result["subjects"] and not list(place.glob("scores-*.json")) else None
+            result["rows"] = result["subjects"][subject or next(iter(result["subjects"]))]["rows"]
+        found.append(files)
+    shared = sorted(found[0].keys() & found[1].keys())
+    if not shared:
+        raise BadInput(f"{' and '.join(places)}: no result under one judge, prompts and reading: {', '.join(found[0])} "
+                       f"against {', '.join(found[1])}; score both alike")  # fmt: skip
+    for name in shared:
+        a, b = (files[name] for files in found)
+        if a["metadata"]["sha256"] != b["metadata"]["sha256"]:
+            raise BadInput(f"{' and '.join(places)}: another version of the benchmark in each; score both on one")
+        groups = paired_differences(a["rows"], b["rows"], METRICS[a["benchmark"]])
+        print(tables(groups, f"{name.removesuffix('.json')}: {places[0]} - {places[1]}"))
+        for group, table in groups.items():
+            print(f"{group}: " + verdict(table[METRICS[a["benchmark"]][0]]["macro"], *places))
+
+
+def claim(settings):
+    """Settings with what --out was begun with; BadInput when edits of another making lie there."""
+    file = Path(settings.out, "config.json")
+    before = read_json(file) if file.is_file() else {}
+    if before and settings.stage in ("judge", "score"):
+        return replace(settings, **{key: before[key] for key in (*DRAWN, "language", "baselines")})
+    for key in (*DRAWN, "language"):
+        if before and before[key] != getattr(settings, key):
+            raise BadInput(f"{settings.out}: was begun with --{key} {before[key]}, not {getattr(settings, key)}; give another --out")
+    write_whole(file, lambda part: part.write_text(json.dumps(asdict(settings), indent=1)))
+    return settings
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        return compare(argv[1:])
+    if argv[:1] not in (["imgedit"], ["gedit"], ["heldout"]):
+        raise BadInput(f"{' '.join(argv[:1]) or 'no command'}: say what to score: imgedit, gedit, heldout, or compare RUN_A RUN_B")
+    settings = parse_settings(Settings, ["--benchmark", *argv], description=__doc__.splitlines()[0])
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(),
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])  # fmt: skip
+    with accelerator.main_process_first():
+        settings = claim(settings)
+        rows, prompts, version = load_benchmark(settings)
+    if settings.stage in ("all", "sample"):
+        draw_edits(settings, rows, accelerator)
+        accelerator.wait_for_everyone()
+    if settings.stage in ("all", "judge"):
+        judge_edits(settings, rows, prompts, accelerator)
+        accelerator.wait_for_everyone()
+    if settings.stage in ("all", "score") and accelerator.is_main_process:
+        results = score_calls(settings, rows, version)
+        summary = describe(settings, results)
+        print(summary)
+        write_report(settings, rows, results, summary)
+        print(f"wrote {settings.out}/report.html and grid.png")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main)
