@@ -63,9 +63,9 @@ def pixels(images):
 
 
 @pytest.mark.parametrize("name", EDITORS)
-@pytest.mark.parametrize("evaluation", [False, True])
-def test_velocity_is_the_pipelines_own_conditional_prediction_at_every_step(load, name, evaluation):
-    editor = shaken(load(name))
+@pytest.mark.parametrize("evaluation, dtype", [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
+def test_velocity_is_the_pipelines_own_conditional_prediction_at_every_step(load, name, evaluation, dtype):
+    editor = shaken(load(name, dtype=dtype))
     calls = listen(editor)
     group = draw(editor, evaluation=evaluation, steps=3)
     N, true_cfg = group.x_0.shape[1], evaluation and name not in (KONTEXT, FLUX2, f"{KLEIN}-distilled")
@@ -121,6 +121,15 @@ def test_several_pictures_are_seen_where_the_pipeline_takes_them(load, name):
     assert group.cond["hidden_states"].shape[1] == sum(w * h for w, h in wanted) // multiple**2
     x, t = group.x_0, group.sigmas[:1].expand(3)
     assert not torch.allclose(sample.velocity(editor, x, t, group.cond), sample.velocity(editor, x, t, other.cond))
+
+
+def test_the_text_encoders_small_picture_is_the_pipelines_own_unless_it_is_above_the_working_size(load):
+    for resolution, small in ((512, (384, 384)), (64, (64, 64))):
+        editor = load(PLUS, resolution=resolution)
+        with sample.sources_keep_their_size(editor, [picture("wide", 160, 80)]):
+            module = sys.modules[type(editor.pipe).__module__]
+            assert module.calculate_dimensions(module.CONDITION_IMAGE_SIZE, 1.0) == small
+            assert module.calculate_dimensions(module.VAE_IMAGE_SIZE, 2.0) == (160, 80)
 
 
 def test_flux2_sources_stay_below_the_pixels_at_which_the_pipeline_would_crop_them(load):
@@ -180,6 +189,8 @@ def test_the_lora_reaches_every_block_of_the_family(load, name):
     assert blocks == {f"{kind}.{i}" for kind in ("transformer_blocks", "single_transformer_blocks")
                       for i in range(len(getattr(editor.pipe.transformer, kind, [])))}  # fmt: skip
     assert {layer.split("attn.")[1] for layer in layers} >= {target.split("attn.")[1] for target in sample.LORA_TARGETS}
+    if name.startswith("Flux2"):
+        assert layers >= {f"single_transformer_blocks.0.attn.{layer}" for layer in ("to_qkv_mlp_proj", "to_out")}
 
 
 def test_distilled_bases_are_warned_of_and_not_refused(load, editor_folder, tmp_path, capsys):
@@ -246,8 +257,9 @@ def test_a_prompt_longer_than_the_encoder_takes_is_reported_or_taken_whole(load,
     assert "more than the" not in capsys.readouterr().err
     long = " ".join([PROMPT] * 30)
     if name == LONGCAT:
-        with pytest.raises(BadInput, match=r"more than the 40 tokens .* 'make the red .*shorten it"):
-            draw(editor, K=1, steps=1, prompt=long)
+        for text in (long, 'add "' + 45 * "a" + '"'):  # it reads quoted text by the letter
+            with pytest.raises(BadInput, match=r"more than the 40 tokens that LongCatImageEditPipeline takes: .*shorten it"):
+                draw(editor, K=1, steps=1, prompt=text)
         return
     whole = draw(editor, K=1, steps=1, prompt=long)
     text = [group.cond["encoder_hidden_states"].shape[1] for group in (fits, whole)]
