@@ -378,6 +378,20 @@ def test_training_takes_the_familys_guidance_in_rollouts_and_in_evaluation(
     assert seen == wanted  # steps and guidance: 1 in the check at the start, 2 in rollouts, 3 in evaluation
 
 
+@pytest.mark.parametrize("name", [PLUS, KLEIN])
+def test_rows_of_several_pictures_and_other_shapes_train(editor_folder, rows, tmp_path, watched, name):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for key, size in (("a", (120, 80)), ("b", (80, 130))):
+        picture(key, *size).save(folder / f"{key}.png")
+    lines = [{"prompt": PROMPT, "image": image} for image in ("a.png", ["b.png", "a.png"], ["a.png", "b.png"])]
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    train(editor_folder(name), folder, tmp_path / "out", groups=3, resolution=96)
+    records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [record["groups kept"] for record in records] == [1, 1] and records[0]["grad norm"] > 0
+
+
 # ---------------------------------------------------------------- released LoRAs
 
 
