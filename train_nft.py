@@ -396,7 +396,6 @@ def main(argv=None):
     rows, editor, judge, optimizer = load_all(settings, accelerator)
     accelerator.print(f"{len(rows['train'])} training rows, {len(rows['test'])} held-out; LoRA on {len(editor.lora_layers)} "
                       f"modules; {settings.groups} x {settings.group_size} edits an epoch on {ranks} ranks")  # fmt: skip
-
     now = asdict(settings) | {"ranks": ranks, "rows": crc32(repr([(row["id"], row["prompt"]) for row in rows["train"]]).encode())}
     state = {"epoch": 0, "skipped in a row": 0, "best": -1.0, "run": secrets.token_hex(4), "settings": now}
     if settings.resume == "auto":
@@ -489,6 +488,7 @@ def main(argv=None):
 
     if chief and state["epoch"] > saved:
         save_checkpoint(editor, optimizer, out, state, settings.keep_checkpoints)
+    accelerator.wait_for_everyone()  # a rank that leaves early would break the others' last messages
     accelerator.end_training()
     if fault:
         raise fault
