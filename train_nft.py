@@ -3,10 +3,9 @@
     accelerate launch train_nft.py                                   # the toy world, two CPU cores, minutes
     accelerate launch train_nft.py --base black-forest-labs/FLUX.1-Kontext-dev --data DIR --judge local:MODEL
 
-Algorithm 1 of DiffusionNFT (arXiv:2509.16117v2) as UniWorld-V2 (arXiv:2510.16888, Edit-R1) applies it to editing. Each
-epoch: the old policy draws K edits of each of G rows (rollout); the judge scores them (reward); groups whose scores say
-nothing are dropped (filter); the new policy is regressed towards good edits and away from bad ones (update); the old
-policy follows softly.
+Algorithm 1 of DiffusionNFT (arXiv:2509.16117v2) as UniWorld-V2 (arXiv:2510.16888, Edit-R1) applies it. Each epoch: the old
+policy draws K edits of each of G rows (rollout); the judge scores them (reward); groups whose scores say nothing go (filter);
+the new policy is regressed towards good edits and away from bad ones (update); the old policy follows softly.
 
 Shapes: G groups, K copies in a group, B a batch of (edit, flow time) pairs, N tokens of an edit, C latent channels.
 t is flow time in [0, 1]: x_t = (1 - t) x_0 + t noise, velocity v = noise - x_0, x_0 = x_t - t v.
@@ -58,19 +57,13 @@ class Settings(JudgeSettings):
     """Defaults are the paper's for FLUX.1-Kontext-dev; without --base the toy world's, TOY below, take their place."""
 
     base: str = HfArg(default="", help="The editor, a hub id or folder. [the toy's]")
-    data: str = HfArg(default="", help="A dataset folder with train.jsonl and test.jsonl.")
-    max_failed: float = HfArg(default=0.1, help="Share of an epoch's scores that may fail before the run stops.")
-    out: str = HfArg(default="runs/nft", help="The run's folder.")
     seed: int = HfArg(default=0, help="Seed of every draw.")
-    epochs: int = HfArg(default=300, help="Epochs: rollouts of `groups` rows each, and their update.")
-    # rollout
     resolution: int = HfArg(default=512, help="Square root of the working pixels.")
     guidance: float | None = HfArg(default=None, help="Guidance in rollouts and training. [the family's]")
     rollout_steps: int = HfArg(default=6, help="Solver steps of a rollout.")
     solver_order: Literal[1, 2] = HfArg(default=2, help="1 Euler, 2 second-order multistep.")
     groups: int = HfArg(default=24, help="Rows drawn per epoch, over all ranks.")
     group_size: int = HfArg(default=12, help="K, edits drawn of each row.")
-    rollout_batch: int = HfArg(default=12, help="Edits in one pipeline call.")
     # filter and advantage
     filter: Literal["paper", "released", "none"] = HfArg(default="paper", help="Which groups to drop.")
     filter_mean: float = HfArg(default=0.9, help="A group above this mean may be dropped.")
@@ -80,7 +73,6 @@ class Settings(JudgeSettings):
     # update
     train_timesteps: int = HfArg(default=5, help="Flow times trained per edit, out of the rollout's.")
     train_steps_from: int = HfArg(default=6, help="Of the rollout's times the noisiest this many may be trained.")
-    train_batch: int = HfArg(default=12, help="(edit, time) pairs of one row in one forward.")
     optimizer_steps: int = HfArg(default=1, help="Optimizer steps per epoch; the trained times are dealt out to them.")
     nft_beta: float = HfArg(default=1.0, help="How far v+ and v- lie from v_old, in units of v - v_old.")
     kl_weight: float = HfArg(default=1e-4, help="Weight of the squared velocity distance to the base. 0 skips it.")
@@ -96,7 +88,11 @@ class Settings(JudgeSettings):
     decay_rate: float = HfArg(default=0.001, help="After epoch n, old <- d old + (1 - d) new, d = decay_rate n ...")
     decay_max: float = HfArg(default=0.5, help="... up to this d.")
     ema_decay: float = HfArg(default=0.9, help="An average of new for saving and evaluation only. 0: none.")
-    # evaluation and records
+    # evaluation and records; from here on a resumed run may have other settings without becoming another run
+    data: str = HfArg(default="", help="A dataset folder with train.jsonl and test.jsonl.")
+    out: str = HfArg(default="runs/nft", help="The run's folder.")
+    epochs: int = HfArg(default=300, help="Epochs: rollouts of `groups` rows each, and their update.")
+    max_failed: float = HfArg(default=0.1, help="Share of an epoch's scores that may fail before the run stops.")
     eval_every: int = HfArg(default=10, help="Epochs between held-out evaluations.")
     eval_rows: int = HfArg(default=64, help="Rows of test.jsonl that they use, from the first.")
     eval_copies: int = HfArg(default=1, help="Edits of each.")
@@ -111,6 +107,8 @@ class Settings(JudgeSettings):
     force: bool = HfArg(default=False, help="Resume with other settings, too.")
     bad_rows: Literal["stop", "skip"] = HfArg(default="stop", help="What a faulty row or picture does to the run.")
     # the machine
+    rollout_batch: int = HfArg(default=12, help="Edits in one pipeline call.")
+    train_batch: int = HfArg(default=12, help="(edit, time) pairs of one row in one forward.")
     gradient_checkpointing: bool = HfArg(default=True, help="Recompute activations in backward: less memory.")
     offload: bool = HfArg(default=True, help="Text encoders and VAE leave the GPU while the update runs.")
     compile: bool = HfArg(default=False, help="Compile the transformer's blocks (torch.compile).")
@@ -132,16 +130,12 @@ class Settings(JudgeSettings):
             raise BadInput("--data is missing; name a dataset folder with train.jsonl and test.jsonl")
 
 
-# what a resumed run may change without becoming another run
-HARMLESS = {"epochs", "out", "data", "judge_batch", "judge_device", "judge_in_flight", "judge_timeout", "judge_patience", "max_failed",
-            "rollout_batch", "train_batch", "eval_every", "eval_rows", "eval_copies", "eval_steps", "eval_guidance", "log_every",
-            "save_every", "keep_checkpoints", "keep_samples", "report_to", "resume", "force", "bad_rows", "gradient_checkpointing", "offload",
-            "compile", "shard", "dry_run", "ranks"}  # fmt: skip
+HARMLESS = {*list(Settings.__dataclass_fields__)[list(Settings.__dataclass_fields__).index("data") :], "ranks", "judge_batch",
+            "judge_device", "judge_in_flight", "judge_timeout", "judge_patience"}  # fmt: skip
 TOY = dict(
     data="data/toy", judge="", out="runs/toy", resolution=32, epochs=80, groups=16, group_size=12, rollout_batch=64,
     judge_batch=256, train_timesteps=3, train_steps_from=4, train_batch=256, lora_rank=16, lora_alpha=16, lr=4e-3,
     kl_weight=0.05, ema_decay=0.0, gradient_checkpointing=False, eval_every=40, eval_rows=240, eval_steps=6, eval_guidance=2.5,
-    save_every=40,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- the maths
@@ -205,18 +199,17 @@ def group_advantages(scores, clip=5.0, filter="paper", filter_mean=0.9, filter_s
 # ---------------------------------------------------------------- one epoch's parts
 
 
-def draw(editor, judge, rows, keys, steps, settings, stop, bar, evaluation=False):
+def draw(editor, judge, rows, keys, settings, stop, bar, steps, guidance, **mode):
     """Edits of each row by the active policy; the judge scores a group while the next is drawn.
 
-    keys: for each row the names of its copies' noises. Returns a list of Groups and one of the Futures of their Scores. A
-    filled `stop` ends it early.
+    keys: for each row the names of its copies' noises. Returns Groups and Futures of their Scores; a filled `stop` ends it.
     """
-    groups, verdicts, guidance = [], [], settings.eval_guidance if evaluation else settings.guidance
+    groups, verdicts = [], []
     for row, names in zip(rows, keys):
         if stop and not settings.shard:
             break
         sources, noises = [load_image(path) for path in row["images"]], [seeded(*name) for name in names]
-        groups.append(rollout(editor, sources, row["prompt"], noises, steps, guidance, settings.rollout_batch, evaluation))
+        groups.append(rollout(editor, sources, row["prompt"], noises, steps, guidance, settings.rollout_batch, **mode))
         verdicts.append(judge.submit(row, sources, groups[-1].images))
         bar.update()
     return groups, verdicts
@@ -295,7 +288,8 @@ def evaluate(editor, judge, rows, settings, name, accelerator, stop):
     mine = [rows[number % len(rows)] for number in numbers]
     keys = [[(settings.seed, "eval", number, copy) for copy in range(settings.eval_copies)] for number in numbers]
     with policy(editor, name), tqdm(total=len(mine), desc=f"held-out, {name}", leave=False, disable=rank > 0) as bar:
-        groups, verdicts = draw(editor, judge, mine, keys, settings.eval_steps, settings, stop, bar, True)
+        groups, verdicts = draw(editor, judge, mine, keys, settings, stop, bar, settings.eval_steps, settings.eval_guidance,
+                                evaluation=True)  # fmt: skip
     for number, row, group, verdict in zip(numbers, mine, groups, verdicts):
         for copy, (edit, mark) in enumerate(zip(group.images, verdict.result().score.tolist())):
             truth = dict(zip(("oracle", "success"), oracle(row, edit) or ()))  # nothing for rows that are not the toy's
@@ -311,7 +305,6 @@ def epoch_record(epoch, verdicts, r, reasons, seen, norms, clock, decay):
     steps = sum(map(math.isfinite, norms))
     times, peaks = zip(*clock)
     seconds = dict(zip(("rollout", "reward", "update"), np.diff(times).round(3).tolist()))
-    bins = [seen[(5 * seen[:, 2]).long().clamp(max=4) == i, 3] for i in range(5)]
     mean = lambda values: values.mean().item() if len(values) and values.isfinite().all() else None  # noqa: E731
     return {
         "epoch": epoch + 1, "reward": scores.nanmean().item(),
@@ -321,8 +314,9 @@ def epoch_record(epoch, verdicts, r, reasons, seen, norms, clock, decay):
         "groups kept": reasons.count("") / len(reasons),
         "groups dropped": {reason: reasons.count(reason) for reason in sorted(set(reasons) - {""})},
         "r histogram": torch.histc(r[~r.isnan()], 10, 0, 1).int().tolist(),
-        "loss": mean(seen[:, 3]), "loss by t": list(map(mean, bins)), "drift old": mean(seen[:, 4]),
-        "drift base": mean(seen[:, 5]), "grad norm": max(filter(math.isfinite, norms), default=None),
+        "loss": mean(seen[:, 3]), "drift old": mean(seen[:, 4]), "drift base": mean(seen[:, 5]),
+        "loss by t": [mean(seen[(5 * seen[:, 2]).long().clamp(max=4) == i, 3]) for i in range(5)],
+        "grad norm": max(filter(math.isfinite, norms), default=None),
         "optimizer steps": steps, "skipped steps": len(norms) - steps,
         "old decay": decay, "seconds": seconds, "edits per second": scores.numel() / sum(seconds.values()),
         "peak GB": dict(zip(seconds, np.round(peaks[1:], 3).tolist())),
@@ -374,7 +368,7 @@ def load_all(settings, accelerator):
     judge = load_judge(settings, device, dtype)
     optimizer = torch.optim.AdamW(lora_parameters(editor, "new").values(), settings.lr, weight_decay=settings.weight_decay,
                                   betas=(settings.adam_beta1, settings.adam_beta2))  # fmt: skip
-    check_editor(editor, rows["train"][0], settings.guidance, optimizer)
+    check_editor(editor, rows["train"][0], settings.guidance, optimizer, started=bool(settings.start_lora))
     check_judge(judge, settings.judge, rows["train"])
     return rows, editor, judge, optimizer
 
@@ -396,14 +390,12 @@ def main(argv=None):
     if toy:
         with accelerator.main_process_first():
             build_toy(ToySettings(out=settings.data))
-        judge = settings.judge or f"local:{settings.data}/judge"
-        settings = replace(settings, base=f"{settings.data}/editor", judge=judge)
+        settings = replace(settings, base=f"{settings.data}/editor", judge=settings.judge or f"local:{settings.data}/judge")
     if settings.dry_run:
         settings = replace(settings, epochs=1, groups=ranks, eval_rows=1)
     rows, editor, judge, optimizer = load_all(settings, accelerator)
-    size = sum(p.numel() for p in lora_parameters(editor, "new").values())
-    accelerator.print(f"{len(rows['train'])} training rows, {len(rows['test'])} held-out; LoRA of {size:,} numbers on "
-                      f"{len(editor.lora_layers)} modules; {settings.groups} x {settings.group_size} edits an epoch")  # fmt: skip
+    accelerator.print(f"{len(rows['train'])} training rows, {len(rows['test'])} held-out; LoRA on {len(editor.lora_layers)} "
+                      f"modules; {settings.groups} x {settings.group_size} edits an epoch on {ranks} ranks")  # fmt: skip
 
     now = asdict(settings) | {"ranks": ranks, "rows": crc32(repr([(row["id"], row["prompt"]) for row in rows["train"]]).encode())}
     state = {"epoch": 0, "skipped in a row": 0, "best": -1.0, "run": secrets.token_hex(4), "settings": now}
@@ -414,13 +406,11 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(settings), indent=1))
         cut_log(out / "log.jsonl", state["epoch"])
-    if settings.report_to != "none":
-        same = {"wandb": {"wandb": {"id": state["run"], "resume": "allow"}}, "trackio": {"trackio": {"name": state["run"]}}}
-        accelerator.init_trackers("edit-nft", asdict(settings) | {"lora_targets": str(settings.lora_targets)},
-                                  same.get(settings.report_to, {}))  # fmt: skip
+    same_run = {"wandb": {"id": state["run"], "resume": "allow"}, "trackio": {"name": state["run"]}}
+    accelerator.init_trackers("edit-nft", {key: str(value) for key, value in asdict(settings).items()}, same_run)
     base = [] if settings.dry_run else evaluate(editor, judge, rows["test"], settings, "base", accelerator, stop)
-    usual = []  # gradient norms of the last steps
-    stopped, start = lambda: any(gather_object([bool(stop)])), time.time()  # noqa: E731  a signal to one rank stops all
+    stopped = lambda: any(gather_object([bool(stop)]))  # noqa: E731  a signal to one rank stops all
+    usual, start = [], time.time()  # gradient norms of the last steps
 
     for epoch in range(first, settings.epochs):
         clock = [time_and_memory(accelerator.device)]
@@ -432,7 +422,7 @@ def main(argv=None):
         keys = [[(settings.seed, "rollout", epoch, number, copy) for copy in range(settings.group_size)] for number in numbers]
         with policy(editor, "old"):
             mine = [rows["train"][chosen[number]] for number in numbers]
-            groups, verdicts = draw(editor, judge, mine, keys, settings.rollout_steps, settings, stop, bar)
+            groups, verdicts = draw(editor, judge, mine, keys, settings, stop, bar, settings.rollout_steps, settings.guidance)
         clock.append(time_and_memory(accelerator.device))
 
         # ---------------- reward: the judge scores them; every rank learns all scores
@@ -484,8 +474,8 @@ def main(argv=None):
                 state["held-out"] = record["held-out"]["new"]["judge"]["now"]
         if chief:
             if "held-out" in record:
-                grid = comparison_grid(rows["test"], base, held_out["new"])
-                save_newest(grid, out / "samples" / f"epoch-{epoch + 1:04}.png", settings.keep_samples)
+                file = out / "samples" / f"epoch-{epoch + 1:04}.png"
+                save_newest(comparison_grid(rows["test"], base, held_out["new"]), file, settings.keep_samples)
             if (epoch + 1) % settings.log_every == 0 or "held-out" in record:
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(record) + "\n")
@@ -493,8 +483,7 @@ def main(argv=None):
             if (epoch + 1) % settings.save_every == 0 or (state["held-out"] or -1.0) > state["best"]:
                 state["best"], saved = max(state["best"], state["held-out"] or -1.0), epoch + 1
                 save_checkpoint(editor, optimizer, out, state, settings.keep_checkpoints)
-        if settings.report_to != "none":
-            accelerator.log({key: value for key, value in record.items() if isinstance(value, (int, float))}, epoch + 1)
+        accelerator.log({key: value for key, value in record.items() if isinstance(value, (int, float))}, epoch + 1)
         if fault or stopped():
             break
 

@@ -19,6 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
 import torch
 from conftest import tiny_kontext
 from rule_judge import RuleJudge, arguments, log, write_dataset
@@ -66,11 +67,11 @@ def forked(command, said, moment=None, calls=0):
 
 
 def launched(command, said, processes):
-    """The same over several processes, as a process group of its own."""
+    """The same over several processes."""
     script = Path(__file__).with_name("rule_judge.py")
     return subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
                              "--main_process_port", "0", script, *command], stdout=open(said, "a"), stderr=subprocess.STDOUT,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True).pid  # fmt: skip
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}).pid  # fmt: skip
 
 
 def main():
@@ -112,7 +113,8 @@ def main():
             status = os.waitpid(child, os.WNOHANG)
             time.sleep(0.01)
         if not status[0]:
-            (os.kill if args.processes == 1 else os.killpg)(child, signal.SIGKILL)
+            for process in (*psutil.Process(child).children(recursive=True), psutil.Process(child)):  # workers, then launcher
+                process.kill()
             os.waitpid(child, 0)
         elif status[1] == 0:  # it came to its end first: a new run to kill
             same_end()
