@@ -1,9 +1,9 @@
 """Fixtures that several test files share: tiny random editors of every family, of the real classes."""
 
-import os
-import signal
 import inspect
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -102,6 +102,8 @@ def run(kontext_folder, dataset, tmp_path, monkeypatch):
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
 # ---------------------------------------------------------------- the other families
 
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

@@ -295,8 +295,8 @@ def train(base, rows, out, **changes):
 @pytest.fixture
 def watched(monkeypatch):
     """A rule for a judge, and the editor that training loads."""
-    loaded = []
-    load_editor = train_nft.load_editor
+    loaded, load_editor = [], train_nft.load_editor
+    monkeypatch.setattr(train_nft, "signals_caught", list)  # pytest keeps its own handlers
     monkeypatch.setattr(train_nft, "load_editor", lambda *a, **k: loaded.append(load_editor(*a, **k)) or loaded[-1])
     monkeypatch.setattr(train_nft, "load_judge", lambda *args, **kwargs: RuleJudge())
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # two threads on a busy machine take turns waiting
