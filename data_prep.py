@@ -44,11 +44,16 @@ class BadInput(Exception):
 
 
 def run_script(main):
-    """Calls a script's `main`; a `BadInput` ends it as one line on stderr and exit code 2, without a traceback."""
+    """Calls a script's `main`; a `BadInput`, or a GPU that is too small, ends it as one line on stderr and exit code 2."""
     try:
         main()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". GPU ")[0]
+        print(f"error: the GPU is too small ({reason}); lower --rollout_batch, --train_batch or --judge_batch, put the judge "
+              "elsewhere (--judge_device or a server), or spread the base over several GPUs with --shard", file=sys.stderr)  # fmt: skip
         sys.exit(2)
 
 
