@@ -323,6 +323,41 @@ def test_two_ranks_end_with_the_lora_of_one(run, kontext_folder, dataset, tmp_pa
         log(single)[-1]["held-out"]["new"]["judge"]["now"], abs=0.02)  # fmt: skip
 
 
+def test_a_dry_run_makes_one_step_and_says_what_it_took_and_saves_nothing(spied, capsys, tmp_path):
+    run, counts = spied
+    run("dry", dry_run=True, epochs=50, groups=4)
+    said = capsys.readouterr().out
+    assert counts["step"] == 1 and "1 x 4 edits" in said and not (tmp_path / "dry").exists()
+    assert all(f"{phase} " in said and f"'{phase}': " in said for phase in ("rollout", "reward", "update"))
+
+
+def test_text_encoders_and_vae_are_away_only_while_the_update_runs(kontext_folder):
+    editor = sample.load_editor(kontext_folder)
+    places = lambda: {name: part.device.type for name, part in editor.pipe.components.items() if hasattr(part, "device")}  # noqa: E731
+    editor.pipe.to("meta")  # a second place that every machine has
+    with sample.parked(editor, park=False):
+        assert set(places().values()) == {"meta"}
+    moved = []
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        getattr(editor.pipe, name).to = lambda device, name=name: moved.append((name, str(device)))
+    with sample.parked(editor):
+        assert sorted(moved) == [(name, "cpu") for name in ("text_encoder", "text_encoder_2", "vae")]
+    assert sorted(moved[3:]) == [(name, "meta") for name in ("text_encoder", "text_encoder_2", "vae")]
+
+
+def test_the_judge_works_while_the_next_group_is_drawn(run, monkeypatch):
+    order, rollout = [], train_nft.rollout
+
+    class Watched(RuleJudge):
+        def submit(self, *args):
+            order.append("submit")
+            return super().submit(*args)
+
+    monkeypatch.setattr(train_nft, "rollout", lambda *a, **k: order.append("rollout") or rollout(*a, **k))
+    run(epochs=1, eval_every=5, judge=Watched())
+    assert order[-8:] == ["rollout", "submit"] * 4
+
+
 # ---------------------------------------------------------------- start-up checks and bad input
 
 
@@ -389,6 +424,31 @@ def test_a_setting_that_cannot_work_is_refused_in_one_line(run, change, message)
     with pytest.raises(BadInput, match=message) as error:
         run(**change)
     assert "\n" not in str(error.value)
+
+
+def test_a_gpu_that_is_too_small_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 8 GiB")
+
+    with pytest.raises(SystemExit) as stop:
+        train_nft.run_script(main)
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "\n" not in said and "too small" in said and "--train_batch" in said
+
+
+def test_faulty_rows_stop_the_run_or_are_left_out_when_asked(run, dataset, tmp_path, capsys):
+    folder = tmp_path / "faulty"
+    folder.mkdir()
+    for file in dataset.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "train5.png").write_bytes(b"no picture")
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join([*lines, '{"image": "train0.png"}']))
+    with pytest.raises(BadInput, match="train.jsonl:9: .*no `prompt`"):
+        run("stops", data=folder)
+    run("skips", data=folder, bad_rows="skip", epochs=1)
+    said = capsys.readouterr().out
+    assert said.count("skipped: ") == 2 and "train5.png" in said and "train.jsonl:9" in said and "7 training rows" in said
 
 
 def test_groups_that_do_not_divide_by_the_ranks_are_refused(run, monkeypatch):
