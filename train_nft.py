@@ -191,7 +191,7 @@ def group_advantages(scores, clip=5.0, filter="paper", filter_mean=0.9, filter_s
                for n, d, s in zip(valid, drop, spread)]  # fmt: skip
     kept = torch.tensor([not reason for reason in reasons])  # (G,)
     trained = scores[kept][~scores[kept].isnan()]
-    scale = trained.std(unbiased=False).clamp(min=score_noise) if len(trained) else torch.tensor(1.0)
+    scale = trained.std(unbiased=False) if len(trained) else torch.tensor(1.0)  # at least score_noise, as every kept group's
     advantage = ((scores - mean[:, None]) / scale).clamp(-clip, clip)  # (G, K)
     return (advantage / (2 * clip) + 0.5).masked_fill(~kept[:, None], torch.nan), reasons
 

@@ -145,10 +145,11 @@ def test_the_scale_leaves_the_dropped_groups_out():
 
 
 def test_noise_of_the_judge_is_not_blown_up_to_full_advantages():
-    r, reasons = group_advantages(torch.tensor([[0.300, 0.301, 0.302]]), filter="none")
-    assert reasons == ["no spread"] and r.isnan().all()
-    r, _ = group_advantages(torch.tensor([[0.30, 0.31, 0.32]]), filter="none", score_noise=0.008)
-    assert (r - 0.5).abs().max() < 0.13
+    for noise in (0.001, 1e-6):
+        r, reasons = group_advantages(0.3 + noise * torch.tensor([[0.0, 1.0, 2.0]]), filter="none")
+        assert reasons == ["no spread"] and r.isnan().all()
+    r, reasons = group_advantages(torch.tensor([[0.300, 0.301, 0.302], [0.2, 0.4, 0.6]]), filter="none")
+    assert reasons == ["no spread", ""] and r[1, 2] < 0.7
 
 
 def test_nothing_kept_gives_nothing_to_train():
