@@ -299,18 +299,34 @@ def check_dataset(settings):
 # ---------------------------------------------------------------- statistics
 
 
+def bootstrap(values, groups, clusters, draws=2000, seed=0):
+    """Resamples clusters, each with all its values: (names of the T groups, means (draws, T), NaN of a group not drawn).
+
+    values, groups, clusters: of n entries; no value is NaN. A single cluster tells nothing of the spread: all NaN.
+    """
+    names, group = np.unique(np.array(groups, str), return_inverse=True)
+    known, cluster = np.unique(np.array(clusters, str), return_inverse=True)
+    if len(known) < 2:
+        return names.tolist(), np.full((draws, len(names)), np.nan)
+    totals, counts = np.zeros((2, len(known), len(names)))  # (clusters, T) each
+    np.add.at(totals, (cluster, group), values)
+    np.add.at(counts, (cluster, group), 1)
+    times = np.random.default_rng(seed).multinomial(len(known), np.full(len(known), 1 / len(known)), draws)
+    with np.errstate(all="ignore"):
+        return names.tolist(), (times @ totals) / (times @ counts)
+
+
 def paired_gain(base, now, key):
     """Mean of results[key] before and after, and the paired difference with its 95 % interval, bootstrapped over rows.
 
     base, now: lists of dicts for the same edits in the same order, each with `row` and `key`; NaN is left out.
     """
-    rows = np.array([result["row"] for result in base])
     before, after = (np.array([result[key] for result in results], float) for results in (base, now))
-    gains = np.array([np.nanmean((after - before)[rows == row]) for row in np.unique(rows)])
-    draws = np.random.default_rng(0).integers(len(gains), size=(2000, len(gains)))
-    low, high = np.nanquantile(np.nanmean(gains[draws], axis=1), (0.025, 0.975))
-    return {"base": np.nanmean(before), "now": np.nanmean(after), "gain": np.nanmean(gains), "low": low, "high": high,
-            "missing": int(np.isnan(after - before).sum())}  # fmt: skip
+    gains, kept = after - before, ~np.isnan(after - before)
+    draws = bootstrap(gains[kept], ["all"] * kept.sum(), [result["row"] for result, keep in zip(base, kept) if keep])[1]
+    low, high = np.nanquantile(draws, (0.025, 0.975)) if draws.size else (np.nan, np.nan)
+    return {"base": np.nanmean(before), "now": np.nanmean(after), "gain": gains[kept].mean(), "low": low, "high": high,
+            "missing": int((~kept).sum())}  # fmt: skip
 
 
 def spearman(a, b):
