@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration, T5Config, T5EncoderModel, T5TokenizerFast,
+    Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor, T5Config, T5EncoderModel, T5TokenizerFast,
 )  # fmt: skip
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -294,6 +294,16 @@ def check_dataset(settings):
     if faults:
         raise BadInput(f"{folder}: {len(faults)} faults, one a line above; {counts}")
     print(f"{folder}: no faults; {counts}" + f"; nothing of {settings.against}" * bool(settings.against))
+
+
+class PictureProcessor(Qwen2VLProcessor):
+    """The processor of Qwen2-VL's and Qwen2.5-VL's kind for text and pictures, where torchvision is missing.
+
+    The library's own is the same but for a video processor, which cannot be built without torchvision.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
 # ---------------------------------------------------------------- statistics

@@ -4,7 +4,8 @@
     python sample.py --image in.png --prompt "..." --lora RUN/checkpoint-60 --compare --num 4 --out out.png
 
 The diffusers pipeline itself does the rollout, unmodified: a forward pre-hook on its transformer keeps the keyword
-arguments of the first call, a callback keeps the latents. Training replays them with another x_t and t.
+arguments of the first call, the scheduler keeps the latents. Training replays them with another x_t and t. What else a
+pipeline class needs is a line of FAMILIES.
 
 Shapes: K copies of one group, B a batch, N tokens of the edit, S tokens of the source pictures, C latent channels.
 t is flow time in [0, 1]: x_t = (1 - t) x_0 + t noise, velocity v = noise - x_0, x_0 = x_t - t v.
@@ -17,31 +18,91 @@ Departures from the paper and its released code:
 3. A group's text embeddings and source tokens are stored once, not K times.
 """
 
+import functools
 import inspect
 import json
+import sys
 import textwrap
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw
 from safetensors import safe_open
+from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
+from transformers.utils import is_torchvision_available
 
-from data_prep import BadInput, load_image, parse_settings, run_script, seeded
+from data_prep import BadInput, PictureProcessor, load_image, parse_settings, run_script, seeded
 
 TOY = "data/toy/editor"
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
+
+# ---------------------------------------------------------------- families of editors
+
 # q, k, v and output projections of both streams; Flux, Qwen-Image, LongCat and Flux.2's double blocks share the names
 LORA_TARGETS = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj",
                                             "add_v_proj", "to_add_out")]  # fmt: skip
-SEVERAL_PICTURES = ("QwenImageEditPlusPipeline", "Flux2Pipeline", "Flux2KleinPipeline")
+# Flux.2's single blocks have one matrix for q, k, v and the MLP; their attn.to_out has the double blocks' container's name
+FLUX2_TARGETS = [*LORA_TARGETS, "attn.to_qkv_mlp_proj", *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(48))]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a pipeline class needs beyond the call that all share; the defaults are a guess for one that is not known."""
+
+    guidance: str = "guidance_scale"  # the argument of its call that holds the guidance
+    rollout: float | None = None  # its value in rollouts and training, 1: no CFG; None: the pipeline's own
+    evaluation: float | None = None  # its value in evaluation and sampling
+    negative: str | None = None  # the negative prompt without which there is no true CFG
+    several: bool = False  # takes several source pictures
+    sizes: str = ""  # function (area, ratio) of its module that sets the sources' size; "": it keeps the size they have
+    max_pixels: int | None = None  # it shrinks sources above these
+    long_text: str = "cut"  # a prompt beyond the encoder's tokens is "cut", taken "whole", or makes the pipeline "fail"
+    targets: tuple = tuple(LORA_TARGETS)
+    distilled: tuple = ()  # names of its models for few steps
+
+
+QWEN = Family("true_cfg_scale", rollout=1.0, evaluation=4.0, negative=" ", sizes="calculate_dimensions", long_text="whole")
+FLUX2 = Family(several=True, max_pixels=1024**2, targets=tuple(FLUX2_TARGETS))
+FAMILIES = {
+    "FluxKontextPipeline": Family(rollout=2.5, evaluation=3.5),  # an embedded scale, no CFG
+    "QwenImageEditPipeline": QWEN,
+    "QwenImageEditPlusPipeline": replace(QWEN, several=True),
+    "Flux2Pipeline": replace(FLUX2, rollout=4.0, evaluation=4.0),  # an embedded scale, no CFG
+    "Flux2KleinPipeline": replace(FLUX2, rollout=1.0, evaluation=4.0, distilled=("FLUX.2-klein-4B", "FLUX.2-klein-9B")),
+    "LongCatImageEditPipeline": Family(rollout=1.0, evaluation=4.5, sizes="calculate_dimensions", long_text="fail",
+                                       distilled=("LongCat-Image-Edit-Turbo",)),
+}  # fmt: skip
+
+
+@functools.cache
+def note(text):
+    """Tells the user, once in a process, of something that is no error."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def guess_family(pipe):
+    """A Family for a pipeline class that FAMILIES does not know, and a note of what was assumed."""
+    kind, taken = type(pipe), inspect.signature(pipe.__call__).parameters
+    embedded = getattr(pipe.transformer.config, "guidance_embeds", False)
+    true_cfg = "true_cfg_scale" in taken and not embedded
+    sizes = "calculate_dimensions" if hasattr(sys.modules[kind.__module__], "calculate_dimensions") else ""
+    family = Family("true_cfg_scale" if true_cfg else "guidance_scale", rollout=None if embedded else 1.0,
+                    negative=" " if true_cfg else None, sizes=sizes)  # fmt: skip
+    note(f"{kind.__name__} is not in FAMILIES of sample.py; assumed: one source picture, "
+         f"{'an embedded guidance' if embedded else f'{family.guidance} 1 (no CFG) in rollouts'}, the pipeline's own guidance "
+         f"in evaluation, {f'sources sized by {sizes}' if sizes else 'sources kept in their size'}, the usual LoRA targets")  # fmt: skip
+    return family
+
 
 # ---------------------------------------------------------------- the solver
 
@@ -60,7 +121,8 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
         """One step from this sigma to the next: v and x_t of any one shape -> x at the next sigma, in v's dtype."""
         if self.solver_order == 1:
-            return super().step(model_output, timestep, sample, return_dict=return_dict, **kwargs)
+            self.last_x = super().step(model_output, timestep, sample, return_dict=False, **kwargs)[0]
+            return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=self.last_x) if return_dict else (self.last_x,)
         if self.step_index is None:
             self._init_step_index(timestep)
             self._last_v = None
@@ -72,8 +134,8 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
             x = x + 0.5 * h * h * slope
         self._step_index += 1
         self._last_v = v
-        x = x.to(model_output.dtype)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
+        self.last_x = x.to(model_output.dtype)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=self.last_x) if return_dict else (self.last_x,)
 
 
 # ---------------------------------------------------------------- loading
@@ -84,75 +146,112 @@ class Editor:
     """A frozen diffusers pipeline with our solver; `resolution` is the square root of the pixels it works at."""
 
     pipe: DiffusionPipeline
+    family: Family
     resolution: int
-    max_text: int | None  # tokens that a prompt is padded to; None is the pipeline's own number
+    max_text: int  # tokens that a prompt may have
     lora_layers: list = field(default_factory=list)
+
+
+def load_pipeline(base, dtype):
+    """The diffusers pipeline `base`. Where torchvision is missing, processors that need it get a picture-only stand-in."""
+    parts, late = {}, {}
+    if not is_torchvision_available():
+        for name, made_of in DiffusionPipeline.load_config(base).items():
+            kind = made_of[1] if isinstance(made_of, (list, tuple)) else None
+            if kind in ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"):
+                parts[name] = PictureProcessor.from_pretrained(base, subfolder=name)
+            elif kind == "PixtralProcessor":  # Flux.2 uses it for text alone
+                parts[name], late[name] = None, AutoTokenizer.from_pretrained(base, subfolder=name)
+    pipe = DiffusionPipeline.from_pretrained(base, dtype=dtype, **parts)
+    pipe.register_modules(**late)
+    return pipe
 
 
 def load_editor(base, device="cpu", dtype=torch.float32, resolution=None, max_text=None, solver_order=2):
     """The editor in the folder, or of the hub id, `base`: frozen, in eval mode, with the second-order solver.
 
-    resolution in pixels, None: what the VAE was made for. max_text in tokens, None: the second tokenizer's own limit
-    where that is below the pipeline's default. Raises BadInput when nothing loads, when it is no image editor, or when
-    the VAE cannot take the resolution.
+    resolution in pixels, None: what the VAE was made for. max_text in tokens, None: the pipeline's default, or its
+    tokenizer's own limit where that is lower. Raises BadInput when nothing loads, when it is no image editor, or when
+    it cannot take the resolution.
     """
     base = str(base)
     if not Path(base).is_dir() and (base.count("/") != 1 or base.startswith((".", "/", "~"))):
         mend = "run python data_prep.py toy first" if base == TOY else "name a model folder or a hub id owner/name"
         raise BadInput(f"{base}: no such model folder; {mend}")
     try:
-        pipe = DiffusionPipeline.from_pretrained(base, dtype=dtype)
-    except (OSError, ValueError, AttributeError) as error:
+        pipe = load_pipeline(base, dtype)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{base}: not a diffusers model ({reason}); name a model folder or a hub id") from error
-    if getattr(pipe, "transformer", None) is None or "image" not in inspect.signature(pipe.__call__).parameters:
-        raise BadInput(f"{base}: {type(pipe).__name__} edits no pictures; name an editor such as FLUX.1-Kontext-dev")
+        mend = "name a model folder or a hub id"
+        if any(word in reason for word in ("orchvision", "video processor", "Placeholder")):
+            mend = "its processor needs torchvision; pip install torchvision"
+        raise BadInput(f"{base}: not a diffusers model ({reason}); {mend}") from error
+    kind, taken = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    if getattr(pipe, "transformer", None) is None or "image" not in taken:
+        raise BadInput(f"{base}: {kind} edits no pictures; name an editor such as FLUX.1-Kontext-dev")
+    family = FAMILIES.get(kind) or guess_family(pipe)
+    if pipe.config.get("is_distilled") or Path(base).name in family.distilled:
+        note(f"{base} is distilled to few steps and may blur in a long training; its undistilled base is the safer start")
+        family = replace(family, evaluation=family.rollout)
     if resolution is None:
         resolution = getattr(pipe.vae.config, "sample_size", None) or 1024
     multiple = 2 * pipe.vae_scale_factor  # latent pixels are packed 2 x 2
-    if resolution < multiple or resolution % multiple:
-        nearest = max(multiple, round(resolution / multiple) * multiple)
-        raise BadInput(f"resolution {resolution}: {base} takes multiples of {multiple}; take {nearest}")
-    if max_text is None and getattr(pipe, "tokenizer_2", None) is not None:
-        limit = pipe.tokenizer_2.model_max_length
-        max_text = limit if limit < 512 else None
+    nearest = max(multiple, round(resolution / multiple) * multiple)
+    if family.max_pixels:
+        nearest = min(nearest, int(family.max_pixels**0.5) // multiple * multiple)
+    if resolution != nearest:
+        most = f" up to {int(family.max_pixels**0.5)}" if family.max_pixels else ""
+        raise BadInput(f"resolution {resolution}: {base} takes multiples of {multiple}{most}; take {nearest}")
+    if max_text is None:
+        own = taken["max_sequence_length"].default if "max_sequence_length" in taken else 512
+        max_text = min(own, getattr(text_parts(pipe)[1], "model_max_length", own))
+    if "max_sequence_length" not in taken:
+        pipe.tokenizer_max_length = max_text
     pipe.scheduler = FlowDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.solver_order = solver_order
     pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-    return Editor(pipe.to(device), resolution, max_text)
+    return Editor(pipe.to(device), family, resolution, max_text)
 
 
 # ---------------------------------------------------------------- policies
 
 
-def add_policies(editor, rank, alpha, targets=None, seed=0, averages=("old",)):
+def add_policies(editor, rank=None, alpha=None, targets=None, seed=0, averages=("old",), start=""):
     """Binds the LoRA adapters `old` (and other frozen `averages`) and `new` (trained, active); all float32.
 
     A is gaussian with deviation 1 / rank, drawn from (seed, parameter's name) and the same in all; B is zero, so
-    new = old = base. targets: endings of module names, None: LORA_TARGETS. BadInput when they match no module.
+    new = old = base. targets: endings of module names, None: the family's. With `start`, a LoRA as read_lora takes it,
+    new = old = that LoRA and rank, alpha and layers are its own; it is not merged, so base stays the released model that
+    the loss pulls to, and what is saved is one LoRA over it. BadInput when they match no module, or not this editor's.
     """
-    transformer = editor.pipe.transformer
-    targets = list(targets or LORA_TARGETS)
-    names = [name for name, _ in transformer.named_modules()]
-    if not any(f".{name}".endswith(f".{target}") for name in names for target in targets):
-        kind = type(transformer).__name__
-        raise BadInput(f"LoRA targets {targets} match no module of {kind}; name some of its layers")
+    transformer, weights = editor.pipe.transformer, {}
+    names, kind = {name for name, _ in transformer.named_modules()}, type(transformer).__name__
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets or editor.family.targets)}
+    if start:
+        weights, settings = read_lora(start)
+        strangers = [name for name in settings["target_modules"] if name not in names]
+        if strangers:
+            raise BadInput(f"{start}: a LoRA for another model: {kind} has no layer {strangers[0]}, nor {len(strangers) - 1} "
+                           "more of its layers; take the LoRA's own base model")  # fmt: skip
+    elif not any(f".{name}".endswith(f".{target}") for name in names for target in settings["target_modules"]):
+        raise BadInput(f"LoRA targets {settings['target_modules']} match no module of {kind}; name some of its layers")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws A from the global generator
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         for adapter in (*averages, "new"):
-            config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
-            transformer.add_adapter(config, adapter)
+            transformer.add_adapter(LoraConfig(**settings, init_lora_weights="gaussian"), adapter)
     find_lora_layers(editor)
     for adapter in (*averages, "new"):
         for name, parameter in lora_parameters(editor, adapter).items():
             parameter.data = parameter.data.float()
             if "lora_A" in name:
-                draw = torch.randn(parameter.shape, generator=seeded(seed, "lora", name)) / rank
+                draw = torch.randn(parameter.shape, generator=seeded(seed, "lora", name)) / parameter.shape[0]
                 parameter.data.copy_(draw)
             parameter.requires_grad_(adapter == "new")
+        if start:
+            copy_lora(editor, weights, adapter, start)
 
 
 def find_lora_layers(editor):
@@ -196,31 +295,67 @@ def soft_update(editor, decay, average="old"):
 
 
 def save_lora(editor, folder, name="new"):
-    """Writes one adapter in diffusers' format: plain pipe.load_lora_weights(folder) then draws the same edits."""
+    """Writes one adapter in diffusers' format: plain pipe.load_lora_weights(folder) then draws the same edits.
+
+    LongCat's pipeline lacks it; there it is pipe.transformer.load_lora_adapter(folder, weight_name=LORA_FILE).
+    """
     weights = {key: parameter.detach() for key, parameter in lora_parameters(editor, name).items()}
     settings = editor.pipe.transformer.peft_config[name].to_dict()
     settings["target_modules"] = sorted(settings["target_modules"])  # a set: the file would differ from run to run
-    editor.pipe.save_lora_weights(folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=settings)
+    save = getattr(editor.pipe, "save_lora_weights", FluxLoraLoaderMixin.save_lora_weights)
+    save(folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=settings)
+
+
+def read_lora(place):
+    """({layer.lora_A.weight: tensor, ...}, keywords of its LoraConfig) of the LoRA in a folder or a hub id.
+
+    Takes what save_lora writes and PEFT's own adapter_model.safetensors. Raises BadInput when there is none.
+    """
+    folder, hub = Path(place), str(place).count("/") == 1 and not str(place).startswith((".", "/", "~"))
+    try:
+        if not folder.is_dir() and hub:
+            folder = Path(snapshot_download(str(place), allow_patterns=[LORA_FILE, "adapter_*"]))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{place}: not a LoRA that can be had ({reason}); name RUN/checkpoint-N or a hub id") from error
+    file = next((folder / name for name in (LORA_FILE, PEFT_FILE) if (folder / name).is_file()), None)
+    if file is None:
+        raise BadInput(f"{place}: not a LoRA, holds neither {LORA_FILE} nor {PEFT_FILE}; name RUN/checkpoint-N")
+    with safe_open(file, "pt") as stored:
+        bare = lambda key: key.removeprefix("base_model.model.").removeprefix("transformer.")  # noqa: E731
+        weights = {bare(key): stored.get_tensor(key) for key in stored.keys()}
+        settings = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+    if (folder / "adapter_config.json").is_file() and file.name == PEFT_FILE:
+        settings = json.loads((folder / "adapter_config.json").read_text())
+    layers = sorted({key.rsplit(".lora_", 1)[0] for key in weights})
+    ranks = [weight.shape[0] for key, weight in weights.items() if key.endswith(".lora_A.weight")]
+    if not ranks or len(weights) != 2 * len(ranks):
+        raise BadInput(f"{file}: not a plain LoRA, it holds layers such as {next(iter(weights), 'none')}; name another")
+    settings = {"r": ranks[0], "lora_alpha": ranks[0]} | settings  # without settings alpha is the rank, as in diffusers
+    wanted = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    return weights, {key: settings[key] for key in wanted if key in settings} | {"target_modules": layers}
 
 
 @torch.no_grad()
-def load_lora(editor, folder, name):
-    """Copies the LoRA in `folder` into the adapter `name`, bit for bit; BadInput when it does not fit that adapter."""
-    file = Path(folder) / LORA_FILE
-    if not file.is_file():
-        raise BadInput(f"{file}: no such file; name a folder that save_lora wrote")
-    with safe_open(file, "pt") as stored:
-        weights = {key.removeprefix("transformer."): stored.get_tensor(key) for key in stored.keys()}
-        settings = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
+def copy_lora(editor, weights, name, place):
+    """Copies a LoRA's weights, as read_lora gives them, into the adapter `name`; BadInput when they do not fit it."""
     own = lora_parameters(editor, name)
     shapes, own_shapes = ({key: value.shape for key, value in each.items()} for each in (weights, own))
     if shapes != own_shapes:
-        raise BadInput(f"{file}: its layers or rank are not this run's; give those it was trained with")
-    alpha, own_alpha = settings.get("transformer.lora_alpha"), editor.pipe.transformer.peft_config[name].lora_alpha
-    if alpha not in (None, own_alpha):
-        raise BadInput(f"{file}: was trained with alpha {alpha}, not {own_alpha}; give the same alpha")
+        raise BadInput(f"{place}: its layers or rank are not those of this {type(editor.pipe.transformer).__name__} and its "
+                       "policies; take the LoRA's own base model and rank")  # fmt: skip
     for key, parameter in own.items():
         parameter.copy_(weights[key])
+
+
+def load_lora(editor, folder, name):
+    """Copies the LoRA in `folder` into the adapter `name`, bit for bit; BadInput when it does not fit that adapter."""
+    weights, settings = read_lora(folder)
+    copy_lora(editor, weights, name, folder)
+    own_alpha = editor.pipe.transformer.peft_config[name].lora_alpha
+    if settings["lora_alpha"] != own_alpha:
+        raise BadInput(f"{folder}: was trained with alpha {settings['lora_alpha']}, not {own_alpha}; give the same alpha")
 
 
 # ---------------------------------------------------------------- rollout and velocity
@@ -240,7 +375,10 @@ def working_size(editor, image):
     """(width, height) at which a picture is edited: its aspect ratio, about resolution^2 pixels, what the VAE takes."""
     multiple = 2 * editor.pipe.vae_scale_factor
     scale = editor.resolution / (image.width * image.height) ** 0.5
-    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in image.size)
+    sides = [max(multiple, round(side * scale / multiple) * multiple) for side in image.size]
+    while editor.family.max_pixels and sides[0] * sides[1] > editor.family.max_pixels:
+        sides[sides.index(max(sides))] -= multiple
+    return tuple(sides)
 
 
 def _per_copy(name, value):
@@ -248,53 +386,99 @@ def _per_copy(name, value):
     return isinstance(value, torch.Tensor) and not (name.endswith("_ids") and value.ndim == 2)
 
 
+@contextmanager
+def sources_keep_their_size(editor, images):
+    """Within, a pipeline that sets its sources' size by a function of its module gets the size that they have.
+
+    The small picture that Qwen-Image-Edit-Plus shows its text encoder stays the pipeline's own, if not above ours.
+    """
+    module, name = sys.modules[type(editor.pipe).__module__], editor.family.sizes
+    if not name:
+        yield
+        return
+    sizes, own = {image.width / image.height: image.size for image in images}, getattr(module, name)
+
+    def ours(area, ratio):
+        answer = own(min(area, editor.resolution**2), ratio)
+        return answer if area < 1024**2 else (*sizes[ratio], *answer[2:])
+
+    setattr(module, name, ours)
+    try:
+        yield
+    finally:
+        setattr(module, name, own)
+
+
+def text_parts(pipe):
+    """(encoder, tokenizer) that read the whole prompt; either may be None."""
+    encoder, tokenizer = (getattr(pipe, f"{part}_2", None) or getattr(pipe, part, None) for part in ("text_encoder", "tokenizer"))
+    return encoder, getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its tokenizer
+
+
 def _call_pipeline(editor, images, prompt, generators, steps, guidance):
     """One pipeline call with an ear on it: (pictures, x_0 (B, N, C), first call's arguments, times (steps,))."""
-    pipe, steps_done, times, first, x_0 = editor.pipe, 0, [], {}, None
-    width, height = working_size(editor, images[0])
+    pipe, family, times, first = editor.pipe, editor.family, [], {}
     images = [image.resize(working_size(editor, image), Image.Resampling.LANCZOS) for image in images]
-    wanted = {"height": height, "width": width, "max_area": height * width, "_auto_resize": False,
-              "max_sequence_length": editor.max_text, "guidance_scale": guidance}  # fmt: skip
+    (width, height), negative = images[0].size, family.negative if guidance is None or guidance > 1 else None
+    wanted = {"height": height, "width": width, "max_area": height * width, "_auto_resize": False, family.guidance: guidance,
+              "max_sequence_length": editor.max_text, "negative_prompt": negative}  # fmt: skip
     taken = inspect.signature(pipe.__call__).parameters
     wanted = {name: value for name, value in wanted.items() if value is not None and name in taken}
+    encoder, tokenizer = text_parts(pipe)
+    too_long = f"a prompt has more than the {editor.max_text} tokens that {type(pipe).__name__} takes: {prompt[:60]!r}..."
+    if family.long_text == "fail" and len(tokenizer(prompt).input_ids) > editor.max_text:
+        raise BadInput(f"{too_long}; shorten it")
+
+    def before_encoder(module, args, kwargs):
+        ids = kwargs.get("input_ids", args[0] if args else None)  # (1, tokens)
+        if ids is not None and ids.shape[1] == editor.max_text and tokenizer.pad_token_id not in ids:
+            note(f"{too_long}; the rest is cut")
 
     def before_transformer(module, args, kwargs):
-        if len(times) == steps_done:  # with true CFG a step's second call is the unconditional one
+        if len(times) == (pipe.scheduler.step_index or 0):  # with true CFG a step's second call is the unconditional one
             times.append(kwargs["timestep"][0].float().cpu())
             if not first:
                 first.update(kwargs)
 
-    def after_step(pipe, step, timestep, tensors):
-        nonlocal steps_done, x_0
-        steps_done, x_0 = steps_done + 1, tensors["latents"]
-        return tensors
-
-    hook = pipe.transformer.register_forward_pre_hook(before_transformer, with_kwargs=True)
+    hooks = [pipe.transformer.register_forward_pre_hook(before_transformer, with_kwargs=True)]
+    if family.long_text == "cut" and encoder is not None:
+        hooks.append(encoder.register_forward_pre_hook(before_encoder, with_kwargs=True))
     try:
-        pictures = pipe(image=images[0] if len(images) == 1 else images, prompt=prompt, generator=list(generators),
-                        num_images_per_prompt=len(generators), num_inference_steps=steps,
-                        callback_on_step_end=after_step, **wanted).images  # fmt: skip
+        with sources_keep_their_size(editor, images):
+            pictures = pipe(image=images[0] if len(images) == 1 else images, prompt=prompt, generator=list(generators),
+                            num_images_per_prompt=len(generators), num_inference_steps=steps, **wanted).images  # fmt: skip
+    except ValueError as error:
+        raise BadInput(f"{type(pipe).__name__} refuses a row: {' '.join(str(error).split())[:200]}; remove it") from error
     finally:
-        hook.remove()
-    return pictures, x_0, first, torch.stack(times)
+        for hook in hooks:
+            hook.remove()
+    return pictures, pipe.scheduler.last_x, first, torch.stack(times)
 
 
-def rollout(editor, images, prompt, generators, steps, guidance=None, rollout_batch=None):
+def rollout(editor, images, prompt, generators, steps, guidance=None, rollout_batch=None, evaluation=False):
     """Draws K = len(generators) edits of one row with the active policy, rollout_batch of them a pipeline call.
 
-    images: list of the row's PIL.Images. Copy j's noise comes from generators[j] alone. guidance: the embedded scale,
-    None: the pipeline's own. Returns a Group. Raises BadInput when the editor cannot take these pictures, or was not
-    shown them as tokens.
+    images: list of the row's PIL.Images. Copy j's noise comes from generators[j] alone. guidance: of the family's kind,
+    None: the family's own for rollouts, or with `evaluation` for evaluation. Returns a Group, whose `cond` is that of
+    the conditional call. Raises BadInput when the editor cannot take these pictures, or was not shown them as tokens.
     """
-    kind, chunk = type(editor.pipe).__name__, rollout_batch or len(generators)
-    if len(images) > 1 and kind not in SEVERAL_PICTURES:
+    kind, chunk, family = type(editor.pipe).__name__, rollout_batch or len(generators), editor.family
+    if len(images) > 1 and not family.several:
         raise BadInput(f"a row has {len(images)} pictures and {kind} takes one; remove the row or take another editor")
+    if guidance is None:
+        guidance = family.evaluation if evaluation else family.rollout
     calls = [_call_pipeline(editor, images, prompt, generators[i : i + chunk], steps, guidance)
              for i in range(0, len(generators), chunk)]  # fmt: skip
     pictures, x_0, arguments, times = calls[0]
     tokens = arguments["hidden_states"]  # (B, N + S, C)
     if tokens.shape[1] <= x_0.shape[1] or tokens.shape[2] != x_0.shape[2]:
         raise BadInput(f"{kind} does not see the source picture as tokens beside the edit's; take another editor")
+    if len(tokens) != len(x_0):
+        raise BadInput(f"{kind} runs its guidance in one batch with the edits; give a guidance of 1")
+    sizes = [working_size(editor, image) for image in images]  # the first is the edit's
+    pixels = [width * height for width, height in sizes]
+    if pictures[0].size != sizes[0] or tokens.shape[1] * pixels[0] != x_0.shape[1] * (pixels[0] + sum(pixels)):
+        note(f"{kind} does not keep the size of its pictures, as its Family says: wanted {sizes}, got {pictures[0].size}")
     sigmas = editor.pipe.scheduler.sigmas[:steps].cpu()
     assert torch.allclose(times, sigmas, atol=0.01), f"{kind} gives its transformer {times}, not flow times {sigmas}"
     cond = {name: value for name, value in arguments.items() if name != "timestep"}
@@ -371,14 +555,14 @@ class Settings:
     prompt: str = HfArg(default="", help="The instruction.")
     out: str = HfArg(default="out.png", help="Where the picture of the edits goes.")
     base: str = HfArg(default=TOY, help="The editor: a folder or a hub id.")
-    lora: str = HfArg(default="", help="A LoRA: RUN/checkpoint-N, or a hub id.")
+    lora: str = HfArg(default="", help="A LoRA, ours or PEFT's: RUN/checkpoint-N, or a hub id.")
     compare: bool = HfArg(default=False, help="Show base and LoRA side by side, with the same seeds.")
     num: int = HfArg(default=4, help="Edits to draw.")
     seed: int = HfArg(default=42, help="The first edit's seed; the others follow it.")
     steps: int | None = HfArg(default=None, help="Solver steps. [6 for the toy, else 28]")
-    guidance: float | None = HfArg(default=None, help="Embedded guidance scale. [2.5 for the toy, else the pipeline's]")
+    guidance: float | None = HfArg(default=None, help="Guidance. [2.5 for the toy, else the family's]")
     resolution: int | None = HfArg(default=None, help="Square root of the working pixels. [what the VAE was made for]")
-    max_text: int | None = HfArg(default=None, help="Tokens a prompt is padded to. [the model's]")
+    max_text: int | None = HfArg(default=None, help="Tokens that a prompt may have. [the model's]")
 
     def __post_init__(self):
         if not self.image:
@@ -401,20 +585,13 @@ def main(argv=None):
     steps = args.steps or (6 if args.base == TOY else 28)
     guidance = 2.5 if args.guidance is None and args.base == TOY else args.guidance
     if args.lora:
-        try:
-            editor.pipe.load_lora_weights(args.lora, adapter_name="new")
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"{args.lora}: not a LoRA for {args.base} ({reason}); name RUN/checkpoint-N") from error
-        find_lora_layers(editor)
-        if not editor.lora_layers:
-            raise BadInput(f"{args.lora}: binds to no layer of {args.base}; take the LoRA's own base model")
+        add_policies(editor, averages=(), start=args.lora)
     names = ["base", "new"] if args.compare else ["new" if args.lora else "base"]
     rows, captions = [], []
     for name in names:
         generators = [torch.Generator().manual_seed(args.seed + j) for j in range(args.num)]
         with policy(editor, name):
-            edits = rollout(editor, images, args.prompt, generators, steps, guidance, rollout_batch=4).images
+            edits = rollout(editor, images, args.prompt, generators, steps, guidance, rollout_batch=4, evaluation=True).images
         label = {"base": "base", "new": "trained"}[name]
         rows.append(images + edits)
         captions.append(["source"] * len(images) + [f"{label}, seed {args.seed + j}" for j in range(args.num)])

@@ -62,7 +62,7 @@ class Settings(JudgeSettings):
     epochs: int = HfArg(default=300, help="Epochs: rollouts of `groups` rows each, and their update.")
     # rollout
     resolution: int = HfArg(default=512, help="Square root of the working pixels.")
-    guidance: float = HfArg(default=2.5, help="Embedded guidance scale, in rollout, training and evaluation.")
+    guidance: float | None = HfArg(default=None, help="Guidance in rollouts and training. [the family's]")
     rollout_steps: int = HfArg(default=6, help="Solver steps of a rollout.")
     solver_order: Literal[1, 2] = HfArg(default=2, help="1 Euler, 2 second-order multistep.")
     groups: int = HfArg(default=24, help="Rows drawn per epoch, over all ranks.")
@@ -81,6 +81,7 @@ class Settings(JudgeSettings):
     optimizer_steps: int = HfArg(default=1, help="Optimizer steps per epoch; the trained times are dealt out to them.")
     nft_beta: float = HfArg(default=1.0, help="How far v+ and v- lie from v_old, in units of v - v_old.")
     kl_weight: float = HfArg(default=1e-4, help="Weight of the squared velocity distance to the base. 0 skips it.")
+    start_lora: str = HfArg(default="", help="A LoRA, folder or hub id, to start from; rank, alpha, targets are its own.")
     lora_rank: int = HfArg(default=32, help="Rank of the LoRA.")
     lora_alpha: int = HfArg(default=64, help="Its alpha; the update is scaled by alpha / rank.")
     lora_targets: list[str] | None = HfArg(default=None, help="Endings of module names. [q k v out, both streams]")
@@ -98,6 +99,7 @@ class Settings(JudgeSettings):
     eval_rows: int = HfArg(default=64, help="Rows of test.jsonl that they use, from the first.")
     eval_copies: int = HfArg(default=1, help="Edits of each.")
     eval_steps: int = HfArg(default=15, help="Solver steps of their edits.")
+    eval_guidance: float | None = HfArg(default=None, help="Their guidance. [the family's for evaluation]")
     save_every: int = HfArg(default=30, help="Epochs between checkpoints.")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = HfArg(default="none", help="Where to log, too.")
     resume: bool = HfArg(default=False, help="Go on from the newest checkpoint in --out.")
@@ -120,7 +122,7 @@ class Settings(JudgeSettings):
 TOY = dict(
     data="data/toy", judge="", out="runs/toy", resolution=32, epochs=80, groups=16, group_size=12, rollout_batch=64,
     judge_batch=256, train_timesteps=3, train_steps_from=4, train_batch=256, lora_rank=16, lora_alpha=16, lr=4e-3,
-    kl_weight=0.05, ema_decay=0.0, gradient_checkpointing=False, eval_every=40, eval_rows=240, eval_steps=6,
+    kl_weight=0.05, ema_decay=0.0, gradient_checkpointing=False, eval_every=40, eval_rows=240, eval_steps=6, eval_guidance=2.5,
     save_every=40,
 )  # fmt: skip
 
@@ -272,7 +274,7 @@ def check_start(editor, judge, optimizer, rows, settings):
     v = velocity(editor, x_t, t, seen.cond)
     if torch.allclose(v, velocity(editor, x_t, t, other.cond)):
         raise BadInput(f"{settings.base}: another source picture changes nothing; take an editor that sees it")
-    for name in ("base", "old"):
+    for name in ("base", "old")[bool(settings.start_lora) :]:
         with policy(editor, name):
             assert torch.equal(v, velocity(editor, x_t, t, seen.cond)), f"policies new and {name} differ at the start"
     v.square().mean().backward()
@@ -299,8 +301,8 @@ def evaluate(editor, judge, rows, settings, name, accelerator):
         for number, row in tqdm(mine, desc=f"held-out, {name}", leave=False, disable=not accelerator.is_main_process):
             noises = [seeded(settings.seed, "eval", number, copy) for copy in range(settings.eval_copies)]
             sources = [load_image(path) for path in row["images"]]
-            edits.append(rollout(editor, sources, row["prompt"], noises, settings.eval_steps, settings.guidance,
-                                 settings.rollout_batch).images)  # fmt: skip
+            edits.append(rollout(editor, sources, row["prompt"], noises, settings.eval_steps, settings.eval_guidance,
+                                 settings.rollout_batch, evaluation=True).images)  # fmt: skip
     scores, _ = judge_edits(judge, [row for _, row in mine], edits)
     results = []
     for (number, row), group, marks in zip(mine, edits, scores.tolist()):
@@ -389,7 +391,8 @@ def load_all(settings, accelerator):
     device, dtype = accelerator.device, torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     editor = load_editor(settings.base, device, dtype, settings.resolution, solver_order=settings.solver_order)
     averages = ("old", "ema") if settings.ema_decay else ("old",)
-    add_policies(editor, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed, averages)
+    add_policies(editor, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed, averages,
+                 settings.start_lora)  # fmt: skip
     if settings.gradient_checkpointing:
         editor.pipe.transformer.enable_gradient_checkpointing()
     judge = load_judge(settings, device, dtype)

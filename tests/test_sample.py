@@ -367,7 +367,7 @@ def test_the_command_draws_base_and_trained_side_by_side(lora_editor, kontext_fo
     for name, row in (("base", top), ("new", bottom)):
         generators = [torch.Generator().manual_seed(seed) for seed in (42, 43)]
         with sample.policy(lora_editor, name):
-            edits = sample.rollout(lora_editor, [picture()], PROMPT, generators, steps=2).images
+            edits = sample.rollout(lora_editor, [picture()], PROMPT, generators, steps=2, evaluation=True).images
         assert [places(grid, edit, column) for column, edit in enumerate(edits, 1)] == [[row], [row]]
 
 

@@ -522,7 +522,7 @@ def test_importing_does_nothing(tmp_path):
 
 def test_the_papers_settings_are_the_defaults():
     settings = Settings(base="x", data="y")
-    wanted = dict(rollout_steps=6, resolution=512, guidance=2.5, groups=24, group_size=12, optimizer_steps=1,
+    wanted = dict(rollout_steps=6, resolution=512, guidance=None, groups=24, group_size=12, optimizer_steps=1,
                   train_timesteps=5, lora_rank=32, lora_alpha=64, lr=3e-4, adam_beta1=0.9, adam_beta2=0.999,
                   weight_decay=1e-4, grad_clip=1.0, advantage_clip=5.0, nft_beta=1.0, kl_weight=1e-4, decay_rate=0.001,
                   decay_max=0.5, eval_steps=15, eval_every=10, save_every=30, ema_decay=0.9, filter_mean=0.9,
