@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -324,6 +325,34 @@ def bootstrap(values, groups, clusters, draws=2000, seed=0):
     times = np.random.default_rng(seed).multinomial(len(known), np.full(len(known), 1 / len(known)), draws)
     with np.errstate(all="ignore"):
         return names.tolist(), (times @ totals) / (times @ counts)
+
+
+def tabulate(rows, metrics, digits=None):
+    """Means with 95 % intervals: {"rows", "answered", metric: {"macro": [mean, low, high], "micro": ..., task: ...}}.
+
+    rows: dicts with `task`, `source`, `answered` and the metrics, NaN where there is no value. macro is the mean of the
+    tasks' means, micro that of the rows. digits: to which the tasks' means are rounded; None: not. Intervals are
+    bootstrapped over source pictures, each with all its rows.
+    """
+    table = {"rows": len(rows), "answered": sum(row["answered"] for row in rows)}
+    for metric in metrics:
+        kept = [row for row in rows if not math.isnan(row.get(metric, math.nan))]
+        values, tasks, sources = ([row[key] for row in kept] for key in (metric, "task", "source"))
+        names, draws = bootstrap(values, tasks, sources)  # (D, T)
+        own = [[value for value, task in zip(values, tasks) if task == name] for name in names]
+        means = [sum(mine) / len(mine) if digits is None else round(sum(mine) / len(mine), digits) for mine in own]
+        with np.errstate(all="ignore"):
+            whole = np.nansum(draws, 1) / (~np.isnan(draws)).sum(1)  # (D,) over the tasks that were drawn
+        every = bootstrap(values, ["all"] * len(values), sources)[1].reshape(-1)
+        table[metric] = {"macro": _interval(means, whole), "micro": _interval(values, every)}
+        table[metric] |= {name: _interval([mean], draws[:, i]) for i, (name, mean) in enumerate(zip(names, means))}
+    return table
+
+
+def _interval(values, draws):
+    draws = draws[~np.isnan(draws)]
+    ends = np.quantile(draws, (0.025, 0.975)).tolist() if len(draws) else [None, None]
+    return [sum(values) / len(values) if values else None, *ends]
 
 
 def paired_gain(base, now, key):

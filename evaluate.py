@@ -23,22 +23,21 @@ import os
 import re
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from html import escape
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from data_prep import BadInput, bootstrap, inside, load_image, oracle, parse_settings, read_rows, read_table, run_script
+from data_prep import BadInput, inside, load_image, oracle, parse_settings, read_rows, read_table, run_script, tabulate
 from reward_mllm import JudgeFailure, JudgeSettings, load_judge
-from sample import find_lora_layers, load_editor, picture_grid, policy, rollout
+from sample import add_policies, load_editor, picture_grid, policy, rollout
 
 TASKS = {
     "imgedit": ("add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action"),
@@ -86,15 +85,13 @@ DRAWN = ("benchmark", "bench", "base", "lora", "edits", "steps", "seed", "copies
 
 # ---------------------------------------------------------------- reading an answer
 
-
 WITHIN = r"(?m:^|[,;{(|.])"
 
 
 def parse_imgedit(reply, mode="strict"):
-    """The scores in an answer of ImgEdit's judge, as a list; None where there are none.
+    """The list of scores in an answer of ImgEdit's judge; None where there are none.
 
-    strict: the values of three differently labelled scores, each from 1 to 5. official: the digits after ": " on lines
-    that hold nothing else behind it, any number of them, out of any range.
+    strict: three differently labelled ones, from 1 to 5. official: what is digits alone after a line's one ": ".
     """
     if mode == "official":
         pairs = [line.strip().split(": ") for line in reply.splitlines()]
@@ -107,10 +104,10 @@ def parse_imgedit(reply, mode="strict"):
 
 
 def parse_gedit(reply, mode="strict"):
-    """The scores in an answer of GEdit's judge (VIEScore), as a list; None where there are none.
+    """The list of scores in an answer of GEdit's judge (VIEScore); None where there are none.
 
-    strict: two values from 0 to 10, out of JSON, out of what is nearly JSON, or labelled. official: what the official
-    parser makes of it, also a single value or one out of range; where that would draw a random score, None.
+    strict: two from 0 to 10, out of JSON or what nearly is, or labelled. official: what the official parser reads, any
+    number of them and of any size, but None where it would draw a random score.
     """
     if mode == "official":
         return _official_gedit(reply)
@@ -180,10 +177,10 @@ def _mended(text):
 
 
 def score_imgedit(records, mode="strict"):
-    """ImgEdit-Bench's result from the judge's calls: {"rows": [one dict a row], "groups": {"all": table of tabulate}}.
+    """ImgEdit-Bench's result from the judge's calls: {"rows": [one dict a row], "groups": {"all": data_prep.tabulate's}}.
 
-    records: dicts with `row`, `task`, `source`, and `reply` or `failure`; of several for one row the last counts. A row's
-    score is the mean of its three, the floor is 1. official: rounded to 2 digits, as are the tasks'.
+    records: dicts with `row`, `task`, `source`, and `reply` or `failure`; a row's last one counts. A row's score is the
+    mean of its three, the floor is 1. official: rounded to 2 digits, as are the tasks'.
     """
     rows, digits = [], 2 if mode == "official" else None
     for record in {record["row"]: record for record in records}.values():
@@ -238,41 +235,12 @@ def grouped(rows, metrics, digits=None):
     return {name: tabulate(rows, [key for key in metrics if key in rows[0]], digits) for name, rows in groups.items()}
 
 
-def tabulate(rows, metrics, digits=None):
-    """Means with 95 % intervals: {"rows", "answered", metric: {"macro": [mean, low, high], "micro": ..., task: ...}}.
-
-    rows: dicts with `task`, `source`, `answered` and the metrics, NaN where there is no value. macro is the mean of the
-    tasks' means, micro that of the rows. digits: to which the tasks' means are rounded; None: not. Intervals are
-    bootstrapped over source pictures, each with all its rows.
-    """
-    table = {"rows": len(rows), "answered": sum(row["answered"] for row in rows)}
-    for metric in metrics:
-        kept = [row for row in rows if not math.isnan(row.get(metric, math.nan))]
-        values, tasks, sources = ([row[key] for row in kept] for key in (metric, "task", "source"))
-        names, draws = bootstrap(values, tasks, sources)  # (D, T)
-        own = [[value for value, task in zip(values, tasks) if task == name] for name in names]
-        means = [sum(mine) / len(mine) if digits is None else round(sum(mine) / len(mine), digits) for mine in own]
-        with np.errstate(all="ignore"):
-            whole = np.nansum(draws, 1) / (~np.isnan(draws)).sum(1)  # (D,) over the tasks that were drawn
-        every = bootstrap(values, ["all"] * len(values), sources)[1].reshape(-1)
-        table[metric] = {"macro": _interval(means, whole), "micro": _interval(values, every)}
-        table[metric] |= {name: _interval([mean], draws[:, i]) for i, (name, mean) in enumerate(zip(names, means))}
-    return table
-
-
-def _interval(values, draws):
-    draws = draws[~np.isnan(draws)]
-    ends = np.quantile(draws, (0.025, 0.975)).tolist() if len(draws) else [None, None]
-    return [sum(values) / len(values) if values else None, *ends]
-
-
 def paired_differences(a, b, metrics):
     """The tables of a - b over the rows that both results have; the rows' sources are resampled for both at once."""
     other, pairs = {row["row"]: row for row in b}, []
-    for row in a:
-        if mate := other.get(row["row"]):
-            both = [key for key in metrics if key in row and key in mate]
-            pairs.append(row | {key: row[key] - mate[key] for key in both} | {"answered": row["answered"] and mate["answered"]})
+    for row, mate in ((row, other[row["row"]]) for row in a if row["row"] in other):
+        both = {key: row[key] - mate[key] for key in metrics if key in row and key in mate}
+        pairs.append(row | both | {"answered": row["answered"] and mate["answered"]})
     return grouped(pairs, metrics)
 
 
@@ -321,14 +289,14 @@ def find_file(given, folders, names):
 
 
 def read_json(file):
-    """The object in a JSON file."""
+    """The object in a JSON file, not an empty one."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{file}: not JSON ({error}); take the benchmark's own file") from None
-    if not isinstance(value, dict) or not value:
-        raise BadInput(f"{file}: holds no entries; take the benchmark's own file")
-    return value
+    if isinstance(value, dict) and value:
+        return value
+    raise BadInput(f"{file}: holds no entries; take the benchmark's own file")
 
 
 def read_imgedit(folder, settings):
@@ -347,9 +315,8 @@ def read_imgedit(folder, settings):
         prompts[task] = texts.get(kind) or texts.get(task) or (texts.get("alter") if task == "adjust" else None)
         if not isinstance(prompts[task], str):
             raise BadInput(f"{asked}: has no prompt for the task {kind!r} of row {key}; take both files from one version")
-        inside(file.parent, f"{key}.png", where)
-        rows.append({"row": key, "prompt": entry["prompt"], "images": [inside(file.parent, entry["id"], where)], "task": task,
-                     "source": entry["id"], "file": f"{key}.png"})  # fmt: skip
+        picture, _ = (inside(file.parent, name, where) for name in (entry["id"], f"{key}.png"))
+        rows.append({"row": key, "prompt": entry["prompt"], "images": [picture], "task": task, "source": entry["id"], "file": f"{key}.png"})
     return rows, prompts, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -448,33 +415,22 @@ def draw_edits(settings, rows, accelerator):
             todo += [(name, folder, row, copies)] * any(not (folder / copy["file"]).is_file() for copy in copies)
     if todo and not settings.base:
         raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
-    editor = load_subject(settings, accelerator.device) if todo else None
+    if todo:
+        dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+        editor = load_editor(settings.base, accelerator.device, dtype, settings.resolution)
+        if settings.lora:
+            add_policies(editor, averages=(), start=settings.lora)
     for name, folder, row, copies in tqdm(todo, desc="edits", disable=not accelerator.is_main_process):
         sources = [load_image(path) for path in row["images"]]
         noises = [torch.Generator().manual_seed(copy["seed"]) for copy in copies]
         with policy(editor, "new" if name == "trained" else "base"):
-            edits = rollout(editor, sources, row["prompt"], noises, settings.steps, settings.guidance).images
+            edits = rollout(editor, sources, row["prompt"], noises, settings.steps, settings.guidance, evaluation=True).images
         for copy, edit in zip(copies, edits):
             path = folder / copy["file"]
             if settings.benchmark == "gedit":
                 write_whole(path.with_name(f"{path.stem}_SRCIMG.png"), lambda part: sources[0].save(part, "PNG"))
             if not path.is_file():
                 write_whole(path, lambda part: edit.save(part, "PNG"))
-
-
-def load_subject(settings, device):
-    """The editor, with the LoRA as its policy `new` where one is given."""
-    editor = load_editor(settings.base, device, torch.bfloat16 if device.type == "cuda" else torch.float32, settings.resolution)
-    if settings.lora:
-        try:
-            editor.pipe.load_lora_weights(settings.lora, adapter_name="new")
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"{settings.lora}: not a LoRA for {settings.base} ({reason}); name RUN/checkpoint-N") from error
-        find_lora_layers(editor)
-        if not editor.lora_layers:
-            raise BadInput(f"{settings.lora}: binds to no layer of {settings.base}; take the LoRA's own base model")
-    return editor
 
 
 # ---------------------------------------------------------------- judge: the calls
@@ -544,7 +500,8 @@ def ask_benchmark(settings, judge, todo, keep, quiet):
     """judge.ask for each entry of todo, several at a time; a failed call is a record with its cause."""
     parse = parse_imgedit if settings.benchmark == "imgedit" else parse_gedit
 
-    def ask(record, text, row, path):
+    def ask(entry):
+        record, text, row, path = entry
         pictures = [path] if record["call"] == "PQ" else [*row["images"], path]
         try:
             reply = judge.ask(text, [shown_to_judge(picture, settings.benchmark) for picture in pictures])
@@ -553,12 +510,8 @@ def ask_benchmark(settings, judge, todo, keep, quiet):
         keep(record, {"reply": reply, "scores": parse(reply)})
 
     with ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(","))) as pool:
-        futures = [pool.submit(ask, *entry) for entry in todo]
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc="judge", disable=quiet):
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for _ in tqdm(pool.map(ask, todo), total=len(todo), desc="judge", disable=quiet):
+            pass
 
 
 def ask_heldout(settings, judge, todo, keep, quiet):
@@ -610,6 +563,13 @@ def as_text(groups, title):
     return "\n".join(lines)
 
 
+def differences(a, b, benchmark, name_a, name_b):
+    """The paired differences of two lists of row results as tables and in words."""
+    groups, metric = paired_differences(a, b, METRICS[benchmark]), METRICS[benchmark][0]
+    words = [f"{group}: " + verdict(table[metric]["macro"], name_a, name_b) for group, table in groups.items()]
+    return "\n".join([as_text(groups, f"{name_a} - {name_b}"), *words])
+
+
 def describe(settings, result):
     """What a person reads first: every table, the gain over the baselines, and a row for a table of published numbers."""
     version, (first, *others), metrics = result["metadata"], result["subjects"], METRICS[settings.benchmark]
@@ -619,9 +579,8 @@ def describe(settings, result):
     if version["rows"] != full:
         lines.append(f"warning: the published metadata has {full} rows; these numbers stand beside no published ones")
     lines += [as_text(content["groups"], name) for name, content in result["subjects"].items()]
-    for name in others:
-        gains = paired_differences(*(result["subjects"][key]["rows"] for key in (first, name)), metrics)
-        lines += [f"{group}: " + verdict(table[metrics[0]]["macro"], first, name) for group, table in gains.items()]
+    of = {name: content["rows"] for name, content in result["subjects"].items()}
+    lines += [differences(of[first], of[name], settings.benchmark, first, name) for name in others]
     title = settings.name or " + ".join(filter(None, (settings.edits or settings.base, settings.lora)))
     cells = {"model": title, "judge": result["judge"]} | {
         f"{group} {metric}": shown(table[metric]["macro"]) for group, table in result["subjects"][first]["groups"].items()
@@ -656,34 +615,32 @@ def write_report(settings, rows, results, summary):
     marks = [{name: {row["row"]: row for row in content["rows"]} for name, content in result["subjects"].items()} for result in results]
     (out / "report").mkdir(exist_ok=True)
     for number, row in enumerate(tqdm(list(with_copies(rows, settings)), desc="report")):
-        figures, pictures, captions = [], [], []
+        figures, shown = [], []
         for name in dict.fromkeys(["source", *subjects]):
-            path = edit_of(row, name, subjects.get(name))
+            path, picture, image = edit_of(row, name, subjects.get(name)), None, "no edit"
             mine = [of_row[name][row["row"]] for of_row in marks if name in of_row]
             caption = f"{name} " + "; ".join(" ".join(f"{key} {one[key]:.2f}" for key in METRICS[kind] if key in one) for one in mine)
-            said = [record for records in calls for call in CALLS[kind] if (record := records.get((name, row["row"], call)))]
-            words = "\n".join(record.get("reply") or record.get("failure") or "" for record in said).strip()
-            picture, shape = load_image(path) if path.is_file() else None, ""
-            if picture:
-                shape = "tiny" if max(picture.size) <= 128 else ""
+            said = [record.get((name, row["row"], call), {}) for record in calls for call in CALLS[kind]]
+            words = escape("\n".join(record.get("reply") or record.get("failure") or "" for record in said).strip())
+            if path.is_file():
+                picture = load_image(path)
                 picture.thumbnail((384, 384))
-                file = f"report/{number:05}-{name}.{'png' if shape else 'jpg'}"
-                picture.save(out / file, quality=92)
-                shape = f'<img class="{shape}" loading="lazy" src="{file}">'
-            figures.append(f"<figure><figcaption>{escape(caption)}</figcaption>{shape or 'no edit'}" + (
-                f"<details><summary>the judge's words</summary>{escape(words)}</details>" if words else "") + "</figure>")  # fmt: skip
-            pictures.append(picture)
-            captions.append(caption if name != "source" else row["prompt"])
+                file, tiny = f"report/{number:05}-{name}.jpg", "tiny" * (max(picture.size) <= 128)
+                picture.save(out / file, quality=95, subsampling=0)
+                image = f'<img class="{tiny}" loading="lazy" src="{file}">'
+            words = words and f"<details><summary>the judge's words</summary>{words}</details>"
+            figures.append(f"<figure><figcaption>{escape(caption)}</figcaption>{image}{words}</figure>")
+            shown.append((picture, caption if name != "source" else row["prompt"]))
         mark = marks[0][next(iter(subjects))][row["row"]][METRICS[kind][0]]
-        mark = -1.0 if math.isnan(mark) else mark
-        articles.append(f'<article data-task="{escape(row["task"])}" data-mark="{mark}"><div><b>{escape(row["prompt"])}</b>'
-                        f'<p>{escape(row["task"])}</p><small>{escape(row["row"])}</small></div>{"".join(figures)}</article>\n')  # fmt: skip
-        grid.setdefault(row["task"], []).append((mark, number, pictures, captions))
+        mark, texts = -1.0 if math.isnan(mark) else mark, [escape(row[key]) for key in ("task", "prompt", "row")]
+        articles.append(f'<article data-task="{texts[0]}" data-mark="{mark}"><div><b>{texts[1]}</b><p>{texts[0]}</p>'
+                        f'<small>{texts[2]}</small></div>{"".join(figures)}</article>\n')  # fmt: skip
+        grid.setdefault(row["task"], []).append((mark, number, shown))
     page = PAGE.replace("@SUMMARY@", escape(summary)).replace("@ROWS@", "".join(articles))
     (out / "report.html").write_text(page, encoding="utf-8")
-    middle = [sorted(of_task, key=lambda entry: entry[:2])[len(of_task) // 2] for _, of_task in sorted(grid.items())]
-    title = f"of each task the row with the median {METRICS[kind][0]}"
-    picture_grid([entry[2] for entry in middle], [entry[3] for entry in middle], title).save(out / "grid.png")
+    middle = [sorted(of_task)[len(of_task) // 2][2] for _, of_task in sorted(grid.items())]
+    pictures, captions = ([[pair[i] for pair in row] for row in middle] for i in (0, 1))
+    picture_grid(pictures, captions, f"of each task the row with the median {METRICS[kind][0]}").save(out / "grid.png")
 
 
 def compare(places):
@@ -695,20 +652,17 @@ def compare(places):
         own = list(place.glob("scores-*.json"))
         found.append({file.name: read_json(file) for file in own or place.parent.glob("scores-*.json")})
         for result in found[-1].values():
-            subject = next(iter(result["subjects"])) if own else place.name
-            result["rows"] = result["subjects"].get(subject, {}).get("rows")
-        if not all(result["rows"] for result in found[-1].values()) or not found[-1]:
+            result["rows"] = result["subjects"].get(next(iter(result["subjects"])) if own else place.name, {}).get("rows")
+        if not found[-1] or not all(result["rows"] for result in found[-1].values()):
             raise BadInput(f"{place}: holds no scores; name an --out folder of evaluate.py, or a subject in it")
-    for name in found[0].keys() & found[1].keys():
-        a, b = (files[name] for files in found)
-        if a["metadata"]["sha256"] != b["metadata"]["sha256"]:
-            raise BadInput(f"{' and '.join(places)}: another version of the benchmark in each; score both on one")
-        groups, metrics = paired_differences(a["rows"], b["rows"], METRICS[a["benchmark"]]), METRICS[a["benchmark"]]
-        print(as_text(groups, f"{name.removesuffix('.json')}: {places[0]} - {places[1]}"))
-        print("\n".join(f"{group}: " + verdict(table[metrics[0]]["macro"], *places) for group, table in groups.items()))
-    if not found[0].keys() & found[1].keys():
+    both = sorted(found[0].keys() & found[1].keys())
+    if not both:
         raise BadInput(f"{' and '.join(places)}: no result under one judge, prompts and reading, but {', '.join(found[0])} "
                        f"against {', '.join(found[1])}; score both alike")  # fmt: skip
+    for a, b in ([files[name] for files in found] for name in both):
+        if a["metadata"] != b["metadata"]:
+            raise BadInput(f"{' and '.join(places)}: another version of the benchmark in each; score both on one")
+        print(f"judge and prompts {a['judge']}, {a['mode']} reading", differences(a["rows"], b["rows"], a["benchmark"], *places), sep="\n")
 
 
 def claim(settings):
@@ -746,9 +700,8 @@ def main(argv=None):
     if settings.stage in ("all", "score") and accelerator.is_main_process:
         results = score_calls(settings, rows, version)
         summary = "\n".join(describe(settings, result) for result in results)
-        print(summary)
         write_report(settings, rows, results, summary)
-        print(f"wrote {settings.out}/report.html and grid.png")
+        print(summary, f"wrote {settings.out}/report.html and grid.png", sep="\n")
     accelerator.end_training()
 
 

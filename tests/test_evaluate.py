@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 import evaluate
-from data_prep import BadInput, load_image
+from data_prep import BadInput, bootstrap, load_image
 from evaluate import (
-    bootstrap, paired_differences, parse_gedit, parse_imgedit, score_gedit, score_heldout, score_imgedit, tabulate, verdict,
+    paired_differences, parse_gedit, parse_imgedit, score_gedit, score_heldout, score_imgedit, tabulate, verdict,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
@@ -454,16 +454,17 @@ def test_edits_of_a_row_depend_on_its_seed_alone_and_are_not_drawn_twice(imgedit
     assert (tmp_path / "one/base/3.png").read_bytes() == first[Path("3.png")]
     assert (tmp_path / "one/base/4.png").stat().st_mtime_ns == marker
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", ROOT / "evaluate.py", "imgedit",
-         "--bench", imgedit, "--out", tmp_path / "two", "--base", kontext_folder, "--steps", "2", "--judge", server.url],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "evaluate.py", "imgedit",
+         "--bench", imgedit, "--out", tmp_path / "two", "--base", kontext_folder, "--steps", "2", "--copies", "2",
+         "--judge", server.url],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=170)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for i in range(6):
         assert (tmp_path / "two/base" / f"{i}.png").read_bytes() == first[Path(f"{i}.png")], i
-    assert len(server.asked) == 6 and len(calls(tmp_path / "two")) == 6  # both processes asked, each its own rows
+    assert len(server.asked) == 12 and len(calls(tmp_path / "two")) == 12  # both processes asked, each its own rows
     assert len(list((tmp_path / "two").glob("calls-*.jsonl"))) == 2
     (result,) = (json.loads(file.read_text()) for file in (tmp_path / "two").glob("scores-*.json"))
-    assert result["subjects"]["base"]["groups"]["all"]["answered"] == 6
+    assert result["subjects"]["base"]["groups"]["all"]["answered"] == 12
 
 
 @pytest.fixture
@@ -567,8 +568,8 @@ def test_a_judge_without_pictures_stops_after_a_few_calls_in_one_line(imgedit, t
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda f: (f / "singleturn/singleturn.json").unlink(), "holds no ImgEdit metadata"),
-    (lambda f: (f / "judge_prompt.json").unlink(), "holds no judge prompts"),
+    (lambda f: (f / "singleturn/singleturn.json").unlink(), "holds no singleturn.json"),
+    (lambda f: (f / "judge_prompt.json").unlink(), "holds no (judge_prompt|vie_prompts)"),
     (lambda f: (f / "singleturn/singleturn.json").write_text("{"), "not JSON"),
     (lambda f: (f / "singleturn/singleturn.json").write_text("[]"), "holds no entries"),
     (lambda f: (f / "singleturn/animal/1.jpg").unlink(), "the picture of row 2 is not there, nor 1 others"),
@@ -588,12 +589,12 @@ def test_a_wrong_imgedit_folder_is_one_clear_line(imgedit, tmp_path, change, mes
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"task_type": "juggle"}, "unknown task 'juggle'"), ({"instruction_language": "zh"}, "in 'zh'"), ({"key": "../k"}, "cannot be a file"),
+    ({"task_type": "juggle"}, "unknown task 'juggle'"), ({"instruction_language": "zh"}, "in 'zh'"), ({"key": "../../../../k"}, "leaves the dataset folder"),
     ({"key": None}, "lacks key"), ({"file_name": "../x.png"}, "leaves the dataset folder"),
     (lambda f: (f / "metadata.jsonl").unlink(), "holds no rows in en"), (lambda f: (f / "metadata.jsonl").write_text("{"), "not JSON"),
     (lambda f: (f / "viescore/vie_prompts.py").write_text("x = 1"), "has not the texts of VIEScore"),
     (lambda f: (f / "viescore/vie_prompts.py").write_text("x ="), "has not the texts of VIEScore"),
-    (lambda f: (f / "viescore/vie_prompts.py").unlink(), "holds no judge prompts"),
+    (lambda f: (f / "viescore/vie_prompts.py").unlink(), "holds no (judge_prompt|vie_prompts)"),
 ])  # fmt: skip
 def test_a_wrong_gedit_folder_is_one_clear_line(gedit, tmp_path, change, message):
     if callable(change):
