@@ -4,13 +4,13 @@
     python data_prep.py check DIR      # lists every fault of a dataset; --against BENCH finds a benchmark's pictures
 """
 
+import ast
 import difflib
 import functools
 import hashlib
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -307,6 +307,128 @@ class PictureProcessor(Qwen2VLProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
+# ---------------------------------------------------------------- the benchmarks
+
+BENCHMARK_TASKS = {
+    "imgedit": ("add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action"),
+    "gedit": ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
+              "subject-remove", "subject-replace", "text_change", "tone_transfer"),
+}  # fmt: skip
+
+
+def read_imgedit(folder, prompts_file):
+    """ImgEdit-Bench, single turn, in `folder`: (rows, judge's prompts by task, sha256 of the metadata).
+
+    The metadata is {key: {id, prompt, edit_type}}, a row's picture is its id. Rows are as evaluate.load_benchmark tells.
+    prompts_file: the judge's prompts where they are not in the folder.
+    """
+    file = find_file("", (folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"))
+    asked = find_file(prompts_file, (file.parent, file.parent.parent), ("judge_prompt.json", "prompts.json"))
+    texts, rows, prompts, keys = read_json(asked), [], {}, ("id", "prompt", "edit_type")
+    for key, entry in read_json(file).items():
+        where = f"{file}: row {key}"
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in keys):
+            raise BadInput(f"{where} has no id, prompt and edit_type; take ImgEdit-Bench's single-turn metadata")
+        kind = entry["edit_type"]
+        task = "adjust" if kind == "alter" else kind  # two versions circulate
+        if task not in BENCHMARK_TASKS["imgedit"]:
+            raise BadInput(f"{where}: unknown task {kind!r}; ImgEdit-Bench has {', '.join(BENCHMARK_TASKS['imgedit'])}")
+        prompts[task] = texts.get(kind) or texts.get(task) or (texts.get("alter") if task == "adjust" else None)
+        if not isinstance(prompts[task], str):
+            raise BadInput(f"{asked}: has no prompt for the task {kind!r} of row {key}; take both files of one version")
+        picture, _ = (inside(file.parent, name, where) for name in (entry["id"], f"{key}.png"))
+        rows.append({"row": key, "prompt": entry["prompt"], "images": [picture], "task": task, "source": entry["id"],
+                     "file": f"{key}.png"})  # fmt: skip
+    return rows, prompts, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def read_gedit(folder, prompts_file, languages, out):
+    """GEdit-Bench in `folder`: (rows of some languages, {"SC", "PQ"} the judge's prompts, "").
+
+    Parquet or arrow files, whose pictures are written below `out`, or metadata.jsonl with `file_name` beside pictures; and
+    vie_prompts.py, or prompts_file. Rows are as evaluate.load_benchmark tells.
+    """
+    places = (folder, folder / "viescore", folder.parent / "viescore")
+    prompts = read_vie_prompts(find_file(prompts_file, places, ("vie_prompts.py",)))
+    rows, times, listed = [], {}, folder / "metadata.jsonl"
+    try:
+        lines = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+        entries = [json.loads(line) for line in lines if line.strip()] or read_table(folder)
+    except ValueError as error:
+        raise BadInput(f"{listed}: not JSON ({error}); write one object a line") from None
+    for number, entry in enumerate(entries, 1):
+        where, keys = f"{folder}: row {number}", ("key", "task_type", "instruction_language", "instruction")
+        if not all(isinstance(entry.get(name), str) for name in keys):
+            raise BadInput(f"{where} lacks {', '.join(keys[:3])} or {keys[3]}; name GEdit-Bench's folder")
+        key, task, language, text = (entry[name] for name in keys)
+        if task not in BENCHMARK_TASKS["gedit"] or language not in ("en", "cn"):
+            known = f"{', '.join(BENCHMARK_TASKS['gedit'])}, in en and cn"
+            raise BadInput(f"{where}: unknown task {task!r} in {language!r}; GEdit-Bench has {known}")
+        if language not in languages:
+            continue
+        place = f"{task}/{language}/{key}"
+        times[place] = times.get(place, 0) + 1
+        name = place if times[place] == 1 else f"{place}-{times[place]}"  # a few keys repeat, with another instruction
+        path = Path(inside(Path(out).resolve(), f"sources/{name}.png", where))
+        if stored := (entry.get("input_image_raw") or entry.get("input_image") or {}).get("bytes"):
+            path.is_file() or write_whole(path, lambda part: part.write_bytes(stored))
+        else:
+            path = Path(inside(folder, str(entry.get("file_name")), where))
+        picture = short_hash(path.read_bytes()) if path.is_file() else ""
+        rows.append({"row": name, "prompt": text, "images": [str(path)], "task": task, "source": picture,
+                     "language": language, "intersection": bool(entry.get("Intersection_exist")),
+                     "file": f"fullset/{name}.png", "shared file": f"fullset/{place}.png"})  # fmt: skip
+    if not rows:
+        raise BadInput(f"{folder}: holds no rows in {' or '.join(languages)}, in parquet, arrow or metadata.jsonl; name "
+                       "GEdit-Bench's folder")  # fmt: skip
+    return rows, prompts, ""
+
+
+def read_vie_prompts(file):
+    """{"SC": ..., "PQ": ...}, put together as VIEScore does, from a Python file whose constants are read as literals."""
+    texts = {}
+    try:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                texts[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
+        parts = [texts[name] for name in ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
+                                          "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ")]  # fmt: skip
+        return {"SC": "\n".join(parts[:3]), "PQ": "\n".join([parts[0], parts[3]])}
+    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+        raise BadInput(f"{file}: has not the texts of VIEScore ({error}); take GEdit-Bench's vie_prompts.py") from None
+
+
+def find_file(given, folders, names):
+    """The file that was given, else the first of `names` in `folders`."""
+    for path in [Path(given)] if given else [Path(folder, name) for folder in folders for name in names]:
+        if path.is_file():
+            return path
+    raise BadInput(f"{given or folders[0]}: holds no {' or '.join(names)}; name the benchmark's folder, or --prompts FILE")
+
+
+def read_json(file):
+    """The object in a JSON file, not an empty one."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{file}: not JSON ({error}); take the benchmark's own file") from None
+    if isinstance(value, dict) and value:
+        return value
+    raise BadInput(f"{file}: holds no entries; take the benchmark's own file")
+
+
+def write_whole(path, write):
+    """Has `write` fill a file beside `path` and renames it: at no moment is there half a file at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}-{path.name}")
+    write(part)
+    part.replace(path)
+
+
+def short_hash(content):
+    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:8]
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -325,34 +447,6 @@ def bootstrap(values, groups, clusters, draws=2000, seed=0):
     times = np.random.default_rng(seed).multinomial(len(known), np.full(len(known), 1 / len(known)), draws)
     with np.errstate(all="ignore"):
         return names.tolist(), (times @ totals) / (times @ counts)
-
-
-def tabulate(rows, metrics, digits=None):
-    """Means with 95 % intervals: {"rows", "answered", metric: {"macro": [mean, low, high], "micro": ..., task: ...}}.
-
-    rows: dicts with `task`, `source`, `answered` and the metrics, NaN where there is no value. macro is the mean of the
-    tasks' means, micro that of the rows. digits: to which the tasks' means are rounded; None: not. Intervals are
-    bootstrapped over source pictures, each with all its rows.
-    """
-    table = {"rows": len(rows), "answered": sum(row["answered"] for row in rows)}
-    for metric in metrics:
-        kept = [row for row in rows if not math.isnan(row.get(metric, math.nan))]
-        values, tasks, sources = ([row[key] for row in kept] for key in (metric, "task", "source"))
-        names, draws = bootstrap(values, tasks, sources)  # (D, T)
-        own = [[value for value, task in zip(values, tasks) if task == name] for name in names]
-        means = [sum(mine) / len(mine) if digits is None else round(sum(mine) / len(mine), digits) for mine in own]
-        with np.errstate(all="ignore"):
-            whole = np.nansum(draws, 1) / (~np.isnan(draws)).sum(1)  # (D,) over the tasks that were drawn
-        every = bootstrap(values, ["all"] * len(values), sources)[1].reshape(-1)
-        table[metric] = {"macro": _interval(means, whole), "micro": _interval(values, every)}
-        table[metric] |= {name: _interval([mean], draws[:, i]) for i, (name, mean) in enumerate(zip(names, means))}
-    return table
-
-
-def _interval(values, draws):
-    draws = draws[~np.isnan(draws)]
-    ends = np.quantile(draws, (0.025, 0.975)).tolist() if len(draws) else [None, None]
-    return [sum(values) / len(values) if values else None, *ends]
 
 
 def paired_gain(base, now, key):

@@ -15,7 +15,6 @@ Departures from the benchmarks' own scripts, undone by --mode official:
 Never reproduced: random scores for answers that cannot be read, endless retries, rows that count twice.
 """
 
-import ast
 import hashlib
 import json
 import math
@@ -30,20 +29,19 @@ from html import escape
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from data_prep import BadInput, inside, load_image, oracle, parse_settings, read_rows, read_table, run_script, tabulate
+from data_prep import (
+    BadInput, bootstrap, load_image, oracle, parse_settings, read_gedit, read_imgedit, read_json, read_rows, run_script,
+    short_hash, write_whole,
+)  # fmt: skip
 from reward_mllm import JudgeFailure, JudgeSettings, load_judge
 from sample import add_policies, load_editor, picture_grid, policy, rollout
 
-TASKS = {
-    "imgedit": ("add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action"),
-    "gedit": ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
-              "subject-remove", "subject-replace", "text_change", "tone_transfer"),
-}  # fmt: skip
 METRICS = {"imgedit": ("score",), "gedit": ("O", "SC", "PQ"), "heldout": ("judge", "oracle", "success")}  # the main one first
 CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
 MISSING = "no edit"  # the failure of an edit that is not there
@@ -220,7 +218,8 @@ def _row(record, mode, floor, **metrics):
     """A row's result: a metric without a value gets the floor; official: then the row has no value at all (NaN)."""
     answered = None not in metrics.values()
     if not answered:
-        metrics = {key: math.nan if mode == "official" else floor if value is None else value for key, value in metrics.items()}
+        metrics = {key: floor if value is None else value for key, value in metrics.items()}
+        metrics = dict.fromkeys(metrics, math.nan) if mode == "official" else metrics
     kept = ("row", "task", "source", "language", "intersection")
     return {key: record[key] for key in kept if key in record} | {"answered": answered} | metrics
 
@@ -233,6 +232,34 @@ def grouped(rows, metrics, digits=None):
         for group in (name, f"{name} intersection")[: 1 + bool(row.get("intersection"))]:
             groups.setdefault(group, []).append(row)
     return {name: tabulate(rows, [key for key in metrics if key in rows[0]], digits) for name, rows in groups.items()}
+
+
+def tabulate(rows, metrics, digits=None):
+    """Means with 95 % intervals: {"rows", "answered", metric: {"macro": [mean, low, high], "micro": ..., task: ...}}.
+
+    rows: dicts with `task`, `source`, `answered` and the metrics, NaN where there is no value. macro is the mean of the
+    tasks' means, micro that of the rows. digits: to which the tasks' means are rounded; None: not. Intervals are
+    bootstrapped over source pictures, each with all its rows.
+    """
+    table = {"rows": len(rows), "answered": sum(row["answered"] for row in rows)}
+    for metric in metrics:
+        kept = [row for row in rows if not math.isnan(row.get(metric, math.nan))]
+        values, tasks, sources = ([row[key] for row in kept] for key in (metric, "task", "source"))
+        names, draws = bootstrap(values, tasks, sources)  # (D, T)
+        own = [[value for value, task in zip(values, tasks) if task == name] for name in names]
+        means = [sum(mine) / len(mine) if digits is None else round(sum(mine) / len(mine), digits) for mine in own]
+        with np.errstate(all="ignore"):
+            whole = np.nansum(draws, 1) / (~np.isnan(draws)).sum(1)  # (D,) over the tasks that were drawn
+        every = bootstrap(values, ["all"] * len(values), sources)[1].reshape(-1)
+        table[metric] = {"macro": _interval(means, whole), "micro": _interval(values, every)}
+        table[metric] |= {name: _interval([mean], draws[:, i]) for i, (name, mean) in enumerate(zip(names, means))}
+    return table
+
+
+def _interval(values, draws):
+    draws = draws[~np.isnan(draws)]
+    ends = np.quantile(draws, (0.025, 0.975)).tolist() if len(draws) else [None, None]
+    return [sum(values) / len(values) if values else None, *ends]
 
 
 def paired_differences(a, b, metrics):
@@ -271,115 +298,16 @@ def load_benchmark(settings):
         rows, prompts, sha = read_rows(folder, "test"), {}, ""
         for i, row in enumerate(rows):
             row |= {"row": row["id"], "task": row.get("task", "all"), "source": row["images"][0], "file": f"{i:05}.png"}
+    elif kind == "imgedit":
+        rows, prompts, sha = read_imgedit(folder, settings.prompts)
     else:
-        rows, prompts, sha = (read_imgedit if kind == "imgedit" else read_gedit)(folder, settings)
+        languages = ("en", "cn") if settings.language == "both" else (settings.language,)
+        rows, prompts, sha = read_gedit(folder, settings.prompts, languages, settings.out)
     if gone := [row for row in rows if not Path(row["images"][0]).is_file()]:
         raise BadInput(f"{gone[0]['images'][0]}: the picture of row {gone[0]['row']} is not there, nor {len(gone) - 1} others; "
                        "put the pictures beside the metadata")  # fmt: skip
     said = json.dumps([[row["row"], row["prompt"], row["task"]] for row in rows])
     return rows, prompts, {"sha256": sha or hashlib.sha256(said.encode()).hexdigest(), "rows": len(rows)}
-
-
-def find_file(given, folders, names):
-    """The file that was given, else the first of `names` in `folders`."""
-    for path in [Path(given)] if given else [Path(folder, name) for folder in folders for name in names]:
-        if path.is_file():
-            return path
-    raise BadInput(f"{given or folders[0]}: holds no {' or '.join(names)}; name the benchmark's folder, or --prompts FILE")
-
-
-def read_json(file):
-    """The object in a JSON file, not an empty one."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{file}: not JSON ({error}); take the benchmark's own file") from None
-    if isinstance(value, dict) and value:
-        return value
-    raise BadInput(f"{file}: holds no entries; take the benchmark's own file")
-
-
-def read_imgedit(folder, settings):
-    """ImgEdit-Bench, single turn: {key: {id, prompt, edit_type}}, a judge's prompt for each type, and the pictures."""
-    file = find_file("", (folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"))
-    asked = find_file(settings.prompts, (file.parent, file.parent.parent), ("judge_prompt.json", "prompts.json"))
-    texts, rows, prompts = read_json(asked), [], {}
-    for key, entry in read_json(file).items():
-        where = f"{file}: row {key}"
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("id", "prompt", "edit_type")):
-            raise BadInput(f"{where} has no id, prompt and edit_type; take ImgEdit-Bench's single-turn metadata")
-        kind = entry["edit_type"]
-        task = "adjust" if kind == "alter" else kind  # two versions circulate
-        if task not in TASKS["imgedit"]:
-            raise BadInput(f"{where}: unknown task {kind!r}; ImgEdit-Bench has {', '.join(TASKS['imgedit'])}")
-        prompts[task] = texts.get(kind) or texts.get(task) or (texts.get("alter") if task == "adjust" else None)
-        if not isinstance(prompts[task], str):
-            raise BadInput(f"{asked}: has no prompt for the task {kind!r} of row {key}; take both files from one version")
-        picture, _ = (inside(file.parent, name, where) for name in (entry["id"], f"{key}.png"))
-        rows.append({"row": key, "prompt": entry["prompt"], "images": [picture], "task": task, "source": entry["id"], "file": f"{key}.png"})
-    return rows, prompts, hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def read_gedit(folder, settings):
-    """GEdit-Bench: parquet or arrow files, or metadata.jsonl with `file_name` beside the pictures; and vie_prompts.py."""
-    places = (folder, folder / "viescore", folder.parent / "viescore")
-    prompts = read_vie_prompts(find_file(settings.prompts, places, ("vie_prompts.py",)))
-    rows, times, listed = [], {}, folder / "metadata.jsonl"
-    try:
-        lines = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
-        entries = [json.loads(line) for line in lines if line.strip()] or read_table(folder)
-    except ValueError as error:
-        raise BadInput(f"{listed}: not JSON ({error}); write one object a line") from None
-    for number, entry in enumerate(entries, 1):
-        where, keys = f"{folder}: row {number}", ("key", "task_type", "instruction_language", "instruction")
-        if not all(isinstance(entry.get(name), str) for name in keys):
-            raise BadInput(f"{where} lacks {', '.join(keys[:3])} or {keys[3]}; name GEdit-Bench's folder")
-        key, task, language, text = (entry[name] for name in keys)
-        if task not in TASKS["gedit"] or language not in ("en", "cn"):
-            raise BadInput(f"{where}: unknown task {task!r} in {language!r}; there are {', '.join(TASKS['gedit'])}, in en and cn")
-        if settings.language not in (language, "both"):
-            continue
-        place = f"{task}/{language}/{key}"
-        times[place] = times.get(place, 0) + 1
-        name = place if times[place] == 1 else f"{place}-{times[place]}"  # a few keys repeat, with another instruction
-        path = Path(inside(Path(settings.out).resolve(), f"sources/{name}.png", where))
-        if stored := (entry.get("input_image_raw") or entry.get("input_image") or {}).get("bytes"):
-            write_whole(path, lambda part: part.write_bytes(stored))
-        else:
-            path = Path(inside(folder, str(entry.get("file_name")), where))
-        picture = short_hash(path.read_bytes()) if path.is_file() else ""
-        rows.append({"row": name, "prompt": text, "images": [str(path)], "task": task, "source": picture, "language": language,
-                     "intersection": bool(entry.get("Intersection_exist")), "file": f"fullset/{name}.png",
-                     "shared file": f"fullset/{place}.png"})  # fmt: skip
-    if not rows:
-        raise BadInput(f"{folder}: holds no rows in {settings.language}, in parquet, arrow or metadata.jsonl; name GEdit-Bench's")
-    return rows, prompts, ""
-
-
-def read_vie_prompts(file):
-    """{"SC": ..., "PQ": ...}, put together as VIEScore does, from a Python file whose constants are read as literals."""
-    texts = {}
-    try:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant):
-                texts[node.targets[0].id] = ast.literal_eval(node.value)
-        parts = [texts[name] for name in ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
-                                          "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ")]  # fmt: skip
-        return {"SC": "\n".join(parts[:3]), "PQ": "\n".join([parts[0], parts[3]])}
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
-        raise BadInput(f"{file}: has not the texts of VIEScore ({error}); take GEdit-Bench's vie_prompts.py") from None
-
-
-def write_whole(path, write):
-    """Has `write` fill a file beside `path` and renames it: at no moment is there half a file at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    write(part)
-    part.replace(path)
-
-
-def short_hash(content):
-    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:8]
 
 
 # ---------------------------------------------------------------- sample: the edits
@@ -402,7 +330,7 @@ def with_copies(rows, settings):
     """Every row `copies` times: the first lies where the benchmark wants it, the others in a folder of their seed."""
     for row in rows:
         for seed in range(settings.seed, settings.seed + settings.copies):
-            other = {} if seed == settings.seed else {"row": f"{row['row']}@{seed}", "file": f"seed-{seed}/{row['file']}"}
+            other = {"row": f"{row['row']}@{seed}", "file": f"seed-{seed}/{row['file']}"} if seed != settings.seed else {}
             yield row | {"seed": seed} | other
 
 
@@ -470,7 +398,8 @@ def judge_edits(settings, rows, prompts, accelerator):
             for call in CALLS[settings.benchmark]:
                 text = prompts.get(call) or prompts.get(row["task"], "")  # the instruction goes in its place
                 text = re.sub("<edit_prompt>|<instruction>", lambda mark: row["prompt"], text) or row["prompt"]
-                record = {"subject": subject, "row": row["row"], "call": call, "judge": name, "prompt": short_hash(text), "picture": seen}
+                record = {"subject": subject, "row": row["row"], "call": call, "judge": name, "prompt": short_hash(text),
+                          "picture": seen}  # fmt: skip
                 before = done.get((subject, row["row"], call), {})
                 if any(before.get(key) != value for key, value in record.items()) or (before.get("failure") and seen):
                     todo.append((record, text, row, path))
@@ -486,8 +415,8 @@ def judge_edits(settings, rows, prompts, accelerator):
                 if answer.get("failure") != MISSING:
                     (failed if "failure" in answer else good).append(answer)
                 if len(failed) >= 8 and not good:
-                    raise BadInput(f"{settings.judge}: its first {len(failed)} calls all failed ({answer['failure']}); see to the "
-                                   "judge, which must take pictures, and start again")  # fmt: skip
+                    raise BadInput(f"{settings.judge}: its first {len(failed)} calls all failed ({answer['failure']}); see "
+                                   "to the judge, which must take pictures, and start again")  # fmt: skip
 
         for record, *_ in todo:
             if not record["picture"]:
@@ -538,9 +467,11 @@ def score_calls(settings, rows, version):
     for stem in sorted(stems):
         said, subjects = read_calls(settings.out, f"calls-{stem}"), {}
         for name in subjects_of(settings):
-            subjects[name] = score([{"failure": "not judged"} | said.get((name, row["row"], call), {}) | row | {"call": call}
-                                    for row in with_copies(rows, settings) for call in CALLS[settings.benchmark]], settings.mode)  # fmt: skip
-        results.append({"benchmark": settings.benchmark, "judge": stem, "mode": settings.mode, "metadata": version, "subjects": subjects})
+            records = [{"failure": "not judged"} | said.get((name, row["row"], call), {}) | row | {"call": call}
+                       for row in with_copies(rows, settings) for call in CALLS[settings.benchmark]]  # fmt: skip
+            subjects[name] = score(records, settings.mode)
+        results.append({"benchmark": settings.benchmark, "judge": stem, "mode": settings.mode, "metadata": version,
+                        "subjects": subjects})  # fmt: skip
         file = Path(settings.out, f"scores-{stem}-{settings.mode}.json")
         write_whole(file, lambda part: part.write_text(json.dumps(results[-1], ensure_ascii=False), encoding="utf-8"))
     return results
@@ -612,14 +543,15 @@ def write_report(settings, rows, results, summary):
     """report.html with small pictures beside it, and grid.png: of each task the row with the median score."""
     out, kind, articles, grid = Path(settings.out), settings.benchmark, [], {}
     subjects, calls = subjects_of(settings), [read_calls(out, f"calls-{result['judge']}") for result in results]
-    marks = [{name: {row["row"]: row for row in content["rows"]} for name, content in result["subjects"].items()} for result in results]
+    marks = [{name: {row["row"]: row for row in content["rows"]} for name, content in result["subjects"].items()}
+             for result in results]  # fmt: skip
     (out / "report").mkdir(exist_ok=True)
     for number, row in enumerate(tqdm(list(with_copies(rows, settings)), desc="report")):
-        figures, shown = [], []
+        figures, seen = [], []
         for name in dict.fromkeys(["source", *subjects]):
             path, picture, image = edit_of(row, name, subjects.get(name)), None, "no edit"
             mine = [of_row[name][row["row"]] for of_row in marks if name in of_row]
-            caption = f"{name} " + "; ".join(" ".join(f"{key} {one[key]:.2f}" for key in METRICS[kind] if key in one) for one in mine)
+            caption = "; ".join(" ".join(f"{key} {one[key]:.2f}" for key in METRICS[kind] if key in one) for one in mine)
             said = [record.get((name, row["row"], call), {}) for record in calls for call in CALLS[kind]]
             words = escape("\n".join(record.get("reply") or record.get("failure") or "" for record in said).strip())
             if path.is_file():
@@ -629,13 +561,13 @@ def write_report(settings, rows, results, summary):
                 picture.save(out / file, quality=95, subsampling=0)
                 image = f'<img class="{tiny}" loading="lazy" src="{file}">'
             words = words and f"<details><summary>the judge's words</summary>{words}</details>"
-            figures.append(f"<figure><figcaption>{escape(caption)}</figcaption>{image}{words}</figure>")
-            shown.append((picture, caption if name != "source" else row["prompt"]))
+            figures.append(f"<figure><figcaption>{name} {escape(caption)}</figcaption>{image}{words}</figure>")
+            seen.append((picture, f"{name} {caption}" if name != "source" else row["prompt"]))
         mark = marks[0][next(iter(subjects))][row["row"]][METRICS[kind][0]]
         mark, texts = -1.0 if math.isnan(mark) else mark, [escape(row[key]) for key in ("task", "prompt", "row")]
         articles.append(f'<article data-task="{texts[0]}" data-mark="{mark}"><div><b>{texts[1]}</b><p>{texts[0]}</p>'
                         f'<small>{texts[2]}</small></div>{"".join(figures)}</article>\n')  # fmt: skip
-        grid.setdefault(row["task"], []).append((mark, number, shown))
+        grid.setdefault(row["task"], []).append((mark, number, seen))
     page = PAGE.replace("@SUMMARY@", escape(summary)).replace("@ROWS@", "".join(articles))
     (out / "report.html").write_text(page, encoding="utf-8")
     middle = [sorted(of_task)[len(of_task) // 2][2] for _, of_task in sorted(grid.items())]
@@ -644,17 +576,13 @@ def write_report(settings, rows, results, summary):
 
 
 def compare(places):
-    """Prints the paired differences of two runs' results under each judge and reading that both have; RUN or RUN/SUBJECT."""
+    """Prints the paired differences of two runs' first subjects under each judge and reading that both have."""
     if len(places) != 2:
         raise BadInput("compare: name two runs, python evaluate.py compare RUN_A RUN_B")
-    found = []
-    for place in map(Path, places):
-        own = list(place.glob("scores-*.json"))
-        found.append({file.name: read_json(file) for file in own or place.parent.glob("scores-*.json")})
-        for result in found[-1].values():
-            result["rows"] = result["subjects"].get(next(iter(result["subjects"])) if own else place.name, {}).get("rows")
-        if not found[-1] or not all(result["rows"] for result in found[-1].values()):
-            raise BadInput(f"{place}: holds no scores; name an --out folder of evaluate.py, or a subject in it")
+    found = [{file.name: read_json(file) for file in Path(place).glob("scores-*.json")} for place in places]
+    for place, files in zip(places, found):
+        if not files:
+            raise BadInput(f"{place}: holds no scores; name an --out folder of evaluate.py")
     both = sorted(found[0].keys() & found[1].keys())
     if not both:
         raise BadInput(f"{' and '.join(places)}: no result under one judge, prompts and reading, but {', '.join(found[0])} "
@@ -662,7 +590,8 @@ def compare(places):
     for a, b in ([files[name] for files in found] for name in both):
         if a["metadata"] != b["metadata"]:
             raise BadInput(f"{' and '.join(places)}: another version of the benchmark in each; score both on one")
-        print(f"judge and prompts {a['judge']}, {a['mode']} reading", differences(a["rows"], b["rows"], a["benchmark"], *places), sep="\n")
+        rows = [next(iter(result["subjects"].values()))["rows"] for result in (a, b)]
+        print(f"judge and prompts {a['judge']}, {a['mode']} reading", differences(*rows, a["benchmark"], *places), sep="\n")
 
 
 def claim(settings):
@@ -674,7 +603,8 @@ def claim(settings):
         return replace(settings, baselines=wanted, **{key: before[key] for key in DRAWN})
     for key in DRAWN:
         if before and before[key] != getattr(settings, key):
-            raise BadInput(f"{settings.out}: was begun with --{key} {before[key]}, not {getattr(settings, key)}; give another --out")
+            own = getattr(settings, key)
+            raise BadInput(f"{settings.out}: was begun with --{key} {before[key]}, not {own}; give another --out")
     write_whole(file, lambda part: part.write_text(json.dumps(asdict(settings), indent=1)))
     return settings
 
@@ -684,7 +614,8 @@ def main(argv=None):
     if argv[:1] == ["compare"]:
         return compare(argv[1:])
     if argv[:1] not in (["imgedit"], ["gedit"], ["heldout"]):
-        raise BadInput(f"{' '.join(argv[:1]) or 'no command'}: say what to score: imgedit, gedit, heldout, or compare RUN_A RUN_B")
+        given = " ".join(argv[:1]) or "no command"
+        raise BadInput(f"{given}: say what to score: imgedit, gedit, heldout, or compare RUN_A RUN_B")
     settings = parse_settings(Settings, ["--benchmark", *argv], description=__doc__.splitlines()[0])
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process may be done long before another
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
