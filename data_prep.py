@@ -372,8 +372,10 @@ def read_gedit(folder, prompts_file, languages, out):
         path = Path(inside(Path(out).resolve(), f"sources/{name}.png", where))
         if stored := (entry.get("input_image_raw") or entry.get("input_image") or {}).get("bytes"):
             path.is_file() or write_whole(path, lambda part: part.write_bytes(stored))
+        elif isinstance(entry.get("file_name"), str):
+            path = Path(inside(folder, entry["file_name"], where))
         else:
-            path = Path(inside(folder, str(entry.get("file_name")), where))
+            raise BadInput(f"{where} holds no picture: neither the bytes of input_image_raw nor a file_name")
         picture = short_hash(path.read_bytes()) if path.is_file() else ""
         rows.append({"row": name, "prompt": text, "images": [str(path)], "task": task, "source": picture,
                      "language": language, "intersection": bool(entry.get("Intersection_exist")),

@@ -330,7 +330,8 @@ def with_copies(rows, settings):
     """Every row `copies` times: the first lies where the benchmark wants it, the others in a folder of their seed."""
     for row in rows:
         for seed in range(settings.seed, settings.seed + settings.copies):
-            other = {"row": f"{row['row']}@{seed}", "file": f"seed-{seed}/{row['file']}"} if seed != settings.seed else {}
+            file = f"seed-{seed}/{row['file']}"
+            other = {"row": f"{row['row']}@{seed}", "file": file, "shared file": file} if seed != settings.seed else {}
             yield row | {"seed": seed} | other
 
 
@@ -385,7 +386,7 @@ def judge_edits(settings, rows, prompts, accelerator):
     judge = load_judge(settings, accelerator.device, torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32)
     name = getattr(judge, "name", "") or settings.judge_model or settings.judge.removeprefix("local:")
     trained = Path(settings.lora or ".").parent / "config.json"
-    if settings.lora and trained.is_file() and settings.judge == read_json(trained).get("judge"):
+    if settings.lora and trained.is_file() and settings.judge == read_json(trained).get("judge") and not accelerator.process_index:
         print(f"warning: {name} is the judge that {settings.lora} was trained with; its scores tell how well it is pleased: "
               "let another judge have the last word", file=sys.stderr)  # fmt: skip
     texts = json.dumps(prompts or judge.prompts, sort_keys=True)

@@ -202,7 +202,7 @@ class RuleServer(ThreadingHTTPServer):
     """An OpenAI-compatible server whose `rule(text, pictures)` is the reply; a number is an HTTP status instead."""
 
     def __init__(self, rule):
-        self.rule, self.asked, self.headers_seen = rule, [], []
+        self.rule, self.name, self.asked, self.headers_seen = rule, "rule-7b", [], []
         super().__init__(("127.0.0.1", 0), Answering)
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -210,7 +210,7 @@ class RuleServer(ThreadingHTTPServer):
 
 class Answering(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.answer(200, {"data": [{"id": "rule-7b"}]})
+        self.answer(200, {"data": [{"id": self.server.name}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -503,6 +503,26 @@ def test_trained_base_and_source_are_drawn_judged_and_compared(imgedit, tmp_path
         assert f"macro            {marks[0] - marks[1]:.3f} [" in text and ("better" in text or "worse" in text or "can be told" in text)
 
 
+def test_gedit_is_drawn_in_its_own_layout_with_the_source_beside(gedit, tmp_path, kontext_folder, server):
+    out = tmp_path / "out"
+    (result,) = run("gedit", gedit, out, server, base=kontext_folder, steps=1, language="en").values()
+    drawn = {str(path.relative_to(out / "base")) for path in (out / "base").rglob("*.png")}
+    names = ("color_alter/en/k0", "ps_human/en/k1", "color_alter/en/k2", "color_alter/en/k0-2")
+    assert drawn == {f"fullset/{name}{end}.png" for name in names for end in ("", "_SRCIMG")}
+    assert result["subjects"]["base"]["groups"]["en"]["answered"] == 4
+
+
+def test_the_editor_gets_the_benchmarks_sampling(imgedit, tmp_path, kontext_folder, monkeypatch):
+    import sample
+
+    def call(editor, images, prompt, generators, steps, guidance):
+        raise RuntimeError(f"seed {generators[0].initial_seed()}, {steps} steps, guidance {guidance}")
+
+    monkeypatch.setattr(sample, "_call_pipeline", call)
+    with pytest.raises(RuntimeError, match="seed 42, 28 steps, guidance 3.5"):  # Kontext's for evaluation; 2.5 in training
+        run("imgedit", imgedit, tmp_path / "out", base=kontext_folder, stage="sample")
+
+
 def test_the_report_shows_instructions_as_text_and_never_as_page(imgedit, tmp_path, server):
     table = json.loads((imgedit / "singleturn/singleturn.json").read_text())
     table["0"]["prompt"] = "</script><script>alert(1)</script>"
@@ -530,6 +550,35 @@ def test_a_held_out_set_is_scored_by_the_judge_and_by_the_oracle(tmp_path, capsy
     marks = [record["scores"][0] for record in calls(tmp_path / "out") if record["subject"] == "edits" and "scores" in record]
     assert len(marks) == 8 and edits["judge"]["micro"][0] == pytest.approx(sum(marks) / 10)
     assert set(edits["judge"]) - {"macro", "micro"} == set(data_prep.TASKS)
+
+
+def test_a_second_judge_is_one_more_result_and_pays_for_its_own_calls_alone(imgedit, tmp_path, server):
+    for key in range(6):
+        flat(tmp_path / "edits" / f"{key}.png", 51 * key)
+    out, other = tmp_path / "out", RuleServer(lambda *a: THREE.format(2, 2, 2))
+    other.name = "strict-72b"
+    run("imgedit", imgedit, out, server, edits=tmp_path / "edits")
+    results = run("imgedit", imgedit, out, other, edits=tmp_path / "edits")
+    assert len(server.asked) == len(other.asked) == 6
+    assert {result["judge"].rsplit("-", 1)[0]: result["subjects"]["edits"]["groups"]["all"]["score"]["macro"][0]
+            for result in results.values()}["strict-72b"] == 2 and len(results) == 2  # fmt: skip
+    assert re.search(r"edits score 2[.]00; score \d|edits score \d[.]\d\d; score 2[.]00", (out / "report.html").read_text())
+    other.shutdown()
+
+
+def test_a_local_judge_is_asked_too_and_an_answer_without_scores_is_kept_and_counted(imgedit, tmp_path):
+    import data_prep
+
+    tokenizer = data_prep.new_judge_tokenizer()
+    data_prep.save_judge(data_prep.new_judge(tokenizer), tokenizer, tmp_path / "judge")
+    for key in range(6):
+        flat(tmp_path / "edits" / f"{key}.png", 51 * key, (32, 32))
+    for path in (imgedit / "singleturn/animal").iterdir():
+        flat(path, 100, (32, 32))
+    (result,) = run("imgedit", imgedit, tmp_path / "out", edits=tmp_path / "edits", judge=f"local:{tmp_path}/judge").values()
+    assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 0
+    records = calls(tmp_path / "out")
+    assert len(records) == 6 and all("reply" in record and record["scores"] is None for record in records)
 
 
 # ---------------------------------------------------------------- comparing
@@ -594,7 +643,7 @@ def test_a_wrong_imgedit_folder_is_one_clear_line(imgedit, tmp_path, change, mes
 
 @pytest.mark.parametrize("change, message", [
     ({"task_type": "juggle"}, "unknown task 'juggle'"), ({"instruction_language": "zh"}, "in 'zh'"), ({"key": "../../../../k"}, "leaves the dataset folder"),
-    ({"key": None}, "lacks key"), ({"file_name": "../x.png"}, "leaves the dataset folder"),
+    ({"key": None}, "lacks key"), ({"file_name": None}, "row 2 holds no picture"), ({"file_name": "../x.png"}, "leaves the dataset folder"),
     (lambda f: (f / "metadata.jsonl").unlink(), "holds no rows in en"), (lambda f: (f / "metadata.jsonl").write_text("{"), "not JSON"),
     (lambda f: (f / "viescore/vie_prompts.py").write_text("x = 1"), "has not the texts of VIEScore"),
     (lambda f: (f / "viescore/vie_prompts.py").write_text("x ="), "has not the texts of VIEScore"),
