@@ -489,8 +489,8 @@ def as_text(groups, title):
     for group, table in groups.items():
         metrics = [key for key in table if key not in ("rows", "answered")]
         lines.append(f"{title}, {group}: {table['answered']} of {table['rows']} rows answered")
-        lines.append(" " * 19 + "".join(f"{metric:24}" for metric in metrics).rstrip())
-        lines += [f"  {name:17}" + "".join(f"{shown(table[metric][name]):24}" for metric in metrics).rstrip()
+        lines.append(" " * 19 + "".join(f"{metric:27}" for metric in metrics).rstrip())
+        lines += [f"  {name:17}" + "".join(f"{shown(table[metric][name]):27}" for metric in metrics).rstrip()
                   for name in table[metrics[0]]]  # fmt: skip
     return "\n".join(lines)
 
@@ -524,7 +524,8 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>edit-nft: evaluation</titl
 body {font: 14px system-ui, sans-serif; margin: 1.5em; color: #222} pre {background: #f4f4f4; padding: .8em; overflow: auto}
 article {display: flex; flex-wrap: wrap; gap: 12px; border-top: 1px solid #ddd; padding: 12px 0} [hidden] {display: none}
 article > div {flex: 0 0 230px} figure {margin: 0; width: 260px} small {color: #666} details {white-space: pre-wrap}
-img {width: 260px; height: 260px; object-fit: contain; background: #f4f4f4} .tiny {image-rendering: pixelated}</style>
+img {width: 260px; height: 260px; object-fit: contain; background: #f4f4f4} .tiny {image-rendering: pixelated}
+figcaption {min-height: 2.5em}</style>
 <h1>edit-nft: evaluation</h1><pre>@SUMMARY@</pre><label>task <select id="task"><option value="">all</option></select></label>
 <label>order <select id="order"><option value="1">worst first</option><option value="-1">best first</option></select></label>
 <span id="count"></span><main>@ROWS@</main><script>
@@ -549,7 +550,7 @@ def write_report(settings, rows, results, summary):
     (out / "report").mkdir(exist_ok=True)
     for number, row in enumerate(tqdm(list(with_copies(rows, settings)), desc="report")):
         figures, seen = [], []
-        for name in dict.fromkeys(["source", *subjects]):
+        for name in dict.fromkeys(["source", *reversed(subjects)]):  # source, base, trained
             path, picture, image = edit_of(row, name, subjects.get(name)), None, "no edit"
             mine = [of_row[name][row["row"]] for of_row in marks if name in of_row]
             caption = "; ".join(" ".join(f"{key} {one[key]:.2f}" for key in METRICS[kind] if key in one) for one in mine)
