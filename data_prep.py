@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 import zlib
@@ -50,6 +51,36 @@ def run_script(main):
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def signals_caught():
+    """A list that the first SIGTERM or Ctrl-C fills, so that a loop can end well; the next one ends the program at once."""
+    caught = []
+
+    def catch(number, frame):
+        print(f"\n{signal.Signals(number).name}: finishing this step; once more ends it at once", file=sys.stderr)
+        signal.signal(number, signal.SIG_DFL)
+        caught.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, catch)
+    return caught
+
+
+def cut_log(file, epoch):
+    """Leaves the whole lines up to `epoch` in a log.jsonl and returns them: a kill may have cut the last one short."""
+    kept = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        kept += [record] * (record["epoch"] <= epoch)
+    if file.exists():
+        part = file.with_suffix(".part")
+        part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        part.replace(file)
+    return kept
 
 
 def parse_settings(cls, argv=None, description=None, **defaults):
@@ -207,6 +238,13 @@ def check_pictures(rows, faults=None, looks=None):
             if isinstance(look, BadInput):
                 faults.append(str(look))
     return [row for row in rows if not any(isinstance(looks[path], BadInput) for path in row_pictures(row))]
+
+
+def rows_of_epoch(number, rows, seed, epoch):
+    """Indices of the `number` rows of an epoch: the data shuffled anew each time it is used up, without any state."""
+    for position in range(epoch * number, (epoch + 1) * number):
+        turn, place = divmod(position, rows)
+        yield torch.randperm(rows, generator=seeded(seed, "rows", turn))[place].item()
 
 
 # ---------------------------------------------------------------- the check

@@ -345,6 +345,22 @@ def refuse_silent_judge(scores, name, least=0.5):
         raise BadInput(f"{name}: gave no score: {', '.join(f'{n} x {cause}' for cause, n in causes.most_common(3))}; see to it")
 
 
+def check_judge(judge, name, rows):
+    """Stops a run whose judge is useless: a silent one, or one that untouched sources please more than right edits.
+
+    Asks about a few rows with a `target`, or, where there is none, only whether it answers. Raises BadInput.
+    """
+    asked = [row for row in rows if "target" in row][:16] or rows[:4]
+    sources = [[load_image(path) for path in row["images"]] for row in asked]
+    untouched = judge.score(asked, sources, [pictures[0] for pictures in sources])
+    refuse_silent_judge(untouched, name)
+    if "target" in asked[0]:
+        right = judge.score(asked, sources, [load_image(row["target"]) for row in asked])
+        if not right.score.nanmean() > untouched.score.nanmean():
+            raise BadInput(f"{name}: scores right edits {right.score.nanmean():.2f} and untouched sources "
+                           f"{untouched.score.nanmean():.2f}; take another judge or another --judge_prompt")  # fmt: skip
+
+
 # ---------------------------------------------------------------- a local judge
 
 

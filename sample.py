@@ -21,22 +21,31 @@ Departures from the paper and its released code:
 import functools
 import inspect
 import json
+import resource
+import shutil
 import sys
 import textwrap
+import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image, ImageDraw
-from safetensors import safe_open
+from PIL import Image, ImageDraw, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 from transformers.utils import is_torchvision_available
@@ -150,6 +159,7 @@ class Editor:
     resolution: int
     max_text: int  # tokens that a prompt may have
     lora_layers: list = field(default_factory=list)
+    policies: tuple = ()  # names of the LoRA adapters, `new` first
 
 
 def load_pipeline(base, dtype):
@@ -243,7 +253,8 @@ def add_policies(editor, rank=None, alpha=None, targets=None, seed=0, averages=(
         for adapter in (*averages, "new"):
             transformer.add_adapter(LoraConfig(**settings, init_lora_weights="gaussian"), adapter)
     find_lora_layers(editor)
-    for adapter in (*averages, "new"):
+    editor.policies = ("new", *averages)
+    for adapter in editor.policies:
         for name, parameter in lora_parameters(editor, adapter).items():
             parameter.data = parameter.data.float()
             if "lora_A" in name:
@@ -426,8 +437,6 @@ def _call_pipeline(editor, images, prompt, generators, steps, guidance):
     wanted = {name: value for name, value in wanted.items() if value is not None and name in taken}
     encoder, tokenizer = text_parts(pipe)
     too_long = f"a prompt has more than the {editor.max_text} tokens that {type(pipe).__name__} takes: {prompt[:60]!r}..."
-    if family.long_text == "fail" and len(tokenizer(prompt).input_ids) > editor.max_text:
-        raise BadInput(f"{too_long}; shorten it")
 
     def before_encoder(module, args, kwargs):
         ids = kwargs.get("input_ids", args[0] if args else None)  # (1, tokens)
@@ -447,6 +456,10 @@ def _call_pipeline(editor, images, prompt, generators, steps, guidance):
         with sources_keep_their_size(editor, images):
             pictures = pipe(image=images[0] if len(images) == 1 else images, prompt=prompt, generator=list(generators),
                             num_images_per_prompt=len(generators), num_inference_steps=steps, **wanted).images  # fmt: skip
+    except TypeError as error:  # LongCat's own warning of a prompt that is too long ends so
+        if family.long_text != "fail":
+            raise
+        raise BadInput(f"{too_long}; shorten it") from error
     except ValueError as error:
         raise BadInput(f"{type(pipe).__name__} refuses a row: {' '.join(str(error).split())[:200]}; remove it") from error
     finally:
@@ -509,6 +522,165 @@ def velocity(editor, x_t, t, cond):
     return editor.pipe.transformer(timestep=t_told, **arguments)[0][:, :N].float()
 
 
+def check_editor(editor, row, guidance, optimizer, started=False):
+    """Stops a run that could not learn: an editor that does not see its source, a LoRA without gradient, unequal policies.
+
+    row: one of the data; started: the policies begin from a LoRA, not as the base. Raises BadInput that names the editor or
+    the LoRA's layers.
+    """
+    sources = [load_image(path) for path in row["images"]]
+    seen, other = (rollout(editor, pictures, row["prompt"], [seeded("check")], 1, guidance)
+                   for pictures in (sources, [ImageOps.invert(picture) for picture in sources]))  # fmt: skip
+    x_t, t = seen.x_0, seen.sigmas[:1].to(seen.x_0.device)
+    v = velocity(editor, x_t, t, seen.cond)
+    kind = type(editor.pipe).__name__
+    if torch.allclose(v, velocity(editor, x_t, t, other.cond)):
+        raise BadInput(f"{kind}: another source picture changes nothing; take an editor that sees it")
+    for name in ("base", *editor.policies)[started:]:
+        with policy(editor, name):
+            assert torch.equal(v, velocity(editor, x_t, t, seen.cond)), f"policies new and {name} differ at the start"
+    v.square().mean().backward()
+    if not any(p.grad is not None and p.grad.any() for p in lora_parameters(editor, "new").values()):
+        targets = sorted(editor.pipe.transformer.peft_config["new"].target_modules)
+        raise BadInput(f"{kind}: the LoRA on {targets} gets no gradient; name other --lora_targets")
+    optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------- memory, and bases larger than one card
+
+
+@contextmanager
+def parked(editor, park=True):
+    """Within, all of the pipeline but its transformer lies in the CPU's memory; after, where it was."""
+    device = editor.pipe.transformer.device
+    parts = [part for name, part in editor.pipe.components.items() if isinstance(part, torch.nn.Module) and name != "transformer"]
+    for part in parts * park:
+        part.to("cpu")
+    try:
+        yield
+    finally:
+        for part in parts * park:
+            part.to(device)
+
+
+def time_and_memory(device):
+    """Now in seconds, and peak memory in GB: the GPU's since the last call, or this process's so far."""
+    if device.type == "cpu":
+        return time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return time.time(), peak
+
+
+def shard_base(editor, accelerator):
+    """Spreads the frozen base over all ranks by accelerate's FSDP2; the LoRA stays whole on each, as without it.
+
+    To be called with the editor on the CPU; what is not sharded moves to the rank's device.
+    """
+    transformer = editor.pipe.transformer
+    blocks = [type(block).__name__ for blocks in transformer.children() if isinstance(blocks, torch.nn.ModuleList) for block in blocks]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=sorted(set(blocks)),
+        cpu_ram_efficient_loading=False,
+        ignored_modules=[part for layer in editor.lora_layers for part in (layer.lora_A, layer.lora_B)],
+    )  # fmt: skip
+    accelerator.state.fsdp_plugin = plugin
+    fsdp2_prepare_model(accelerator, transformer)
+    parts = [(p.numel(), p.to_local().numel()) for p in transformer.parameters() if isinstance(p, DTensor)]
+    whole, here = map(sum, zip(*parts))
+    accelerator.print(f"the base's {whole:,} numbers are spread over {accelerator.num_processes} ranks, {here:,} on this one")
+    editor.pipe.to(accelerator.device)
+
+
+def equally_often(items, spare, accelerator):
+    """(1.0, item) for each item, then, unless `spare` is None, (0.0, spare) until every rank has had as many.
+
+    All ranks gather a sharded base in each of its forwards, so all must call it equally often.
+    """
+    if spare is None:
+        yield from ((1.0, item) for item in items)
+        return
+    items = iter(items)
+    while any(gather_object([(item := next(items, None)) is not None])):
+        yield (0.0, spare) if item is None else (1.0, item)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def read_state(folder):
+    """The state of a checkpoint whose files are all as they were written; {} when one is missing or damaged."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        marks = {name: sha256((folder / name).read_bytes()).hexdigest() for name in state["files"]}
+        return state if marks == state["files"] else {}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def checkpoints(out):
+    """The checkpoint folders of a run, newest first."""
+    return sorted(Path(out).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
+
+
+def save_checkpoint(editor, optimizer, out, state, keep):
+    """Writes out/checkpoint-{epoch} beside and renames it: it is whole or not there. new lies on top, averages below.
+
+    Then drops all but the newest `keep` and the one with the best state["held-out"]. BadInput when it cannot be written;
+    the ones before it are then untouched.
+    """
+    folder = Path(out) / f"checkpoint-{state['epoch']}"
+    part = folder.with_name(f".{folder.name}.part")
+    for left in folder.parent.glob(".checkpoint-*.part"):  # by a kill
+        shutil.rmtree(left)
+    try:
+        for name in editor.policies:
+            save_lora(editor, part / name.removeprefix("new"), name)
+        moments = optimizer.state_dict()["state"]
+        save_file({f"{i}.{key}": value for i in moments for key, value in moments[i].items()}, part / "optimizer.safetensors")
+        files = [path for path in sorted(part.rglob("*")) if path.is_file()]
+        files = {str(path.relative_to(part)): sha256(path.read_bytes()).hexdigest() for path in files}
+        (part / "state.json").write_text(json.dumps(state | {"files": files}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # one that was damaged
+        part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise BadInput(f"{folder}: could not be written ({error}); the checkpoints before it are whole: make room and go "
+                       "on with --resume auto") from error  # fmt: skip
+    folders = checkpoints(out)
+    marks = {folder: mark for folder in folders if (mark := read_state(folder).get("held-out")) is not None}
+    for old in folders[keep:]:
+        if old != max(marks, key=marks.get, default=None):
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.part")))
+
+
+def load_checkpoint(editor, optimizer, out, settings, harmless, force=False):
+    """Puts back the newest whole checkpoint of a run: its state, {} when there is none. Says which were damaged.
+
+    settings: what the run is now; what differs from the checkpoint's is printed, and BadInput unless it is among the
+    `harmless` names or `force` is set. The state comes with the new settings.
+    """
+    for folder in checkpoints(out):
+        if not (state := read_state(folder)):
+            print(f"{folder}: damaged; going back to the one before", file=sys.stderr)
+            continue
+        changed = {key: f"{key} was {state['settings'].get(key)} and is {settings[key]}" for key in settings
+                   if settings[key] != state["settings"].get(key)}  # fmt: skip
+        serious = [change for key, change in changed.items() if key not in harmless]
+        if serious and not force:
+            raise BadInput(f"{folder}: {'; '.join(serious)}; give what it was trained with, or --force true")
+        print("".join(f"resuming although {change}\n" for change in changed.values()), end="")
+        for name in editor.policies:
+            load_lora(editor, folder / name.removeprefix("new"), name)
+        moments = {}
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            moments.setdefault(int(key.split(".")[0]), {})[key.split(".")[1]] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        return state | {"settings": settings}
+    return {}
+
+
 # ---------------------------------------------------------------- pictures of results
 
 
@@ -544,6 +716,30 @@ def picture_grid(rows, captions=None, title="", cell=96):
             if i < len(texts) and j < len(texts[i]):
                 draw.multiline_text((x, y + height + 1), "\n".join(texts[i][j]), fill="black", spacing=0)
     return sheet
+
+
+def comparison_grid(rows, base, now):
+    """A grid of held-out edits: source, base, now and, where it is known, the target, with instruction and judge's score.
+
+    base, now: dicts with `row`, `judge` and, for those that are shown, `image`, in the same order.
+    """
+    pictures, captions = [], []
+    for before, after in zip(base, now):
+        if "image" in before:
+            row = rows[before["row"]]
+            target = [load_image(row["target"])] if "target" in row else []
+            pictures.append([load_image(row["images"][0]), before["image"], after["image"], *target])
+            marks = [f"{name} {result['judge']:.2f}" for name, result in (("base", before), ("now", after))]
+            captions.append([row["prompt"], *marks, *["target"] * len(target)])
+    return picture_grid(pictures, captions, "source, base, now, with the judge's score")
+
+
+def save_newest(image, path, keep):
+    """Writes a picture and removes the oldest of its folder, by name, beyond the newest `keep`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    for old in sorted(path.parent.glob(f"*{path.suffix}"))[:-keep]:
+        old.unlink()
 
 
 # ---------------------------------------------------------------- the command

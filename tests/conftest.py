@@ -2,13 +2,15 @@
 
 import inspect
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 torch.set_num_threads(1)
 
 WORDS = "make the red circle blue remove square add green triangle".split()
@@ -73,6 +75,33 @@ def kontext_folder(tmp_path_factory):
     pipe.vae.decoder.conv_out.weight.data *= 4  # a random decoder paints one grey: make its pictures differ
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Eight training rows, two with one prompt and other pictures, and two held-out ones."""
+    from rule_judge import write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def run(kontext_folder, dataset, tmp_path, monkeypatch):
+    """run(out="a", **settings) calls main with the rule judge and returns the run's folder; goes on where it holds one."""
+    import train_nft
+    from rule_judge import RuleJudge, arguments
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(out="run", judge=RuleJudge(), **changes):
+        monkeypatch.setattr(train_nft, "load_judge", lambda *args: judge)
+        train_nft.main(arguments(kontext_folder, dataset, tmp_path / out, resume="auto", **changes))
+        return tmp_path / out
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- the other families

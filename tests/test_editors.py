@@ -63,9 +63,9 @@ def pixels(images):
 
 
 @pytest.mark.parametrize("name", EDITORS)
-@pytest.mark.parametrize("evaluation", [False, True])
-def test_velocity_is_the_pipelines_own_conditional_prediction_at_every_step(load, name, evaluation):
-    editor = shaken(load(name))
+@pytest.mark.parametrize("evaluation, dtype", [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
+def test_velocity_is_the_pipelines_own_conditional_prediction_at_every_step(load, name, evaluation, dtype):
+    editor = shaken(load(name, dtype=dtype))
     calls = listen(editor)
     group = draw(editor, evaluation=evaluation, steps=3)
     N, true_cfg = group.x_0.shape[1], evaluation and name not in (KONTEXT, FLUX2, f"{KLEIN}-distilled")
@@ -82,16 +82,16 @@ def test_velocity_is_the_pipelines_own_conditional_prediction_at_every_step(load
 
 
 @pytest.mark.parametrize("name", EDITORS)
-@pytest.mark.parametrize("size", [(640, 480), (300, 450), (80, 80)], ids=["landscape", "portrait", "square"])
-def test_sources_keep_their_aspect_ratio_at_the_training_resolution(load, name, size, capsys):
+def test_sources_keep_their_aspect_ratio_at_the_training_resolution(load, name, capsys):
     sample.note.cache_clear()
     editor = load(name, resolution=96)
-    group = draw(editor, K=1, images=[picture("wide", *size)], steps=1)
-    width, height = group.images[0].size
     multiple = 2 * editor.pipe.vae_scale_factor
-    assert abs(width * height / 96**2 - 1) < 0.1 and abs(width / height / (size[0] / size[1]) - 1) < 0.1
-    assert width % multiple == height % multiple == 0
-    assert group.cond["hidden_states"].shape[1] == group.x_0.shape[1] == width * height // multiple**2
+    for size in ((640, 480), (300, 450), (80, 80)):
+        group = draw(editor, K=1, images=[picture("any", *size)], steps=1)
+        width, height = group.images[0].size
+        assert abs(width * height / 96**2 - 1) < 0.1 and abs(width / height / (size[0] / size[1]) - 1) < 0.1
+        assert width % multiple == height % multiple == 0
+        assert group.cond["hidden_states"].shape[1] == group.x_0.shape[1] == width * height // multiple**2
     assert "keep the size" not in capsys.readouterr().err
 
 
@@ -121,6 +121,15 @@ def test_several_pictures_are_seen_where_the_pipeline_takes_them(load, name):
     assert group.cond["hidden_states"].shape[1] == sum(w * h for w, h in wanted) // multiple**2
     x, t = group.x_0, group.sigmas[:1].expand(3)
     assert not torch.allclose(sample.velocity(editor, x, t, group.cond), sample.velocity(editor, x, t, other.cond))
+
+
+def test_the_text_encoders_small_picture_is_the_pipelines_own_unless_it_is_above_the_working_size(load):
+    for resolution, small in ((512, (384, 384)), (64, (64, 64))):
+        editor = load(PLUS, resolution=resolution)
+        with sample.sources_keep_their_size(editor, [picture("wide", 160, 80)]):
+            module = sys.modules[type(editor.pipe).__module__]
+            assert module.calculate_dimensions(module.CONDITION_IMAGE_SIZE, 1.0) == small
+            assert module.calculate_dimensions(module.VAE_IMAGE_SIZE, 2.0) == (160, 80)
 
 
 def test_flux2_sources_stay_below_the_pixels_at_which_the_pipeline_would_crop_them(load):
@@ -180,6 +189,8 @@ def test_the_lora_reaches_every_block_of_the_family(load, name):
     assert blocks == {f"{kind}.{i}" for kind in ("transformer_blocks", "single_transformer_blocks")
                       for i in range(len(getattr(editor.pipe.transformer, kind, [])))}  # fmt: skip
     assert {layer.split("attn.")[1] for layer in layers} >= {target.split("attn.")[1] for target in sample.LORA_TARGETS}
+    if name.startswith("Flux2"):
+        assert layers >= {f"single_transformer_blocks.0.attn.{layer}" for layer in ("to_qkv_mlp_proj", "to_out")}
 
 
 def test_distilled_bases_are_warned_of_and_not_refused(load, editor_folder, tmp_path, capsys):
@@ -246,8 +257,9 @@ def test_a_prompt_longer_than_the_encoder_takes_is_reported_or_taken_whole(load,
     assert "more than the" not in capsys.readouterr().err
     long = " ".join([PROMPT] * 30)
     if name == LONGCAT:
-        with pytest.raises(BadInput, match=r"more than the 40 tokens .* 'make the red .*shorten it"):
-            draw(editor, K=1, steps=1, prompt=long)
+        for text in (long, 'add "' + 45 * "a" + '"'):  # it reads quoted text by the letter
+            with pytest.raises(BadInput, match=r"more than the 40 tokens that LongCatImageEditPipeline takes: .*shorten it"):
+                draw(editor, K=1, steps=1, prompt=text)
         return
     whole = draw(editor, K=1, steps=1, prompt=long)
     text = [group.cond["encoder_hidden_states"].shape[1] for group in (fits, whole)]
@@ -283,8 +295,8 @@ def train(base, rows, out, **changes):
 @pytest.fixture
 def watched(monkeypatch):
     """A rule for a judge, and the editor that training loads."""
-    loaded = []
-    load_editor = train_nft.load_editor
+    loaded, load_editor = [], train_nft.load_editor
+    monkeypatch.setattr(train_nft, "signals_caught", list)  # pytest keeps its own handlers
     monkeypatch.setattr(train_nft, "load_editor", lambda *a, **k: loaded.append(load_editor(*a, **k)) or loaded[-1])
     monkeypatch.setattr(train_nft, "load_judge", lambda *args, **kwargs: RuleJudge())
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # two threads on a busy machine take turns waiting
@@ -364,6 +376,20 @@ def test_training_takes_the_familys_guidance_in_rollouts_and_in_evaluation(
     monkeypatch.setattr(sample, "_call_pipeline", lambda *args: seen.add(args[4:]) or call(*args))
     train(editor_folder(name), rows, tmp_path / "out", epochs=1, eval_every=5, eval_steps=3, **given)
     assert seen == wanted  # steps and guidance: 1 in the check at the start, 2 in rollouts, 3 in evaluation
+
+
+@pytest.mark.parametrize("name", [PLUS, KLEIN])
+def test_rows_of_several_pictures_and_other_shapes_train(editor_folder, rows, tmp_path, watched, name):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for key, size in (("a", (120, 80)), ("b", (80, 130))):
+        picture(key, *size).save(folder / f"{key}.png")
+    lines = [{"prompt": PROMPT, "image": image} for image in ("a.png", ["b.png", "a.png"], ["a.png", "b.png"])]
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    train(editor_folder(name), folder, tmp_path / "out", groups=3, resolution=96)
+    records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [record["groups kept"] for record in records] == [1, 1] and records[0]["grad norm"] > 0
 
 
 # ---------------------------------------------------------------- released LoRAs
