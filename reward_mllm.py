@@ -401,7 +401,7 @@ class LocalJudge(Judge):
         options = inspect.signature(self.model.forward).parameters
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in options else {}
         self.cache_name = "cache" if "cache" in options else "past_key_values"  # its older name
-        self.lock = threading.RLock()
+        self.lock, self._chat = threading.RLock(), functools.lru_cache(1024)(self._chat)
         super().__init__(settings, workers=1)
 
     def use(self, strategy):
@@ -439,9 +439,12 @@ class LocalJudge(Judge):
         both = {key: torch.cat([prefix[key][owner], rest[key]], 1) for key in rest if rest[key].shape == rest["input_ids"].shape}
         places = (both["attention_mask"].cumsum(1) - 1).clamp(min=0)  # (B, length)
         if hasattr(self.model.model, "get_rope_index"):  # Qwen's picture tokens have places in three directions
+            kinds = [(text, *(picture.size for picture in shown)) for text, shown in zip(texts, pictures)]
+            some = [kinds.index(kind) for kind in dict.fromkeys(kinds)]  # the places of the rest are as one of these
             grids = prefix["image_grid_thw"].split([len(pictures[i]) - 1 for i in first])
-            grids = [grid for i, own in zip(owner.tolist(), rest["image_grid_thw"][:, None]) for grid in (grids[i], own)]
-            places, _ = self.model.model.get_rope_index(**both, image_grid_thw=torch.cat(grids))  # (3, B, length)
+            grids = [grid for i in some for grid in (grids[owner[i]], rest["image_grid_thw"][i : i + 1])]
+            places, _ = self.model.model.get_rope_index(**{key: both[key][some] for key in both}, image_grid_thw=torch.cat(grids))
+            places = places[:, [some.index(kinds.index(kind)) for kind in kinds]]  # (3, B, length)
         rest.update({"attention_mask": both["attention_mask"], self.cache_name: cache,
                      "position_ids": places[..., prefix["input_ids"].shape[1] :]})  # fmt: skip
         return self.model(**rest, **self.last_only).logits[:, -1]
@@ -450,7 +453,7 @@ class LocalJudge(Judge):
     def _prefix_works(self):
         """Whether a shared prefix leaves this model's scores as they are: tried on two questions and four noisy pictures."""
         noise = [Image.effect_noise((64, 64), 64).convert("RGB") for _ in range(4)]
-        texts = [self._chat([self.question({"prompt": prompt}, self.aspects[0])], 2) for prompt in ("a b", "a b", "b", "b")]
+        texts = [self._chat((self.question({"prompt": prompt}, self.aspects[0]),), 2) for prompt in ("a b", "a b", "b", "b")]
         pictures = [[noise[i // 2], noise[3 - i]] for i in range(4)]
         try:
             whole, shared = (expected_score(self._logits(texts, pictures, share), self.token_ids, self.values)[0]
@@ -471,7 +474,7 @@ class LocalJudge(Judge):
         with self.lock, torch.no_grad():
             for first in range(0, len(order), self.settings.judge_batch):
                 part = order[first : first + self.settings.judge_batch]
-                found |= zip(part, self._safely([[questions[i]] for i in part], [pictures[i] for i in part]))
+                found |= zip(part, self._safely([(questions[i],) for i in part], [pictures[i] for i in part]))
         return [found[i] for i in range(len(questions))]
 
     def _safely(self, turns, pictures):
@@ -479,7 +482,7 @@ class LocalJudge(Judge):
         try:
             if self.thinks and len(turns[0]) == 1:
                 thoughts = self._generate(turns, pictures, self.settings.judge_thought)
-                turns = [[question, thought, self.ending] for (question,), thought in zip(turns, thoughts)]
+                turns = [(question, thought, self.ending) for (question,), thought in zip(turns, thoughts)]
             logits = self._logits([self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures, self.shares_prefix)
         except (ValueError, RuntimeError) as error:
             if len(turns) == 1:
@@ -503,7 +506,7 @@ class LocalJudge(Judge):
         """The reply to one user message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
         try:
             with self.lock, torch.no_grad():
-                return self._generate([[text]], [pictures], max_tokens)[0]
+                return self._generate([(text,)], [pictures], max_tokens)[0]
         except (ValueError, RuntimeError) as error:
             raise JudgeFailure(refusal(error)) from error
 
@@ -654,38 +657,43 @@ def load_judge(settings, device="cpu", dtype=torch.float32):
 
 
 def read_ratings(file):
-    """Edits that people rated, in groups of one source and instruction: a list of (row, edits, labels), pictures opened.
+    """Edits that people rated, as four lists: rows, lists of sources, edits, and (group, label), label rising with quality.
 
     A line has `prompt`, `image` and either `edit` and `score`, or two `edits` and `preference`: 0 the first is better, 1
-    the second, 0.5 neither. Paths are relative to the file.
+    the second, 0.5 neither. Paths are relative to the file. A group is one source and instruction, or one pair.
     """
-    groups = {}
+    rated, load = [], functools.cache(load_image)
     for row in read_rows(file.parent, file.stem):
+        pair = row.get("edits") is not None
         try:
-            paths = row["edits"] if "edits" in row else [row["edit"]]
-            labels = [1 - row["preference"], float(row["preference"])] if "edits" in row else [float(row["score"])]
+            paths = row["edits"] if pair else [row["edit"]]
+            labels = [1 - row["preference"], float(row["preference"])] if pair else [float(row["score"])]
+            shown = [load_image(file.parent / path) for path in paths]
         except (KeyError, TypeError, ValueError):
             raise BadInput(f"{file}: {row['id']} has neither `edit` and `score` nor `edits` and `preference`; add them") from None
-        _, edits, marks = groups.setdefault((row["prompt"], *row["images"], row["id"] * ("edits" in row)), (row, [], []))
-        edits += [load_image(file.parent / path) for path in paths]
-        marks += labels
-    return list(groups.values())
+        sources, group = [load(path) for path in row["images"]], (row["prompt"], *row["images"], row["id"] * pair)
+        rated += [(row, sources, edit, (group, label)) for edit, label in zip(shown, labels)]
+    return map(list, zip(*rated))
 
 
-def right_pairs(scores, labels):
-    """1 for every pair of edits that scores order as labels do, 0 for the contrary, 1/2 for equal scores; and the ties."""
-    pairs = [(a - b, x - y) for (a, x), (b, y) in itertools.combinations(zip(scores, labels), 2) if x != y and a == a and b == b]
-    ties = [abs(gap) < 1e-6 for gap, _ in pairs]
-    return [0.5 if tie else float((gap > 0) == (wanted > 0)) for tie, (gap, wanted) in zip(ties, pairs)], sum(ties)
+def ordered_pairs(scores, labels):
+    """Of a group's pairs of edits that labels tell apart: how many, how many scores order alike (equal: half), how many tie."""
+    gaps = [(a - b) * (1 if x > y else -1) for (a, x), (b, y) in itertools.combinations(zip(scores, labels), 2) if x != y]
+    gaps = [0.0 if abs(gap) < 1e-6 else gap for gap in gaps if gap == gap]
+    return len(gaps), sum(gap > 0 for gap in gaps) + gaps.count(0.0) / 2, gaps.count(0.0)
 
 
 def agree(words, settings, judge):
-    """Prints, for each strategy, how far the judge orders edits as people do: the paper's Table 4."""
+    """Prints, for each strategy, how far the judge orders edits as people do: Table 4 of the paper."""
     if not words or not words[0].endswith(".jsonl"):
         raise BadInput("agree: names no file; write python reward_mllm.py agree FILE.jsonl --judge ...")
-    groups = read_ratings(Path(words[0]))
-    print(f"{settings.judge}: {sum(len(edits) for _, edits, _ in groups)} edits in {len(groups)} groups")
-    print("strategy     right pairs (95 %)    Spearman  ties   spread  mass   failed  s/score")
+    rows, sources, edits, marks = read_ratings(Path(words[0]))
+    groups = {}
+    for i, (group, _) in enumerate(marks):
+        groups.setdefault(group, []).append(i)
+    labels = torch.tensor([label for _, label in marks])
+    print(f"{settings.judge}: {len(edits)} edits in {len(groups)} groups")
+    print("strategy     right pairs  (95 %)         Spearman  ties    spread  mass   failed  s/score")
     for strategy in settings.strategies:
         try:
             judge.use(strategy)
@@ -693,19 +701,15 @@ def agree(words, settings, judge):
             print(f"{strategy:<12} {error}")
             continue
         start = time.perf_counter()
-        asked = [judge.submit(row, [load_image(path) for path in row["images"]], edits) for row, edits, _ in groups]
-        asked = [future.result() for future in asked]
-        seconds, labels = time.perf_counter() - start, [marks for *_, marks in groups]
-        right, ties = zip(*(right_pairs(scores.score.tolist(), marks) for scores, marks in zip(asked, labels)))
-        sums, counts = np.array([[sum(pairs), len(pairs)] for pairs in right]).T
-        draws = np.random.default_rng(0).integers(len(groups), size=(2000, len(groups)))
-        low, high = np.nanquantile(sums[draws].sum(1) / np.maximum(counts[draws].sum(1), 1), (0.025, 0.975))
-        every, mass = (torch.cat([getattr(scores, key) for scores in asked]) for key in ("score", "mass"))
-        rank = spearman(every[~every.isnan()], torch.tensor(sum(labels, []))[~every.isnan()])
-        spread = np.nanmean([scores.score[~scores.score.isnan()].std(unbiased=False) for scores in asked])
-        print(f"{strategy:<12} {sums.sum() / max(counts.sum(), 1):6.1%} ({low:5.1%} to {high:5.1%})  {rank:7.3f}  "
-              f"{sum(ties) / max(counts.sum(), 1):5.1%}  {spread:5.3f}  {mass.nanmean():5.3f}  {every.isnan().float().mean():6.1%}  "
-              f"{seconds / len(every):.3f}")  # fmt: skip
+        scores = judge.score(rows, sources, edits)
+        pace, score, good = (time.perf_counter() - start) / len(edits), scores.score, ~scores.score.isnan()
+        counts = np.array([ordered_pairs(score[group].tolist(), labels[group].tolist()) for group in groups.values()])
+        draws = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
+        total, right, ties = counts.sum(0) / max(counts[:, 0].sum(), 1)
+        low, high = np.quantile(counts[draws, 1].sum(1) / np.maximum(counts[draws, 0].sum(1), 1), (0.025, 0.975))
+        spread = np.nanmean([score[group][good[group]].std(unbiased=False) for group in groups.values()])
+        print(f"{strategy:<12} {right:7.1%}      ({low:.1%} to {high:.1%})  {spearman(score[good], labels[good]):7.3f}  "
+              f"{ties:6.1%}  {spread:6.3f}  {scores.mass.nanmean():5.3f}  {1 - good.float().mean():6.1%}  {pace:.4f}", flush=True)  # fmt: skip
 
 
 @dataclass(frozen=True)

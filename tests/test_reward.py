@@ -240,7 +240,7 @@ def test_braces_in_an_instruction_reach_the_judge_as_they_are(judge_folder):
 
 
 def test_the_instruction_comes_before_the_pictures(judge):
-    question = judge._chat([judge.question({"prompt": "make the red circle blue"})], 2)
+    question = judge._chat((judge.question({"prompt": "make the red circle blue"}),), 2)
     assert question.index("make") < question.index("<|image_pad|>") and question.count("<|image_pad|>") == 2
 
 
