@@ -1,6 +1,7 @@
 """The data: JSONL rows in, checked examples out; and the toy world with its two tiny models.
 
     python data_prep.py toy            # builds data/toy: rows, pictures, a tiny editor, a tiny judge
+    python data_prep.py requirements DIR --judge ...    # a judge writes what a good edit of each row must show
 """
 
 import functools
@@ -14,6 +15,7 @@ import shutil
 import sys
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,6 +139,34 @@ def check_pictures(rows):
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(load_image, sorted(paths)):
             pass
+
+
+REQUIREMENTS = {  # what a good edit must show, by the names of its task in ImgEdit, GEdit and training sets
+    "add subject_add": "the new thing, once, where it was asked for, in fitting size and light, hiding nothing without need.",
+    "remove subject_remove": "the thing gone with its shadow and reflection; in its place what would plausibly be behind it.",
+    "replace subject_replace": "the new thing where the old one was, in fitting size, pose and light, and no trace of the old.",
+    "adjust alter": "the named property changed as asked, on all of the named thing and on nothing else; its shape is the same.",
+    "color_alter recolour": "the new colour on all of the named thing, its shading and texture kept, and on nothing else.",
+    "material_alter": "the named thing plainly made of the new material, with fitting sheen and texture; its shape is the same.",
+    "background background_change": "the new background all around, meeting an unchanged foreground at clean edges.",
+    "style style_change": "the new style in every part of the picture; the scene, its things and places are still the same.",
+    "tone_transfer": "the new light, weather, season or mood over the whole picture; things and places are the same.",
+    "action motion_change": "the new pose, movement or expression, with sound anatomy; the same person or animal as before.",
+    "ps_human": "the person changed as asked and still plainly the same person, with natural skin, face and hands.",
+    "text text_change": "the new text, spelled exactly as asked, in the old one's place and manner; other text is the same.",
+    "hybrid compose": "every one of the changes that were asked for, each of them complete, and no other.",
+    "extract": "the named thing alone, whole and unaltered, on a plain background.",
+    "reference": "what was asked for of the reference picture, recognisably the same; the rest is that of the edited picture.",
+    "red_box": "the change made to what the red box marks and nowhere else, and the box itself gone.",
+    "": "the change that was asked for, complete and natural, and no other change.",
+}  # fmt: skip
+
+
+def requirement_of(row):
+    """What a good edit of a row must show: the row's own `requirement`, or the default text of its `task`."""
+    task = str(row.get("task") or "").strip().lower().replace("-", "_").replace(" ", "_")
+    own = next((text for names, text in REQUIREMENTS.items() if task in names.split()), REQUIREMENTS[""])
+    return row.get("requirement") or own
 
 
 # ---------------------------------------------------------------- statistics
@@ -766,11 +796,52 @@ def build_toy(settings):
 
 # ---------------------------------------------------------------- the command
 
+ASK_REQUIREMENT = """A picture is to be edited by this instruction: {prompt}
+In one or two sentences, say what a good edit of this very picture must show and what must stay as it is, so that somebody
+who compares the two pictures can check it. Write these sentences alone."""
+
+
+def write_requirements(argv, part=32):
+    """Lets a judge write the `requirement` of every row that has none; what is there stays, so a killed call is resumed."""
+    sys.modules.setdefault("data_prep", sys.modules[__name__])  # one BadInput, not two, when this file is the script
+    from reward_mllm import JudgeFailure, JudgeSettings, load_judge  # the one import against the order of the files
+
+    if not argv or argv[0].startswith("--"):
+        raise BadInput("requirements: names no folder; write python data_prep.py requirements DIR --judge ...")
+    folder, judge = Path(argv[0]), load_judge(parse_settings(JudgeSettings, argv[1:], description=write_requirements.__doc__))
+
+    def ask(row):
+        try:
+            pictures = [load_image(path) for path in row["images"]]
+            reply = judge.ask(ASK_REQUIREMENT.replace("{prompt}", row["prompt"]), pictures, 1024)
+            return " ".join(reply.rpartition("</think>")[2].split()), "an empty reply"
+        except JudgeFailure as failure:
+            return "", failure.cause
+
+    for split in ("train", "test"):
+        file = next((folder / f"{split}{end}.jsonl" for end in ("", "_metadata") if (folder / f"{split}{end}.jsonl").is_file()), None)
+        if file is None:
+            continue
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        todo, causes = [(i, row) for i, row in enumerate(read_rows(folder, split)) if not row.get("requirement")], Counter()
+        with ThreadPoolExecutor(part) as pool:
+            for first in tqdm(range(0, len(todo), part), desc=file.name):
+                for (i, _), (text, cause) in zip(todo[first:], pool.map(ask, [row for _, row in todo[first : first + part]])):
+                    causes.update([] if text else [cause])
+                    lines[i] = json.dumps(json.loads(lines[i]) | {"requirement": text}, ensure_ascii=False) if text else lines[i]
+                whole = file.with_name(f".{file.name}.part")
+                whole.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+                whole.replace(file)
+        print(f"{file}: {len(todo) - causes.total()} requirements written, {len(lines) - len(todo)} kept"
+              + "".join(f", {number} failed: {cause}" for cause, number in causes.items()))  # fmt: skip
+
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["requirements"]:
+        return write_requirements(argv[1:])
     if argv[:1] != ["toy"]:
-        raise BadInput(f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR]")
+        raise BadInput(f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR], or requirements DIR")
     build_toy(parse_settings(ToySettings, argv[1:], description="Builds the toy world and its two tiny models."))
 
 

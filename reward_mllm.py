@@ -43,8 +43,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.hf_argparser import HfArg
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from data_prep import BadInput, load_image, parse_settings, read_rows, run_script, seeded, spearman
+from data_prep import BadInput, load_image, parse_settings, read_rows, requirement_of, run_script, seeded, spearman
 
 TOY = "local:data/toy/judge"
 STRATEGIES = ("logits", "sampled", "yes_no", "logits_cot", "sampled_cot", "yes_no_cot")
@@ -88,37 +89,6 @@ PROMPTS = {
     "quality": LAYOUT + "Leave aside whether the instruction was carried out. The question is how natural the last picture "
     "looks: sharp, well lit, free of seams, smears and noise, with no broken shapes, hands or letters. {answer}",
 }  # fmt: skip
-REQUIREMENTS = {  # by task; what a row's own `requirement` replaces
-    "": "the change that was asked for, complete and natural, and no other change.",
-    "add": "the new thing, once, where it was asked for, in fitting size, light and perspective, hiding nothing without need.",
-    "remove": "the thing gone with its shadow and reflection, and in its place what would plausibly be behind it.",
-    "replace": "the new thing where the old one was, in fitting size, pose and light, and no trace of the old one.",
-    "adjust": "the named property changed as asked, on all of the named thing and on nothing else; its shape is the same.",
-    "color": "the new colour on all of the named thing, with its shading and texture kept, and on nothing else.",
-    "material": "the named thing plainly made of the new material, with fitting sheen and texture; its shape is the same.",
-    "background": "the new background all around, meeting the foreground at clean edges; the foreground is the same.",
-    "style": "the new style in every part of the picture; the scene, its things and their places are still the same.",
-    "tone": "the new light, weather, season or mood over the whole picture; things and places are the same.",
-    "action": "the new pose, movement or expression, with sound anatomy; it is the same person or animal in the same clothes.",
-    "portrait": "the person changed as asked and still plainly the same person, with natural skin, face and hands.",
-    "text": "the new text, spelled exactly as asked, in the place and manner of the old or as asked; other text is the same.",
-    "hybrid": "every one of the changes that were asked for, each of them complete, and no other.",
-    "extract": "the named thing alone, whole and unaltered, on a plain background.",
-    "reference": "what was asked for of the reference picture, recognisably the same; the rest is that of the edited picture.",
-    "red_box": "the change made to what the red box marks and nowhere else, and the box itself gone.",
-}  # fmt: skip
-SAME_TASK = {  # other names of tasks, as in ImgEdit and GEdit
-    "alter": "adjust", "compose": "hybrid", "subject_add": "add", "subject_remove": "remove", "subject_replace": "replace",
-    "color_alter": "color", "recolour": "color", "material_alter": "material", "background_change": "background",
-    "style_change": "style", "tone_transfer": "tone", "motion_change": "action", "ps_human": "portrait", "text_change": "text",
-    "redbox": "red_box",
-}  # fmt: skip
-
-
-def requirement(row):
-    """What a good edit of a row must show: its own `requirement`, or its task's default text."""
-    task = re.sub(r"[\s-]+", "_", str(row.get("task") or "").strip().lower())
-    return row.get("requirement") or REQUIREMENTS.get(SAME_TASK.get(task, task), REQUIREMENTS[""])
 
 
 def read_prompts(settings):
@@ -290,10 +260,10 @@ def read_formula(text, prompts):
 class Judge:
     """What a local and a served judge share. A backend gives `_answers(questions, pictures)` and `ask`."""
 
-    def __init__(self, settings, workers):
+    def __init__(self, settings, *workers):
         self.settings, self.prompts = settings, read_prompts(settings)
         self.formula, self.aspects = read_formula(settings.judge_formula, self.prompts)
-        self.pool = ThreadPoolExecutor(workers)
+        self.pools = [ThreadPoolExecutor(number) for number in workers]  # the first for what is submitted
         self.use(settings.judge_strategy)
 
     def use(self, strategy):
@@ -307,7 +277,7 @@ class Judge:
 
     def question(self, row, aspect="execution"):
         """The text of an aspect's question about a row: instruction, requirement, and how to answer."""
-        values = {"prompt": row["prompt"], "requirement": requirement(row), "answer": THINK if self.thinks else self.ending}
+        values = {"prompt": row["prompt"], "requirement": requirement_of(row), "answer": THINK if self.thinks else self.ending}
         return re.sub(r"\{(prompt|requirement|answer)\}", lambda mark: values[mark[1]], self.prompts[aspect])
 
     def score(self, rows, sources, edits):
@@ -327,11 +297,12 @@ class Judge:
 
     def submit(self, row, sources, edits):
         """The Future of one group's Scores: the judge works while the caller goes on."""
-        return self.pool.submit(self.score, [row] * len(edits), [sources] * len(edits), edits)
+        return self.pools[0].submit(self.score, [row] * len(edits), [sources] * len(edits), edits)
 
     def close(self):
         """Forgets what was submitted and has not begun; for a caller that gives up."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self.pools:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def refuse_silent_judge(scores, name, least=0.5):
@@ -348,37 +319,23 @@ def refuse_silent_judge(scores, name, least=0.5):
 # ---------------------------------------------------------------- a local judge
 
 
-class PictureProcessor:
-    """Text and pictures to model inputs for judges of Qwen2-VL's kind, where their own processor needs torchvision.
-
-    That one handles videos as well, and transformers cannot build it without torchvision. Pictures need only the image
-    processor and the tokenizer: each placeholder becomes one token for every merge_size x merge_size patches.
-    """
-
-    def __init__(self, model, config):
-        self.image_processor = AutoImageProcessor.from_pretrained(model)
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.image_token_id, self.apply_chat_template = config.image_token_id, self.tokenizer.apply_chat_template
-        self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
-
-    def __call__(self, text, images, **kwargs):
-        made = self.image_processor(images=[picture for shown in images for picture in shown], return_tensors="pt")
-        sizes = iter((made.image_grid_thw.prod(1) // self.image_processor.merge_size**2).tolist())
-        texts = [re.sub(re.escape(self.image_token), lambda mark: mark[0] * next(sizes), words) for words in text]
-        inputs = self.tokenizer(texts, add_special_tokens=False, **kwargs)
-        inputs.update(made, mm_token_type_ids=(inputs["input_ids"] == self.image_token_id).int())
-        return inputs
-
-
 def load_processor(model, config):
+    """The model's own processor. Without torchvision its part for videos cannot be built: the same class, for pictures."""
     try:
         return AutoProcessor.from_pretrained(model)
     except ImportError as error:
         if "orchvision" not in str(error):
             raise
-    if not hasattr(AutoImageProcessor.from_pretrained(model), "merge_size") or not hasattr(config, "image_token_id"):
-        raise BadInput(f"{model}: its processor needs torchvision; pip install torchvision")
-    return PictureProcessor(model, config)
+
+    class PictureProcessor(PROCESSOR_MAPPING[type(config)]):
+        def check_argument_for_proper_class(self, name, value):
+            return None if name == "video_processor" else super().check_argument_for_proper_class(name, value)
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        return PictureProcessor(AutoImageProcessor.from_pretrained(model), tokenizer, None, chat_template=tokenizer.chat_template)
+    except (ImportError, TypeError):
+        raise BadInput(f"{model}: its processor needs torchvision; pip install torchvision") from None
 
 
 class LocalJudge(Judge):
@@ -402,7 +359,7 @@ class LocalJudge(Judge):
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in options else {}
         self.cache_name = "cache" if "cache" in options else "past_key_values"  # its older name
         self.lock, self._chat = threading.RLock(), functools.lru_cache(1024)(self._chat)
-        super().__init__(settings, workers=1)
+        super().__init__(settings, 1)
 
     def use(self, strategy):
         super().use(strategy)
@@ -486,7 +443,7 @@ class LocalJudge(Judge):
             logits = self._logits([self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures, self.shares_prefix)
         except (ValueError, RuntimeError) as error:
             if len(turns) == 1:
-                return [Answer(cause=refusal(error))]
+                return [Answer(cause=f"refused: {error!s:.80}")]
             half = len(turns) // 2
             return self._safely(turns[:half], pictures[:half]) + self._safely(turns[half:], pictures[half:])
         score, mass = expected_score(logits, self.token_ids, self.values)
@@ -497,7 +454,7 @@ class LocalJudge(Judge):
         if self.samples:
             for i, shown in enumerate(pictures):
                 if not causes[i]:
-                    draw = torch.multinomial(logits[i].float().softmax(0).cpu(), 1, generator=seeded(seed_of(shown[-1]))).item()
+                    draw = torch.multinomial(logits[i].float().softmax(0).cpu(), 1, generator=seeded(zlib.crc32(shown[-1].tobytes()))).item()
                     score[i] = dict(zip(self.token_ids, self.values)).get(draw, torch.nan)
                     causes[i] = "sampled no digit" if score[i].isnan() else ""
         return list(map(Answer, score.tolist(), mass.tolist(), causes, words))
@@ -508,7 +465,7 @@ class LocalJudge(Judge):
             with self.lock, torch.no_grad():
                 return self._generate([(text,)], [pictures], max_tokens)[0]
         except (ValueError, RuntimeError) as error:
-            raise JudgeFailure(refusal(error)) from error
+            raise JudgeFailure(f"refused: {error!s:.80}") from error
 
 
 # ---------------------------------------------------------------- a served judge
@@ -521,9 +478,8 @@ class ServedJudge(Judge):
     """
 
     def __init__(self, settings):
-        super().__init__(settings, workers=64)
         self.urls = [url.strip().rstrip("/") for url in settings.judge.split(",")]
-        self.workers = ThreadPoolExecutor(settings.judge_in_flight * len(self.urls))
+        super().__init__(settings, 64, settings.judge_in_flight * len(self.urls))
         self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
         self.session = requests.Session()
         self.session.mount("http", requests.adapters.HTTPAdapter(len(self.urls), settings.judge_in_flight))
@@ -614,18 +570,14 @@ class ServedJudge(Judge):
                 turns, urls = [question], [*(sources[id(picture)] for picture in shown[:-1]), png_url(shown[-1])]
                 if self.thinks:
                     turns += [self._reply(turns, urls, self.settings.judge_thought), self.ending]
-                seed = {"seed": seed_of(shown[-1])} if self.samples else {}
+                seed = {"seed": zlib.crc32(shown[-1].tobytes()) >> 1} if self.samples else {}
                 return read_choice(self._complete(turns, urls, max_tokens=1, temperature=1, logprobs=True,
                                                   top_logprobs=self.settings.judge_logprobs, **seed),
                                    self.strategy)  # fmt: skip
             except JudgeFailure as failure:
                 return Answer(cause=failure.cause)
 
-        return list(self.workers.map(answer, questions, pictures))
-
-    def close(self):
-        super().close()
-        self.workers.shutdown(wait=False, cancel_futures=True)
+        return list(self.pools[1].map(answer, questions, pictures))
 
 
 def png_url(picture):
@@ -634,22 +586,18 @@ def png_url(picture):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def seed_of(picture):
-    return zlib.crc32(picture.tobytes()) >> 1
+def load_judge(settings, device=None, dtype=torch.bfloat16):
+    """The judge that settings.judge names: local:MODEL or http://host:port/v1[,...]. BadInput when it cannot serve.
 
-
-def refusal(error):
-    return f"refused: {' '.join(str(error).split())[:80]}"
-
-
-def load_judge(settings, device="cpu", dtype=torch.float32):
-    """The judge that settings.judge names: local:MODEL or http://host:port/v1[,...]. BadInput when it cannot serve."""
+    device: where a local judge runs unless settings.judge_device says so, None for a GPU if there is one; dtype: its
+    precision there; float32 on a CPU.
+    """
     if settings.judge.startswith(("http://", "https://")):
         return ServedJudge(settings)
     if not settings.judge.startswith("local:") or settings.judge == "local:":
         raise BadInput(f"judge {settings.judge!r}: not of the form local:MODEL or http://host:port/v1; name one such as "
                        "local:Qwen/Qwen2.5-VL-7B-Instruct")  # fmt: skip
-    device = torch.device(settings.judge_device or device)
+    device = torch.device(settings.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return LocalJudge(settings, device, torch.float32 if device.type == "cpu" else dtype)
 
 
@@ -683,12 +631,14 @@ def ordered_pairs(scores, labels):
     return len(gaps), sum(gap > 0 for gap in gaps) + gaps.count(0.0) / 2, gaps.count(0.0)
 
 
-def agree(words, settings, judge):
+def agree(words, settings):
     """Prints, for each strategy, how far the judge orders edits as people do: Table 4 of the paper."""
     if not words or not words[0].endswith(".jsonl"):
         raise BadInput("agree: names no file; write python reward_mllm.py agree FILE.jsonl --judge ...")
+    if unknown := set(settings.strategies) - set(STRATEGIES):
+        raise BadInput(f"--strategies {unknown.pop()}: no strategy; take of {', '.join(STRATEGIES)}")
     rows, sources, edits, marks = read_ratings(Path(words[0]))
-    groups = {}
+    judge, groups = load_judge(settings), {}
     for i, (group, _) in enumerate(marks):
         groups.setdefault(group, []).append(i)
     labels = torch.tensor([label for _, label in marks])
@@ -712,16 +662,6 @@ def agree(words, settings, judge):
               f"{ties:6.1%}  {spread:6.3f}  {scores.mass.nanmean():5.3f}  {1 - good.float().mean():6.1%}  {pace:.4f}", flush=True)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class AgreeSettings(JudgeSettings):
-    strategies: list[str] = HfArg(default_factory=lambda: ["logits"], help=f"Those to compare, of {', '.join(STRATEGIES)}.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if unknown := set(self.strategies) - set(STRATEGIES):
-            raise BadInput(f"--strategies {unknown.pop()}: no strategy; take of {', '.join(STRATEGIES)}")
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -732,25 +672,20 @@ class Settings(JudgeSettings):
     prompt: str = HfArg(default="", help="The instruction.")
     requirement: str = HfArg(default="", help="What a good edit must show.")
     task: str = HfArg(default="", help="The kind of edit, for its default requirement.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, mend in (("source", "name the source picture"), ("edited", "name the edit"), ("prompt", "say what was asked")):
-            if not getattr(self, name):
-                raise BadInput(f"--{name} is missing; {mend}")
+    strategies: list[str] = HfArg(default_factory=lambda: ["logits"], help=f"To compare, of {', '.join(STRATEGIES)}.")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    cuda = torch.cuda.is_available()
-    where = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     if argv[:1] == ["agree"]:
-        settings = parse_settings(AgreeSettings, argv[2:], description="How far a judge agrees with people.", judge=TOY)
-        return agree(argv[1:2], settings, load_judge(settings, *where))
+        return agree(argv[1:2], parse_settings(Settings, argv[2:], description=agree.__doc__, judge=TOY))
     settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
+    for name, mend in (("source", "name the source picture"), ("edited", "name the edit"), ("prompt", "say what was asked")):
+        if not getattr(settings, name):
+            raise BadInput(f"--{name} is missing; {mend}")
     sources, edit = [load_image(path) for path in settings.source], load_image(settings.edited)
     row = {"prompt": settings.prompt, "requirement": settings.requirement, "task": settings.task}
-    scores = load_judge(settings, *where).score([row], [sources], [edit])
+    scores = load_judge(settings).score([row], [sources], [edit])
     refuse_silent_judge(scores, settings.judge, least=0)
     print(f"score {scores.score.item():.4f}   mass on answers {scores.mass.item():.4f}   it would say {scores.words[0]}")
     print("   ".join(f"{name} {value.item():.4f}" for name, value in scores.terms.items()))

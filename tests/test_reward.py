@@ -175,10 +175,9 @@ def test_many_edits_take_two_forwards_and_no_generate(judge, asked, monkeypatch)
 
 
 def test_a_source_shown_with_several_edits_is_prepared_once(judge, monkeypatch):
-    sizes, prepare = [], judge.processor.image_processor
-    monkeypatch.setattr(judge.processor, "image_processor",
-                        type("Spy", (), {"merge_size": prepare.merge_size,
-                                         "__call__": lambda self, images, **k: sizes.append(len(images)) or prepare(images=images, **k)})())  # fmt: skip
+    sizes, prepare = [], judge.processor.image_processor.preprocess
+    monkeypatch.setattr(judge.processor.image_processor, "preprocess",
+                        lambda images, *a, **k: sizes.append(sum(map(len, images))) or prepare(images, *a, **k))  # fmt: skip
     source = picture("source")
     judge.score([{"prompt": "make the red circle blue"}] * 4, [[source]] * 4, [picture(i) for i in range(4)])
     assert sizes == [1, 4]
