@@ -141,6 +141,25 @@ def check_pictures(rows):
             pass
 
 
+def read_ratings(file):
+    """Edits that people rated: (row, source pictures, edits, labels) of each line, a group of edits of one source.
+
+    A line has `prompt`, `image`, `edits` and `scores`, a number for each edit, the higher the better; for two edits also
+    `preference` in place of scores: 0 the first is better, 1 the second, 0.5 neither. Paths are relative to the file.
+    """
+    groups, load = [], functools.cache(load_image)
+    for row in read_rows(file.parent, file.stem):
+        try:
+            labels = row["scores"] if "scores" in row else [1 - row["preference"], row["preference"]]
+            labels, edits = [float(label) for label in labels], [load_image(file.parent / path) for path in row["edits"]]
+        except (KeyError, TypeError, ValueError):
+            raise BadInput(f"{file}: {row['id']} lacks `edits` with `scores` or a `preference`; add them") from None
+        if len(labels) != len(edits):
+            raise BadInput(f"{file}: {row['id']} has {len(edits)} edits and {len(labels)} scores; give one for each")
+        groups.append((row, [load(path) for path in row["images"]], edits, labels))
+    return groups
+
+
 REQUIREMENTS = {  # what a good edit must show, by the names of its task in ImgEdit, GEdit and training sets
     "add subject_add": "the new thing, once, where it was asked for, in fitting size and light, hiding nothing without need.",
     "remove subject_remove": "the thing gone with its shadow and reflection; in its place what would plausibly be behind it.",
@@ -193,6 +212,38 @@ def spearman(a, b):
         _, index, counts = values.unique(return_inverse=True, return_counts=True)
         ranks.append((counts.cumsum(0) - (counts - 1) / 2)[index])
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def ordered_pairs(scores, labels):
+    """Of a group's pairs of edits that labels tell apart: how many, how many scores order alike (equal: half), how many tie."""
+    gaps = [(a - b) * (1 if x > y else -1) for (a, x), (b, y) in itertools.combinations(zip(scores, labels), 2) if x != y]
+    gaps = [0.0 if abs(gap) < 1e-6 else gap for gap in gaps if gap == gap]
+    return len(gaps), sum(gap > 0 for gap in gaps) + gaps.count(0.0) / 2, gaps.count(0.0)
+
+
+PLAIN_TERMS = {"pixel_distance": (0, 1), "brightness_drift": (-1, 1), "sharpness_drift": (-1, 1)}  # and their ranges
+
+
+def plain_terms(sources, edits):
+    """Terms that need no judge, to watch for copying, blur and drift: a dict name -> (n,), all 0 for an untouched source.
+
+    pixel_distance: mean absolute difference in [0, 1]; brightness_drift: edit's mean minus source's; sharpness_drift:
+    (edit - source) / (edit + source) of the mean absolute Laplacian, -1 all blurred. Of a row's first source picture.
+    """
+
+    @functools.lru_cache(4)  # a group's source is looked at once
+    def seen(number, size):
+        picture = pictures[number].convert("RGB")
+        pixels = np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS), np.float32)
+        light = pixels.mean(2) / 255
+        bend = 4 * light[1:-1, 1:-1] - light[2:, 1:-1] - light[:-2, 1:-1] - light[1:-1, 2:] - light[1:-1, :-2]
+        return pixels / 255, light.mean(), np.abs(bend).mean() + 1e-6
+
+    pictures, rows = {id(picture): picture for picture in (*edits, *(shown[0] for shown in sources))}, []
+    for shown, edit in zip(sources, edits):
+        (before, dark, dull), (after, light, sharp) = (seen(id(picture), edit.size) for picture in (shown[0], edit))
+        rows.append((np.abs(after - before).mean(), light - dark, (sharp - dull) / (sharp + dull)))
+    return dict(zip(PLAIN_TERMS, torch.tensor(np.array(rows, np.float32).reshape(-1, len(PLAIN_TERMS))).T))
 
 
 # ---------------------------------------------------------------- the toy world: 2 x 2 cells of coloured shapes

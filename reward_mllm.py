@@ -3,9 +3,8 @@
     python reward_mllm.py --source a.png --edited b.png --prompt "remove the red circle" [--judge local:MODEL]
     python reward_mllm.py agree FILE.jsonl --judge http://localhost:8000/v1 --strategies logits sampled
 
-It sees the instruction, the source picture and the edit, and is told to answer with one digit. The score is the mean of
-the digits under their probabilities at the first answer position, over 5 (UniWorld-V2, arXiv:2510.16888): no sampling.
-The other strategies of the paper's Table 4, several questions per edit, and plain terms are settings.
+It sees instruction, source and edit and is told to answer with one digit. The score is the mean of the digits under their
+probabilities at the first answer position, over 5 (UniWorld-V2, arXiv:2510.16888); its Table 4's other ways are settings.
 
 Shapes: n edits, B of them in one forward, V words of the vocabulary.
 
@@ -45,7 +44,10 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from transformers.hf_argparser import HfArg
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from data_prep import BadInput, load_image, parse_settings, read_rows, requirement_of, run_script, seeded, spearman
+from data_prep import (
+    PLAIN_TERMS, BadInput, load_image, ordered_pairs, parse_settings, plain_terms, read_ratings, requirement_of, run_script,
+    seeded, spearman,
+)  # fmt: skip
 
 TOY = "local:data/toy/judge"
 STRATEGIES = ("logits", "sampled", "yes_no", "logits_cot", "sampled_cot", "yes_no_cot")
@@ -80,6 +82,8 @@ class JudgeSettings:
 THINK = "Do not rate it yet. First say in a few sentences what was asked, what changed, and what should have stayed."
 DIGIT = "Rate it from 0 (not at all, or the picture is spoiled) to 5 (completely). Answer with one digit and nothing else."
 YES_NO = "Is it so, completely? Answer yes or no and nothing else."
+DIGITS = {"0": 0.0, "1": 0.2, "2": 0.4, "3": 0.6, "4": 0.8, "5": 1.0}  # the answers that count, and what they are worth
+WORDS = {"yes": 1.0, "Yes": 1.0, "no": 0.0, "No": 0.0}
 LAYOUT = "You check edits of pictures. The last picture is an edited version of what comes before it.\nInstruction: {prompt}\n"
 PROMPTS = {
     "execution": LAYOUT + "A good edit shows: {requirement}\nThe question is how well the instruction was carried out while "
@@ -96,7 +100,7 @@ def read_prompts(settings):
     own = Path(settings.judge.removeprefix("local:")) / "judge_prompt.txt"
     files = {"execution": own} if settings.judge.startswith("local:") and own.is_file() else {}
     for entry in settings.judge_prompt:
-        name, _, file = entry.rpartition("=")
+        name, file = re.fullmatch(r"(?:(\w+)=)?(.*)", entry).groups()
         files[name or "execution"] = Path(file)
     prompts = dict(PROMPTS)
     for name, file in files.items():
@@ -106,13 +110,6 @@ def read_prompts(settings):
         if "{prompt}" not in prompts[name]:
             raise BadInput(f"{file}: has no {{prompt}}; write it where the instruction goes")
     return prompts
-
-
-def answers_of(strategy):
-    """The texts that count as answers under a strategy, and their values in [0, 1]."""
-    if strategy.startswith("yes_no"):
-        return ("yes", "Yes", "no", "No"), (1.0, 1.0, 0.0, 0.0)
-    return tuple("012345"), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 # ---------------------------------------------------------------- the score
@@ -141,7 +138,7 @@ class JudgeFailure(Exception):
         self.cause, self.may_help, self.wait = cause, may_help, wait  # may_help: trying again, after `wait` seconds
 
 
-def expected_score(logits, token_ids, values=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
+def expected_score(logits, token_ids, values=tuple(DIGITS.values())):
     """Expected value and probability mass of the answers, from the logits at the first answer position.
 
     logits: (B, V); token_ids: those of "0" to "5", or of other answers, whose values in [0, 1] are given. Returns score
@@ -157,7 +154,7 @@ def expected_score(logits, token_ids, values=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
     return answers.softmax(1) @ torch.tensor(values, device=logits.device), mass
 
 
-def answer_token_ids(tokenizer, texts=tuple("012345")):
+def answer_token_ids(tokenizer, texts=tuple(DIGITS)):
     """The token ids of the answers, in their order; BadInput when one of them is not a token of its own."""
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     for text, pieces in zip(texts, ids):
@@ -167,57 +164,32 @@ def answer_token_ids(tokenizer, texts=tuple("012345")):
     return [pieces[0] for pieces in ids]
 
 
-def read_choice(choice, strategy="logits"):
+def read_choice(choice, answers=DIGITS, sampled=False):
     """The Answer in one choice of a chat completion; answers are found by their text among the likeliest first words."""
-    texts, values = answers_of(strategy)
-    message = choice.get("message") or {}
     try:
-        first = choice["logprobs"]["content"][0]
-        p = {word["token"]: float(np.exp(float(word["logprob"]))) for word in (first, *first["top_logprobs"])}
+        message, first = choice["message"], choice["logprobs"]["content"][0]
+        p = {str(word["token"]): float(np.exp(float(word["logprob"]))) for word in (first, *first["top_logprobs"])}
     except (KeyError, TypeError, IndexError, ValueError):
         return Answer(cause="no logprobs in the reply")
     words = ", ".join(f"{word!r} {p[word]:.0%}" for word in sorted(p, key=p.get, reverse=True)[:5])
     if not all(0 <= value < 1.01 for value in p.values()):  # NaN is neither; e to the minus infinity is a sound 0
         return Answer(cause="logprobs that are not finite", words=words)
-    if message.get("reasoning_content") or message.get("reasoning") or first["token"].strip().startswith("<think"):
+    if message.get("reasoning_content") or message.get("reasoning") or str(first["token"]).strip().startswith("<think"):
         return Answer(torch.nan, 0.0, "the judge thinks before it answers", words)
-    mass = sum(p.get(text, 0.0) for text in texts)
-    if strategy.startswith("sampled"):
-        said = dict(zip(texts, values)).get((message.get("content") or "").strip())
-        return Answer(torch.nan if said is None else said, mass, "" if said is not None else "sampled no digit", words)
-    unseen = min(p.values()) * sum(text not in p for text in texts)  # what answers that are not listed may hold at most
+    mass = sum(p.get(text, 0.0) for text in answers)
+    if sampled:
+        said = str(message.get("content")).strip()
+        return Answer(answers.get(said, torch.nan), mass, "" if said in answers else "sampled no digit", words)
+    unseen = min(p.values()) * sum(text not in p for text in answers)  # what answers that are not listed may hold at most
     if mass == 0 or unseen > 1e-3 * mass:
         return Answer(torch.nan, mass, "answers missing from top_logprobs", words)
-    return Answer(sum(p.get(text, 0.0) * value for text, value in zip(texts, values)) / mass, mass, "", words)
+    return Answer(sum(p.get(text, 0.0) * value for text, value in answers.items()) / mass, mass, "", words)
 
 
-# ---------------------------------------------------------------- plain terms and the formula
+# ---------------------------------------------------------------- the formula
 
-PLAIN = {"pixel_distance": (0, 1), "brightness_drift": (-1, 1), "sharpness_drift": (-1, 1)}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 FUNCTIONS = {"min": torch.minimum, "max": torch.maximum, "abs": torch.abs}
-
-
-def plain_terms(sources, edits):
-    """Terms that need no judge, to watch for copying, blur and drift: a dict name -> (n,), all 0 for an untouched source.
-
-    pixel_distance: mean absolute difference in [0, 1]; brightness_drift: edit's mean minus source's; sharpness_drift:
-    (edit - source) / (edit + source) of the mean absolute Laplacian, -1 all blurred. Of a row's first source picture.
-    """
-
-    @functools.cache
-    def seen(number, size):
-        picture = pictures[number].convert("RGB")
-        pixels = np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS), np.float32) / 255
-        light = pixels.mean(2)
-        bend = 4 * light[1:-1, 1:-1] - light[2:, 1:-1] - light[:-2, 1:-1] - light[1:-1, 2:] - light[1:-1, :-2]
-        return pixels, light.mean(), np.abs(bend).mean() + 1e-6
-
-    pictures, rows = {id(picture): picture for picture in (*edits, *(shown[0] for shown in sources))}, []
-    for shown, edit in zip(sources, edits):
-        (before, dark, dull), (after, light, sharp) = (seen(id(picture), edit.size) for picture in (shown[0], edit))
-        rows.append((np.abs(after - before).mean(), light - dark, (sharp - dull) / (sharp + dull)))
-    return dict(zip(PLAIN, torch.tensor(np.array(rows, np.float32).reshape(-1, len(PLAIN))).T))
 
 
 def evaluate_formula(node, terms):
@@ -241,20 +213,26 @@ def read_formula(text, prompts):
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(FUNCTIONS))
-        if unknown := [name for name in names if name not in prompts and name not in PLAIN]:
+        if unknown := [name for name in names if name not in prompts and name not in PLAIN_TERMS]:
             raise BadInput(f"--judge_formula: {unknown[0]} is neither an aspect ({', '.join(prompts)}) nor a plain term "
-                           f"({', '.join(PLAIN)}); give it a prompt, --judge_prompt {unknown[0]}=FILE")  # fmt: skip
-        ends, draws = torch.tensor([PLAIN.get(name, (0, 1)) for name in names]).float(), seeded("formula")
+                           f"({', '.join(PLAIN_TERMS)}); give it a prompt, --judge_prompt {unknown[0]}=FILE")  # fmt: skip
+        ends, draws = torch.tensor([PLAIN_TERMS.get(name, (0, 1)) for name in names]).float(), seeded("formula")
         tried = ends[:, :1] + torch.randint(3, (len(names), 4096), generator=draws) / 2 * ends.diff(dim=1)  # low, middle, high
         values = evaluate_formula(tree, dict(zip(names, tried)))
     except (SyntaxError, ValueError, RecursionError, MemoryError, IndexError):
         raise BadInput(f"--judge_formula {text!r}: is no formula; write one such as execution * (0.6 + 0.4 * consistency)") from None
     if not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):
         raise BadInput(f"--judge_formula {text}: goes from {values.min():.2f} to {values.max():.2f}; write one within 0 and 1")
-    return tree, [name for name in names if name not in PLAIN]
+    return tree, [name for name in names if name not in PLAIN_TERMS]
 
 
 # ---------------------------------------------------------------- the judge
+
+
+def chat(turns, pictures):
+    """What user and judge said in turn, as messages; `pictures`, parts of a message, stand after the first text."""
+    said = [[{"type": "text", "text": turn}] for turn in turns]
+    return [{"role": ("user", "assistant")[i % 2], "content": said[i] + pictures * (i == 0)} for i in range(len(said))]
 
 
 class Judge:
@@ -269,8 +247,7 @@ class Judge:
     def use(self, strategy):
         """Turns to a strategy; BadInput when this judge cannot follow it."""
         self.strategy, self.thinks, self.samples = strategy, strategy.endswith("_cot"), strategy.startswith("sampled")
-        self.texts, self.values = answers_of(strategy)
-        self.ending = YES_NO if "yes" in self.texts else DIGIT
+        self.ending, self.answers = (YES_NO, WORDS) if strategy.startswith("yes_no") else (DIGIT, DIGITS)
         for aspect in self.aspects:
             if self.ending == YES_NO and "{answer}" not in self.prompts[aspect]:
                 raise BadInput(f"{aspect}'s prompt: has no {{answer}} for --judge_strategy {strategy} to fill; write one")
@@ -363,20 +340,15 @@ class LocalJudge(Judge):
 
     def use(self, strategy):
         super().use(strategy)
-        self.token_ids = answer_token_ids(self.processor.tokenizer, self.texts)
+        self.token_ids = answer_token_ids(self.processor.tokenizer, tuple(self.answers))
         self.shares_prefix = self._prefix_works()
 
     def _chat(self, turns, pictures):
         """The chat-formatted text of what user and judge said in turn: instruction first, then `pictures` pictures."""
-        said = [[{"type": "text", "text": turn}] for turn in turns]
-        said[0] += [{"type": "image"}] * pictures
-        chat = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(said)]
-        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        messages = chat(turns, [{"type": "image"}] * pictures)
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _inputs(self, texts, pictures):
-        mark = getattr(self.processor, "image_token", None)
-        if mark and any(text.count(mark) != len(shown) for text, shown in zip(texts, pictures)):
-            raise ValueError(f"the text holds the picture mark {mark}")
         inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(self.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
@@ -413,7 +385,7 @@ class LocalJudge(Judge):
         texts = [self._chat((self.question({"prompt": prompt}, self.aspects[0]),), 2) for prompt in ("a b", "a b", "b", "b")]
         pictures = [[noise[i // 2], noise[3 - i]] for i in range(4)]
         try:
-            whole, shared = (expected_score(self._logits(texts, pictures, share), self.token_ids, self.values)[0]
+            whole, shared = (expected_score(self._logits(texts, pictures, share), self.token_ids, tuple(self.answers.values()))[0]
                              for share in (False, True))  # fmt: skip
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):
             return False
@@ -446,17 +418,16 @@ class LocalJudge(Judge):
                 return [Answer(cause=f"refused: {error!s:.80}")]
             half = len(turns) // 2
             return self._safely(turns[:half], pictures[:half]) + self._safely(turns[half:], pictures[half:])
-        score, mass = expected_score(logits, self.token_ids, self.values)
+        score, mass = expected_score(logits, self.token_ids, tuple(self.answers.values()))
         causes = ["logits that are not finite" if bad else "" for bad in score.isnan().tolist()]
         p, ids = logits.float().softmax(1).topk(min(5, logits.shape[1]))
         said = [self.processor.tokenizer.batch_decode(row[:, None]) for row in ids]
         words = [", ".join(f"{word!r} {share:.0%}" for word, share in zip(*row)) for row in zip(said, p.tolist())]
-        if self.samples:
-            for i, shown in enumerate(pictures):
-                if not causes[i]:
-                    draw = torch.multinomial(logits[i].float().softmax(0).cpu(), 1, generator=seeded(zlib.crc32(shown[-1].tobytes()))).item()
-                    score[i] = dict(zip(self.token_ids, self.values)).get(draw, torch.nan)
-                    causes[i] = "sampled no digit" if score[i].isnan() else ""
+        for i in range(len(turns) * self.samples):
+            draws = seeded(zlib.crc32(pictures[i][-1].tobytes()))
+            word = torch.multinomial(logits[i].float().nan_to_num().softmax(0).cpu(), 1, generator=draws).item()
+            score[i] = dict(zip(self.token_ids, self.answers.values())).get(word, torch.nan)
+            causes[i] = causes[i] or "sampled no digit" * bool(score[i].isnan())
         return list(map(Answer, score.tolist(), mass.tolist(), causes, words))
 
     def ask(self, text, pictures, max_tokens=1024):
@@ -527,14 +498,12 @@ class ServedJudge(Judge):
 
     def _complete(self, turns, urls, **options):
         """The one choice of a chat completion; tries again, ever more slowly, for judge_patience seconds."""
-        said = [[{"type": "text", "text": turn}] for turn in turns]
-        said[0] += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(said)]
-        deadline = time.monotonic() + self.settings.judge_patience
+        messages = chat(turns, [{"type": "image_url", "image_url": {"url": url}} for url in urls])
+        body, deadline = {"model": self.name, "messages": messages, **options}, time.monotonic() + self.settings.judge_patience
         for attempt in itertools.count():
             url = self._take()
             try:
-                reply = self._once(url + "/chat/completions", {"model": self.name, "messages": messages, **options})
+                reply = self._once(url + "/chat/completions", body)
                 break
             except JudgeFailure as failure:
                 wait = max(failure.wait, min(2**attempt, 16) * random.uniform(0.5, 1))
@@ -546,14 +515,16 @@ class ServedJudge(Judge):
                     self.load[url] -= 1
                     self.free.notify()
             time.sleep(wait)
-        choices = reply.get("choices") if isinstance(reply, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise JudgeFailure(f"{len(choices) if isinstance(choices, list) else 'no'} choices instead of 1")
-        return choices[0]
+        match reply:
+            case {"choices": [{"message": {}} as choice]}:
+                return choice
+            case {"choices": [*choices]}:
+                raise JudgeFailure(f"{len(choices)} choices instead of 1" if len(choices) != 1 else "no message in the reply")
+        raise JudgeFailure("no choices in the reply")
 
     def _reply(self, turns, urls, max_tokens):
-        choice = self._complete(turns, urls, max_tokens=max_tokens, temperature=0)
-        if not (reply := (choice.get("message") or {}).get("content")):
+        reply = self._complete(turns, urls, max_tokens=max_tokens, temperature=0)["message"].get("content")
+        if not reply:
             raise JudgeFailure("an empty reply")
         return reply
 
@@ -571,9 +542,9 @@ class ServedJudge(Judge):
                 if self.thinks:
                     turns += [self._reply(turns, urls, self.settings.judge_thought), self.ending]
                 seed = {"seed": zlib.crc32(shown[-1].tobytes()) >> 1} if self.samples else {}
-                return read_choice(self._complete(turns, urls, max_tokens=1, temperature=1, logprobs=True,
-                                                  top_logprobs=self.settings.judge_logprobs, **seed),
-                                   self.strategy)  # fmt: skip
+                choice = self._complete(turns, urls, max_tokens=1, temperature=1, logprobs=True,
+                                        top_logprobs=self.settings.judge_logprobs, **seed)  # fmt: skip
+                return read_choice(choice, self.answers, self.samples)
             except JudgeFailure as failure:
                 return Answer(cause=failure.cause)
 
@@ -604,44 +575,16 @@ def load_judge(settings, device=None, dtype=torch.bfloat16):
 # ---------------------------------------------------------------- does it agree with people?
 
 
-def read_ratings(file):
-    """Edits that people rated, as four lists: rows, lists of sources, edits, and (group, label), label rising with quality.
-
-    A line has `prompt`, `image` and either `edit` and `score`, or two `edits` and `preference`: 0 the first is better, 1
-    the second, 0.5 neither. Paths are relative to the file. A group is one source and instruction, or one pair.
-    """
-    rated, load = [], functools.cache(load_image)
-    for row in read_rows(file.parent, file.stem):
-        pair = row.get("edits") is not None
-        try:
-            paths = row["edits"] if pair else [row["edit"]]
-            labels = [1 - row["preference"], float(row["preference"])] if pair else [float(row["score"])]
-            shown = [load_image(file.parent / path) for path in paths]
-        except (KeyError, TypeError, ValueError):
-            raise BadInput(f"{file}: {row['id']} has neither `edit` and `score` nor `edits` and `preference`; add them") from None
-        sources, group = [load(path) for path in row["images"]], (row["prompt"], *row["images"], row["id"] * pair)
-        rated += [(row, sources, edit, (group, label)) for edit, label in zip(shown, labels)]
-    return map(list, zip(*rated))
-
-
-def ordered_pairs(scores, labels):
-    """Of a group's pairs of edits that labels tell apart: how many, how many scores order alike (equal: half), how many tie."""
-    gaps = [(a - b) * (1 if x > y else -1) for (a, x), (b, y) in itertools.combinations(zip(scores, labels), 2) if x != y]
-    gaps = [0.0 if abs(gap) < 1e-6 else gap for gap in gaps if gap == gap]
-    return len(gaps), sum(gap > 0 for gap in gaps) + gaps.count(0.0) / 2, gaps.count(0.0)
-
-
 def agree(words, settings):
     """Prints, for each strategy, how far the judge orders edits as people do: Table 4 of the paper."""
     if not words or not words[0].endswith(".jsonl"):
         raise BadInput("agree: names no file; write python reward_mllm.py agree FILE.jsonl --judge ...")
     if unknown := set(settings.strategies) - set(STRATEGIES):
         raise BadInput(f"--strategies {unknown.pop()}: no strategy; take of {', '.join(STRATEGIES)}")
-    rows, sources, edits, marks = read_ratings(Path(words[0]))
-    judge, groups = load_judge(settings), {}
-    for i, (group, _) in enumerate(marks):
-        groups.setdefault(group, []).append(i)
-    labels = torch.tensor([label for _, label in marks])
+    groups, judge = read_ratings(Path(words[0])), load_judge(settings)
+    rows, sources, edits = zip(*((row, shown, edit) for row, shown, group, _ in groups for edit in group))
+    labels = torch.tensor([label for *_, marks in groups for label in marks])
+    split = lambda values: values.split([len(marks) for *_, marks in groups])  # noqa: E731
     print(f"{settings.judge}: {len(edits)} edits in {len(groups)} groups")
     print("strategy     right pairs  (95 %)         Spearman  ties    spread  mass   failed  s/score")
     for strategy in settings.strategies:
@@ -653,11 +596,11 @@ def agree(words, settings):
         start = time.perf_counter()
         scores = judge.score(rows, sources, edits)
         pace, score, good = (time.perf_counter() - start) / len(edits), scores.score, ~scores.score.isnan()
-        counts = np.array([ordered_pairs(score[group].tolist(), labels[group].tolist()) for group in groups.values()])
+        counts = np.array([ordered_pairs(a.tolist(), b.tolist()) for a, b in zip(split(score), split(labels))])
         draws = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
         total, right, ties = counts.sum(0) / max(counts[:, 0].sum(), 1)
         low, high = np.quantile(counts[draws, 1].sum(1) / np.maximum(counts[draws, 0].sum(1), 1), (0.025, 0.975))
-        spread = np.nanmean([score[group][good[group]].std(unbiased=False) for group in groups.values()])
+        spread = np.nanmean([group[~group.isnan()].std(unbiased=False) for group in split(score)])
         print(f"{strategy:<12} {right:7.1%}      ({low:.1%} to {high:.1%})  {spearman(score[good], labels[good]):7.3f}  "
               f"{ties:6.1%}  {spread:6.3f}  {scores.mass.nanmean():5.3f}  {1 - good.float().mean():6.1%}  {pace:.4f}", flush=True)  # fmt: skip
 

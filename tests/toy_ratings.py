@@ -20,15 +20,16 @@ def write_ratings(folder, rows=120, copies=4, editor="editor"):
     """`copies` edits of each of the first `rows` rows of test.jsonl, with the oracle's score in [0, 1]: the file's path."""
     pipe = FluxKontextPipeline.from_pretrained(folder / editor)
     pipe.set_progress_bar_config(disable=True)
-    asked = [row for row in read_rows(folder, "test")[:rows] for _ in range(copies)]
-    examples = [(row["source_scene"], row["target_scene"], row["task"], row["prompt"]) for row in asked]
+    asked = read_rows(folder, "test")[:rows]
+    examples = [(row["source_scene"], row["target_scene"], row["task"], row["prompt"]) for row in asked for _ in range(copies)]
     edits = draw_edits(pipe, examples, "ratings")
     scores, _ = oracle_scores(edits, *scenes_of(examples))
     (folder / "ratings").mkdir(exist_ok=True)
-    lines = []
-    for i, (row, edit, score) in enumerate(zip(asked, edits, scores.tolist())):
+    lines = [{key: row[key] for key in ("prompt", "image", "task")} | {"edits": [], "scores": []} for row in asked]
+    for i, (edit, score) in enumerate(zip(edits, scores.tolist())):
         to_pil(edit).save(folder / "ratings" / f"{i:04}.png")
-        lines.append({key: row[key] for key in ("prompt", "image", "task")} | {"edit": f"ratings/{i:04}.png", "score": round(score, 4)})
+        lines[i // copies]["edits"].append(f"ratings/{i:04}.png")
+        lines[i // copies]["scores"].append(round(score, 4))
     file = folder / "ratings.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
