@@ -575,13 +575,11 @@ def load_judge(settings, device=None, dtype=torch.bfloat16):
 # ---------------------------------------------------------------- does it agree with people?
 
 
-def agree(words, settings):
+def agree(file, settings):
     """Prints, for each strategy, how far the judge orders edits as people do: Table 4 of the paper."""
-    if not words or not words[0].endswith(".jsonl"):
-        raise BadInput("agree: names no file; write python reward_mllm.py agree FILE.jsonl --judge ...")
     if unknown := set(settings.strategies) - set(STRATEGIES):
         raise BadInput(f"--strategies {unknown.pop()}: no strategy; take of {', '.join(STRATEGIES)}")
-    groups, judge = read_ratings(Path(words[0])), load_judge(settings)
+    groups, judge = read_ratings(file), load_judge(settings)
     rows, sources, edits = zip(*((row, shown, edit) for row, shown, group, _ in groups for edit in group))
     labels = torch.tensor([label for *_, marks in groups for label in marks])
     split = lambda values: values.split([len(marks) for *_, marks in groups])  # noqa: E731
@@ -621,7 +619,9 @@ class Settings(JudgeSettings):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["agree"]:
-        return agree(argv[1:2], parse_settings(Settings, argv[2:], description=agree.__doc__, judge=TOY))
+        if not argv[1:] or not argv[1].endswith(".jsonl"):
+            raise BadInput("agree: names no file; write python reward_mllm.py agree FILE.jsonl --judge ...")
+        return agree(Path(argv[1]), parse_settings(Settings, argv[2:], description=agree.__doc__, judge=TOY))
     settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
     for name, mend in (("source", "name the source picture"), ("edited", "name the edit"), ("prompt", "say what was asked")):
         if not getattr(settings, name):
