@@ -380,16 +380,16 @@ class LocalJudge(Judge):
 
     @torch.no_grad()
     def _prefix_works(self):
-        """Whether a shared prefix leaves this model's scores as they are: tried on two questions and four noisy pictures."""
-        noise = [Image.effect_noise((64, 64), 64).convert("RGB") for _ in range(4)]
-        texts = [self._chat((self.question({"prompt": prompt}, self.aspects[0]),), 2) for prompt in ("a b", "a b", "b", "b")]
-        pictures = [[noise[i // 2], noise[3 - i]] for i in range(4)]
+        """Whether a shared prefix leaves this model's scores as they are: tried on two questions and four plain pictures."""
+        shown = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime", "white", "black")]
+        texts = [self._chat((self.question({"prompt": prompt}, self.aspects[0]),), 2) for prompt in ("0 1 2", "0 1 2", "5", "5")]
+        pictures = [[shown[i // 2], shown[3 - i]] for i in range(4)]
         try:
             whole, shared = (expected_score(self._logits(texts, pictures, share), self.token_ids, tuple(self.answers.values()))[0]
                              for share in (False, True))  # fmt: skip
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):
             return False
-        return torch.allclose(whole, shared, atol=1e-4 if self.model.dtype == torch.float32 else 0.02)
+        return torch.allclose(whole, shared, atol=1e-5 if self.model.dtype == torch.float32 else 0.02)
 
     def _generate(self, turns, pictures, max_tokens):
         inputs = self._inputs([self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures)

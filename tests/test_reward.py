@@ -229,13 +229,13 @@ def test_groups_of_other_lengths_and_sizes_share_their_own_prefixes(judge, monke
 def test_a_model_that_cannot_share_a_prefix_is_judged_whole(judge_folder, asked, judge, monkeypatch, fault):
     from transformers import DynamicCache
 
-    reorder, wrong = DynamicCache.reorder_cache, local(judge_folder)
+    reorder, wrong, right = DynamicCache.reorder_cache, local(judge_folder), judge.score(*asked).score
     if fault == "mixes up the prefixes":
         monkeypatch.setattr(DynamicCache, "reorder_cache", lambda cache, owner: reorder(cache, torch.zeros_like(owner)))
     else:
         monkeypatch.setattr(wrong, "cache_name", "no_such_argument")
     wrong.use("logits")
-    assert not wrong.shares_prefix and torch.allclose(wrong.score(*asked).score, judge.score(*asked).score, atol=1e-5)
+    assert not wrong.shares_prefix and torch.allclose(wrong.score(*asked).score, right, atol=1e-5)
 
 
 # ---------------------------------------------------------------- what the model refuses
