@@ -363,11 +363,14 @@ class LocalJudge(Judge):
         owner = torch.tensor([first.index(keys.index(key)) for key in keys], device=self.model.device)  # (B,)
         prefix = self._inputs([heads[i] for i in first], [pictures[i][:-1] for i in first])
         rest = self._inputs([text[len(head) :] for text, head in zip(texts, heads)], [shown[-1:] for shown in pictures])
+        three = hasattr(self.model.model, "get_rope_index")  # Qwen's picture tokens have places in three directions
+        count = lambda mask: (mask.cumsum(1) - 1).clamp(min=0)  # noqa: E731
+        prefix.update({} if three else {"position_ids": count(prefix["attention_mask"])})
         cache = self.model(**prefix, **self.last_only, use_cache=True)[self.cache_name]
         cache.reorder_cache(owner)
         both = {key: torch.cat([prefix[key][owner], rest[key]], 1) for key in rest if rest[key].shape == rest["input_ids"].shape}
-        places = (both["attention_mask"].cumsum(1) - 1).clamp(min=0)  # (B, length)
-        if hasattr(self.model.model, "get_rope_index"):  # Qwen's picture tokens have places in three directions
+        places = count(both["attention_mask"])  # (B, length)
+        if three:
             kinds = [(text, *(picture.size for picture in shown)) for text, shown in zip(texts, pictures)]
             some = [kinds.index(kind) for kind in dict.fromkeys(kinds)]  # the places of the rest are as one of these
             grids = prefix["image_grid_thw"].split([len(pictures[i]) - 1 for i in first])

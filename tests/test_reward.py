@@ -238,6 +238,66 @@ def test_a_model_that_cannot_share_a_prefix_is_judged_whole(judge_folder, asked,
     assert not wrong.shares_prefix and torch.allclose(wrong.score(*asked).score, right, atol=1e-5)
 
 
+def tiny_qwen3_vl(tokenizer):
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    token = tokenizer.convert_tokens_to_ids
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, pad_token_id=0, bos_token_id=0,
+        eos_token_id=token("<|im_end|>"),
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4, "mrope_interleaved": True},
+    )  # fmt: skip
+    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8, spatial_merge_size=2,
+                  out_hidden_size=64, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])  # fmt: skip
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>")))  # fmt: skip
+
+
+def save_tiny_internvl(tokenizer, folder):
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    marks = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks.values())})
+    tokenizer.chat_template = data_prep.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", " <IMG_CONTEXT> ")
+    text = dict(model_type="qwen2", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=0, eos_token_id=2)  # fmt: skip
+    vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=[8, 8],
+                  image_size=[32, 32])  # fmt: skip
+    model = InternVLForConditionalGeneration(InternVLConfig(
+        text_config=text, vision_config=vision, image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4))  # fmt: skip
+    for p in model.parameters():
+        p.data *= 3
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"extra_special_tokens": marks}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=False).save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps({"image_seq_length": 4, "processor_class": "InternVLProcessor"}))
+
+
+@pytest.mark.parametrize("family", ["Qwen3-VL", "InternVL"])
+def test_other_families_are_judged_and_share_their_prefix(family, tmp_path, asked, monkeypatch):
+    torch.manual_seed(0)
+    tokenizer = data_prep.new_judge_tokenizer()
+    if family == "InternVL":
+        pytest.importorskip("torchvision")
+        save_tiny_internvl(tokenizer, tmp_path)
+    else:
+        model = tiny_qwen3_vl(tokenizer)
+        for p in model.parameters():
+            p.data *= 3
+        data_prep.save_judge(model, tokenizer, tmp_path)
+    judge = local(tmp_path)
+    assert judge.shares_prefix
+    shared = judge.score(*asked)
+    monkeypatch.setattr(judge, "shares_prefix", False)
+    assert torch.allclose(shared.score, judge.score(*asked).score, atol=1e-5) and shared.score.std() > 0.01
+
+
 # ---------------------------------------------------------------- what the model refuses
 
 
