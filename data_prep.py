@@ -2,6 +2,7 @@
 
     python data_prep.py toy            # builds data/toy: rows, pictures, a tiny editor, a tiny judge
     python data_prep.py check DIR      # lists every fault of a dataset; --against BENCH finds a benchmark's pictures
+    python data_prep.py requirements DIR --judge ...    # a judge writes what a good edit of each row must show
 """
 
 import ast
@@ -19,6 +20,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -179,6 +181,7 @@ def _read_row(line, folder, where, name, seen):
             raise BadInput(f"{where}: unknown key `{key}`; write `{meant}`")
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
+    content = json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True)
     images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image")
     if not images or not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise BadInput(f"{where}: the row has no `image`; add a path, or a list of paths, relative to {folder}")
@@ -189,7 +192,7 @@ def _read_row(line, folder, where, name, seen):
     if "target" in row:
         row["target"] = inside(folder, row["target"], where)
     row["id"] = str(row.get("id", name))
-    for mark, mend in ((row["id"], f"the id {row['id']!r} again"), ((row["prompt"], *row["images"]), "the row again")):
+    for mark, mend in (("id " + row["id"], f"the id {row['id']!r} again"), (content, "the row again")):
         if seen.setdefault(mark, where) != where:
             raise BadInput(f"{where}: {mend} that {Path(seen[mark]).name} has; remove or change one")
     return row
@@ -245,6 +248,16 @@ def rows_of_epoch(number, rows, seed, epoch):
     for position in range(epoch * number, (epoch + 1) * number):
         turn, place = divmod(position, rows)
         yield torch.randperm(rows, generator=seeded(seed, "rows", turn))[place].item()
+
+
+class PictureProcessor(Qwen2VLProcessor):
+    """The processor of Qwen2-VL's and Qwen2.5-VL's kind for text and pictures, where torchvision is missing.
+
+    The library's own is the same but for a video processor, which cannot be built without torchvision.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
 # ---------------------------------------------------------------- the check
@@ -333,16 +346,6 @@ def check_dataset(settings):
     if faults:
         raise BadInput(f"{folder}: {len(faults)} faults, one a line above; {counts}")
     print(f"{folder}: no faults; {counts}" + f"; nothing of {settings.against}" * bool(settings.against))
-
-
-class PictureProcessor(Qwen2VLProcessor):
-    """The processor of Qwen2-VL's and Qwen2.5-VL's kind for text and pictures, where torchvision is missing.
-
-    The library's own is the same but for a video processor, which cannot be built without torchvision.
-    """
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
 # ---------------------------------------------------------------- the benchmarks
@@ -469,6 +472,53 @@ def short_hash(content):
     return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:8]
 
 
+def read_ratings(file):
+    """Edits that people rated: (row, source pictures, edits, labels) of each line, a group of edits of one source.
+
+    A line has `prompt`, `image`, `edits` and `scores`, a number for each edit, the higher the better; for two edits also
+    `preference` in place of scores: 0 the first is better, 1 the second, 0.5 neither. Paths are relative to the file.
+    """
+    groups, load = [], functools.cache(load_image)
+    for row in read_rows(file.parent, file.stem):
+        try:
+            labels = row["scores"] if "scores" in row else [1 - row["preference"], row["preference"]]
+            labels, edits = [float(label) for label in labels], [load_image(file.parent / path) for path in row["edits"]]
+        except (KeyError, TypeError, ValueError):
+            raise BadInput(f"{file}: {row['id']} lacks `edits` with `scores` or a `preference`; add them") from None
+        if len(labels) != len(edits):
+            raise BadInput(f"{file}: {row['id']} has {len(edits)} edits and {len(labels)} scores; give one for each")
+        groups.append((row, [load(path) for path in row["images"]], edits, labels))
+    return groups
+
+
+REQUIREMENTS = {  # what a good edit must show, by the names of its task in ImgEdit, GEdit and training sets
+    "add subject_add": "the new thing, once, where it was asked for, in fitting size and light, hiding nothing without need.",
+    "remove subject_remove": "the thing gone with its shadow and reflection; in its place what would plausibly be behind it.",
+    "replace subject_replace": "the new thing where the old one was, in fitting size, pose and light, and no trace of the old.",
+    "adjust alter": "the named property changed as asked, on all of the named thing and on nothing else; its shape is the same.",
+    "color_alter recolour": "the new colour on all of the named thing, its shading and texture kept, and on nothing else.",
+    "material_alter": "the named thing plainly made of the new material, with fitting sheen and texture; its shape is the same.",
+    "background background_change": "the new background all around, meeting an unchanged foreground at clean edges.",
+    "style style_change": "the new style in every part of the picture; the scene, its things and places are still the same.",
+    "tone_transfer": "the new light, weather, season or mood over the whole picture; things and places are the same.",
+    "action motion_change": "the new pose, movement or expression, with sound anatomy; the same person or animal as before.",
+    "ps_human": "the person changed as asked and still plainly the same person, with natural skin, face and hands.",
+    "text text_change": "the new text, spelled exactly as asked, in the old one's place and manner; other text is the same.",
+    "hybrid compose": "every one of the changes that were asked for, each of them complete, and no other.",
+    "extract": "the named thing alone, whole and unaltered, on a plain background.",
+    "reference": "what was asked for of the reference picture, recognisably the same; the rest is that of the edited picture.",
+    "red_box": "the change made to what the red box marks and nowhere else, and the box itself gone.",
+    "": "the change that was asked for, complete and natural, and no other change.",
+}  # fmt: skip
+
+
+def requirement_of(row):
+    """What a good edit of a row must show: the row's own `requirement`, or the default text of its `task`."""
+    task = str(row.get("task") or "").strip().lower().replace("-", "_").replace(" ", "_")
+    own = next((text for names, text in REQUIREMENTS.items() if task in names.split()), REQUIREMENTS[""])
+    return row.get("requirement") or own
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -509,6 +559,38 @@ def spearman(a, b):
         _, index, counts = values.unique(return_inverse=True, return_counts=True)
         ranks.append((counts.cumsum(0) - (counts - 1) / 2)[index])
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def ordered_pairs(scores, labels):
+    """Of a group's pairs of edits that labels tell apart: how many, how many scores order alike (equal: half), how many tie."""
+    gaps = [(a - b) * (1 if x > y else -1) for (a, x), (b, y) in itertools.combinations(zip(scores, labels), 2) if x != y]
+    gaps = [0.0 if abs(gap) < 1e-6 else gap for gap in gaps if gap == gap]
+    return len(gaps), sum(gap > 0 for gap in gaps) + gaps.count(0.0) / 2, gaps.count(0.0)
+
+
+PLAIN_TERMS = {"pixel_distance": (0, 1), "brightness_drift": (-1, 1), "sharpness_drift": (-1, 1)}  # and their ranges
+
+
+def plain_terms(sources, edits):
+    """Terms that need no judge, to watch for copying, blur and drift: a dict name -> (n,), all 0 for an untouched source.
+
+    pixel_distance: mean absolute difference in [0, 1]; brightness_drift: edit's mean minus source's; sharpness_drift:
+    (edit - source) / (edit + source) of the mean absolute Laplacian, -1 all blurred. Of a row's first source picture.
+    """
+
+    @functools.lru_cache(4)  # a group's source is looked at once
+    def seen(number, size):
+        picture = pictures[number].convert("RGB")
+        pixels = np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS), np.float32)
+        light = pixels.mean(2) / 255
+        bend = 4 * light[1:-1, 1:-1] - light[2:, 1:-1] - light[:-2, 1:-1] - light[1:-1, 2:] - light[1:-1, :-2]
+        return pixels / 255, light.mean(), np.abs(bend).mean() + 1e-6
+
+    pictures, rows = {id(picture): picture for picture in (*edits, *(shown[0] for shown in sources))}, []
+    for shown, edit in zip(sources, edits):
+        (before, dark, dull), (after, light, sharp) = (seen(id(picture), edit.size) for picture in (shown[0], edit))
+        rows.append((np.abs(after - before).mean(), light - dark, (sharp - dull) / (sharp + dull)))
+    return dict(zip(PLAIN_TERMS, torch.tensor(np.array(rows, np.float32).reshape(-1, len(PLAIN_TERMS))).T))
 
 
 # ---------------------------------------------------------------- the toy world: 2 x 2 cells of coloured shapes
@@ -1112,17 +1194,58 @@ def build_toy(settings):
 
 # ---------------------------------------------------------------- the command
 
+ASK_REQUIREMENT = """A picture is to be edited by this instruction: {prompt}
+In one or two sentences, say what a good edit of this very picture must show and what must stay as it is, so that somebody
+who compares the two pictures can check it. Write these sentences alone."""
+
+
+def write_requirements(argv, part=32):
+    """Lets a judge write the `requirement` of every row that has none; what is there stays, so a killed call is resumed."""
+    sys.modules.setdefault("data_prep", sys.modules[__name__])  # one BadInput, not two, when this file is the script
+    from reward_mllm import JudgeFailure, JudgeSettings, load_judge  # the one import against the order of the files
+
+    if not argv or argv[0].startswith("--"):
+        raise BadInput("requirements: names no folder; write python data_prep.py requirements DIR --judge ...")
+    folder, judge = Path(argv[0]), load_judge(parse_settings(JudgeSettings, argv[1:], description=write_requirements.__doc__))
+
+    def ask(row):
+        try:
+            pictures = [load_image(path) for path in row["images"]]
+            reply = judge.ask(ASK_REQUIREMENT.replace("{prompt}", row["prompt"]), pictures, 1024)
+            return " ".join(reply.rpartition("</think>")[2].split()), "an empty reply"
+        except JudgeFailure as failure:
+            return "", failure.cause
+
+    for split in ("train", "test"):
+        file = next((folder / f"{split}{end}.jsonl" for end in ("", "_metadata") if (folder / f"{split}{end}.jsonl").is_file()), None)
+        if file is None:
+            continue
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        todo, causes = [(i, row) for i, row in enumerate(read_rows(folder, split)) if not row.get("requirement")], Counter()
+        with ThreadPoolExecutor(part) as pool:
+            for first in tqdm(range(0, len(todo), part), desc=file.name):
+                for (i, _), (text, cause) in zip(todo[first:], pool.map(ask, [row for _, row in todo[first : first + part]])):
+                    causes.update([] if text else [cause])
+                    lines[i] = json.dumps(json.loads(lines[i]) | {"requirement": text}, ensure_ascii=False) if text else lines[i]
+                whole = file.with_name(f".{file.name}.part")
+                whole.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+                whole.replace(file)
+        print(f"{file}: {len(todo) - causes.total()} requirements written, {len(lines) - len(todo)} kept"
+              + "".join(f", {number} failed: {cause}" for cause, number in causes.items()))  # fmt: skip
+
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["check"]:
+    if argv[:1] == ["requirements"]:
+        write_requirements(argv[1:])
+    elif argv[:1] == ["check"]:
         words = ["--dataset"] * (argv[1:2] != [] and not argv[1].startswith("-")) + argv[1:]
         check_dataset(parse_settings(CheckSettings, words, description="Lists every fault of a dataset folder."))
     elif argv[:1] == ["toy"]:
         build_toy(parse_settings(ToySettings, argv[1:], description="Builds the toy world and its two tiny models."))
     else:
-        raise BadInput(f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR] or "
-                       "check DIR [--against BENCH]")  # fmt: skip
+        raise BadInput(f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR], "
+                       "check DIR [--against BENCH], or requirements DIR")  # fmt: skip
 
 
 if __name__ == "__main__":

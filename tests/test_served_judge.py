@@ -1,6 +1,8 @@
 """The served judge: its scores, its load, and every fault of a server, against a real HTTP server on loopback."""
 
+import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import data_prep  # noqa: E402
 import reward_mllm  # noqa: E402
 from data_prep import BadInput, load_image, read_rows, seeded  # noqa: E402
 from judge_server import JudgeServer, rule  # noqa: E402
@@ -259,6 +262,61 @@ def test_a_judge_without_answers_is_refused_with_what_it_said_instead(server, fa
     server.always = fault
     with pytest.raises(BadInput, match=message):
         refuse_silent_judge(judge.score([ROW] * 4, [[SOURCE]] * 4, EDITS[:4]), "judge")
+
+
+# ---------------------------------------------------------------- requirements
+
+
+def rows_folder(folder, number=6):
+    SOURCE.save(folder / "a.png")
+    rows = [{"prompt": f"édit {i}", "image": "a.png", "mine": i} for i in range(number)]
+    rows[1]["requirement"] = "what a person wrote"
+    (folder / "train.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return lambda: [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_judge_writes_the_requirements_that_nobody_wrote(server, tmp_path, capsys):
+    read = rows_folder(tmp_path)
+    data_prep.main(["requirements", str(tmp_path), "--judge", server.url])
+    rows = read()
+    assert [row["requirement"] for row in rows] == ["It was moved.", "what a person wrote"] + ["It was moved."] * 4
+    assert [row["mine"] for row in rows] == list(range(6)) and rows[3]["prompt"] == "édit 3"
+    assert "5 requirements written, 1 kept" in capsys.readouterr().out
+    asked = {request["body"]["messages"][0]["content"][0]["text"] for request in server.requests}
+    assert len(asked) == 5 and all("édit" in text for text in asked) and np.array_equal(server.pictures[0][0], SOURCE)
+
+
+def test_a_second_call_asks_only_for_what_failed(server, tmp_path, capsys):
+    read = rows_folder(tmp_path)
+    server.faults = ["400", "400"]
+    data_prep.main(["requirements", str(tmp_path), "--judge", server.url])
+    assert sum("requirement" not in row for row in read()) == 2 and "2 failed: HTTP 400" in capsys.readouterr().out
+    data_prep.main(["requirements", str(tmp_path), "--judge", server.url])
+    assert all(row["requirement"] for row in read()) and len(server.requests) == 7
+
+
+def test_what_was_written_before_a_kill_stays(server, tmp_path, monkeypatch):
+    read = rows_folder(tmp_path, 80)
+    ask, calls = reward_mllm.ServedJudge.ask, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) > 50:
+            raise KeyboardInterrupt
+        return ask(*args)
+
+    monkeypatch.setattr(reward_mllm.ServedJudge, "ask", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data_prep.main(["requirements", str(tmp_path), "--judge", server.url])
+    assert sum("requirement" in row for row in read()) == 33 and len(read()) == 80
+
+
+def test_requirements_names_its_folder_and_the_script_refuses_in_one_line():
+    with pytest.raises(BadInput, match="names no folder"):
+        data_prep.main(["requirements", "--judge", "local:x"])
+    words = [sys.executable, data_prep.__file__, "requirements", "x", "--judge", "ftp://x"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and "not of the form" in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- a real server
