@@ -426,7 +426,8 @@ def main(argv=None):
         print(f"{len(rows['train'])} training rows, {len(rows['test'])} held-out; LoRA of {size:,} numbers on "
               f"{len(editor.lora_layers)} modules; {settings.groups} x {settings.group_size} edits an epoch")  # fmt: skip
     if settings.report_to != "none":
-        accelerator.init_trackers("edit-nft", {key: value if isinstance(value, (int, float)) else str(value) for key, value in asdict(settings).items()})
+        plain = {key: value if isinstance(value, (int, float)) else str(value) for key, value in asdict(settings).items()}
+        accelerator.init_trackers("edit-nft", plain)
     base = evaluate(editor, judge, rows["test"], settings, "base", accelerator)
     first = load_checkpoint(editor, optimizer, out, averages) if settings.resume else 0
     start = time.time()
