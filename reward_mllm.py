@@ -3,8 +3,9 @@
     python reward_mllm.py --source a.png --edited b.png --prompt "remove the red circle" [--judge local:MODEL]
     python reward_mllm.py agree FILE.jsonl --judge http://localhost:8000/v1 --strategies logits sampled
 
-It sees instruction, source and edit and is told to answer with one digit. The score is the mean of the digits under their
-probabilities at the first answer position, over 5 (UniWorld-V2, arXiv:2510.16888); its Table 4's other ways are settings.
+It sees instruction, source and edit and is told to answer with one digit. The score is the mean of the digits under
+their probabilities at the first answer position, over 5 (UniWorld-V2, arXiv:2510.16888); the paper's other strategies,
+more questions about an edit and plain terms are settings.
 
 Shapes: n edits, B of them in one forward, V words of the vocabulary.
 
@@ -57,12 +58,12 @@ STRATEGIES = ("logits", "sampled", "yes_no", "logits_cot", "sampled_cot", "yes_n
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    judge: str = HfArg(default="local:Qwen/Qwen2.5-VL-7B-Instruct", help="local:MODEL or http://HOST:PORT/v1[,http://...].")
+    judge: str = HfArg(default="local:Qwen/Qwen2.5-VL-7B-Instruct", help="local:MODEL or http://HOST:PORT/v1[,...].")
     judge_model: str = HfArg(default="", help="A served judge's name. [the first one that the server lists]")
     judge_strategy: Literal[STRATEGIES] = HfArg(
-        default="logits", help="Expected digit, one sampled digit, or yes against no; _cot: after a chain of thought.")  # fmt: skip
+        default="logits", help="Expected digit, a sampled digit, yes against no; _cot: thinks first.")  # fmt: skip
     judge_formula: str = HfArg(default="execution", help="The reward: execution * (0.6 + 0.4 * consistency), ...")
-    judge_prompt: list[str] = HfArg(default_factory=list, help="FILE or ASPECT=FILE: texts in place of the judge's prompts.")
+    judge_prompt: list[str] = HfArg(default_factory=list, help="FILE or ASPECT=FILE: texts in place of ours.")
     judge_thought: int = HfArg(default=512, help="Tokens of a chain of thought, at most.")
     judge_device: str = HfArg(default="", help="Where a local judge runs. [beside the editor]")
     judge_batch: int = HfArg(default=16, help="Edits in one forward of a local judge.")
@@ -80,23 +81,24 @@ class JudgeSettings:
 # ---------------------------------------------------------------- what is asked
 
 THINK = "Do not rate it yet. First say in a few sentences what was asked, what changed, and what should have stayed."
-DIGIT = "Rate it from 0 (not at all, or the picture is spoiled) to 5 (completely). Answer with one digit and nothing else."
-YES_NO = "Is it so, completely? Answer yes or no and nothing else."
+DIGIT = "Rate it from 0 (not at all, or the picture is spoiled) to 5 (completely). Answer with one digit, nothing else."
+YES_NO = "Is it so, completely? Answer yes or no, nothing else."
 DIGITS = {"0": 0.0, "1": 0.2, "2": 0.4, "3": 0.6, "4": 0.8, "5": 1.0}  # the answers that count, and what they are worth
 WORDS = {"yes": 1.0, "Yes": 1.0, "no": 0.0, "No": 0.0}
-LAYOUT = "You check edits of pictures. The last picture is an edited version of what comes before it.\nInstruction: {prompt}\n"
+LAYOUT = "You check edits of pictures. The last picture is an edited version of those before.\nInstruction: {prompt}\n"
+ASIDE = LAYOUT + "Leave aside whether the instruction was carried out. "
 PROMPTS = {
-    "execution": LAYOUT + "A good edit shows: {requirement}\nThe question is how well the instruction was carried out while "
-    "everything it does not mention stayed as it was. {answer}",
-    "consistency": LAYOUT + "Leave aside whether the instruction was carried out. The question is how far all that it does not "
-    "ask to change, such as other objects, faces, background, layout and style, is the same as before. {answer}",
-    "quality": LAYOUT + "Leave aside whether the instruction was carried out. The question is how natural the last picture "
-    "looks: sharp, well lit, free of seams, smears and noise, with no broken shapes, hands or letters. {answer}",
+    "execution": LAYOUT + "A good edit shows: {requirement}\nThe question is how well the instruction was carried out "
+    "while everything it does not mention stayed as it was. {answer}",
+    "consistency": ASIDE + "The question is how far all that it does not ask to change, such as other objects, faces, "
+    "background, layout and style, is the same as before. {answer}",
+    "quality": ASIDE + "The question is how natural the last picture looks: sharp, well lit, free of seams, smears and "
+    "noise, with no broken shapes, hands or letters. {answer}",
 }  # fmt: skip
 
 
 def read_prompts(settings):
-    """The prompt of every aspect: ours, the judge's own judge_prompt.txt for `execution`, or the files that were named."""
+    """Every aspect's prompt: ours, the judge's own judge_prompt.txt for `execution`, or the files that were named."""
     own = Path(settings.judge.removeprefix("local:")) / "judge_prompt.txt"
     files = {"execution": own} if settings.judge.startswith("local:") and own.is_file() else {}
     for entry in settings.judge_prompt:
@@ -159,8 +161,8 @@ def answer_token_ids(tokenizer, texts=tuple(DIGITS)):
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     for text, pieces in zip(texts, ids):
         if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id or ids.count(pieces) > 1:
-            raise BadInput(f"{tokenizer.name_or_path}: the answer {text} is not one token of its own ({pieces}); take a judge "
-                           "whose tokenizer keeps it apart, or another --judge_strategy")  # fmt: skip
+            raise BadInput(f"{tokenizer.name_or_path}: the answer {text} is not one token of its own ({pieces}); take "
+                           "a judge whose tokenizer keeps it apart, or another --judge_strategy")  # fmt: skip
     return [pieces[0] for pieces in ids]
 
 
@@ -180,7 +182,7 @@ def read_choice(choice, answers=DIGITS, sampled=False):
     if sampled:
         said = str(message.get("content")).strip()
         return Answer(answers.get(said, torch.nan), mass, "" if said in answers else "sampled no digit", words)
-    unseen = min(p.values()) * sum(text not in p for text in answers)  # what answers that are not listed may hold at most
+    unseen = min(p.values()) * sum(text not in p for text in answers)  # what unlisted answers may hold at most
     if mass == 0 or unseen > 1e-3 * mass:
         return Answer(torch.nan, mass, "answers missing from top_logprobs", words)
     return Answer(sum(p.get(text, 0.0) * value for text, value in answers.items()) / mass, mass, "", words)
@@ -205,7 +207,7 @@ def evaluate_formula(node, terms):
             return OPERATORS[type(op)](*(evaluate_formula(side, terms) for side in (node.left, node.right)))
         case ast.Call(func=ast.Name(id=name), keywords=[]) if name in FUNCTIONS and len(node.args) == 2 - (name == "abs"):
             return FUNCTIONS[name](*(evaluate_formula(inner, terms) for inner in node.args))
-    raise BadInput(f"--judge_formula: {ast.unparse(node)[:80]!r} is not of + - * min max abs, numbers and names; rewrite it")
+    raise BadInput(f"--judge_formula: {ast.unparse(node)[:80]!r} is not + - * min max abs, a number or a name")
 
 
 def read_formula(text, prompts):
@@ -217,12 +219,13 @@ def read_formula(text, prompts):
             raise BadInput(f"--judge_formula: {unknown[0]} is neither an aspect ({', '.join(prompts)}) nor a plain term "
                            f"({', '.join(PLAIN_TERMS)}); give it a prompt, --judge_prompt {unknown[0]}=FILE")  # fmt: skip
         ends, draws = torch.tensor([PLAIN_TERMS.get(name, (0, 1)) for name in names]).float(), seeded("formula")
-        tried = ends[:, :1] + torch.randint(3, (len(names), 4096), generator=draws) / 2 * ends.diff(dim=1)  # low, middle, high
+        place = torch.randint(3, (len(names), 4096), generator=draws) / 2  # of each name's range: low, middle, high
+        tried = torch.lerp(ends[:, :1], ends[:, 1:], place)
         values = evaluate_formula(tree, dict(zip(names, tried)))
     except (SyntaxError, ValueError, RecursionError, MemoryError, IndexError):
-        raise BadInput(f"--judge_formula {text!r}: is no formula; write one such as execution * (0.6 + 0.4 * consistency)") from None
+        raise BadInput(f"--judge_formula {text!r}: no formula; write one such as execution * (0.6 + 0.4 * consistency)") from None
     if not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):
-        raise BadInput(f"--judge_formula {text}: goes from {values.min():.2f} to {values.max():.2f}; write one within 0 and 1")
+        raise BadInput(f"--judge_formula {text}: goes from {values.min():.2f} to {values.max():.2f}; keep it within 0 and 1")
     return tree, [name for name in names if name not in PLAIN_TERMS]
 
 
@@ -254,8 +257,9 @@ class Judge:
 
     def question(self, row, aspect="execution"):
         """The text of an aspect's question about a row: instruction, requirement, and how to answer."""
-        values = {"prompt": row["prompt"], "requirement": requirement_of(row), "answer": THINK if self.thinks else self.ending}
-        return re.sub(r"\{(prompt|requirement|answer)\}", lambda mark: values[mark[1]], self.prompts[aspect])
+        filled = {"{prompt}": row["prompt"], "{requirement}": requirement_of(row)}
+        filled["{answer}"] = THINK if self.thinks else self.ending
+        return re.sub("|".join(map(re.escape, filled)), lambda mark: filled[mark[0]], self.prompts[aspect])
 
     def score(self, rows, sources, edits):
         """Judges each edit under its own row's instruction: n rows, n lists of source pictures, n edits -> Scores on CPU.
@@ -270,7 +274,8 @@ class Judge:
         score, mass = (torch.tensor([getattr(a, key) for a in answers]).view(times, n) for key in ("score", "mass"))
         terms = dict(zip(self.aspects, score)) | plain_terms(sources, edits)
         first = lambda key: [next(filter(None, (getattr(a, key) for a in answers[i::n])), "") for i in range(n)]  # noqa: E731
-        return Scores(evaluate_formula(self.formula, terms).clamp(0, 1), mass.amin(0), terms, first("cause"), first("words"))
+        causes, words = first("cause"), first("words")
+        return Scores(evaluate_formula(self.formula, terms).clamp(0, 1), mass.amin(0), terms, causes, words)
 
     def submit(self, row, sources, edits):
         """The Future of one group's Scores: the judge works while the caller goes on."""
@@ -287,10 +292,11 @@ def refuse_silent_judge(scores, name, least=0.5):
     causes, words = Counter(filter(None, scores.causes)), next(filter(None, scores.words), "nothing")
     mass = scores.mass[~scores.mass.isnan()]
     if len(mass) and not mass.mean() >= least:
-        raise BadInput(f"{name}: puts {mass.mean():.1%} of its probability on the answers that count and would rather say {words}; "
-                       "take another judge, --judge_strategy, or a --judge_prompt that asks for the answer alone")  # fmt: skip
+        raise BadInput(f"{name}: puts {mass.mean():.1%} of its probability on the answers that count and would rather say "
+                       f"{words}; take another judge, --judge_strategy or --judge_prompt")  # fmt: skip
     if scores.score.isnan().all():
-        raise BadInput(f"{name}: gave no score: {', '.join(f'{n} x {cause}' for cause, n in causes.most_common(3))}; see to it")
+        causes = ", ".join(f"{number} x {cause}" for cause, number in causes.most_common(3))
+        raise BadInput(f"{name}: gave no score: {causes}; see to the judge")
 
 
 def check_judge(judge, name, rows):
@@ -313,7 +319,7 @@ def check_judge(judge, name, rows):
 
 
 def load_processor(model, config):
-    """The model's own processor. Without torchvision its part for videos cannot be built: the same class, for pictures."""
+    """The model's own processor; where its part for videos cannot be built, without torchvision, all but that part."""
     try:
         return AutoProcessor.from_pretrained(model)
     except ImportError as error:
@@ -324,9 +330,9 @@ def load_processor(model, config):
         def check_argument_for_proper_class(self, name, value):
             return None if name == "video_processor" else super().check_argument_for_proper_class(name, value)
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
     try:
-        return PictureProcessor(AutoImageProcessor.from_pretrained(model), tokenizer, None, chat_template=tokenizer.chat_template)
+        pictures, words = AutoImageProcessor.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+        return PictureProcessor(pictures, words, None, chat_template=words.chat_template)
     except (ImportError, TypeError):
         raise BadInput(f"{model}: its processor needs torchvision; pip install torchvision") from None
 
@@ -370,7 +376,7 @@ class LocalJudge(Judge):
         return inputs
 
     def _logits(self, texts, pictures, share):
-        """(B, V) at the first answer position; with `share`, what comes before the last picture is computed once for all."""
+        """(B, V) at the first answer position; with `share`, what comes before the last picture is computed once."""
         heads = [text.rpartition(self.processor.image_token)[0] if share else text for text in texts]
         keys = [(head, *map(id, shown[:-1])) for head, shown in zip(heads, pictures)]
         first = [keys.index(key) for key in dict.fromkeys(keys)]
@@ -384,28 +390,33 @@ class LocalJudge(Judge):
         prefix.update({} if three else {"position_ids": count(prefix["attention_mask"])})
         cache = self.model(**prefix, **self.last_only, use_cache=True)[self.cache_name]
         cache.reorder_cache(owner)
-        both = {key: torch.cat([prefix[key][owner], rest[key]], 1) for key in rest if rest[key].shape == rest["input_ids"].shape}
+        keys = [key for key in rest if rest[key].shape == rest["input_ids"].shape]  # what there is of each token
+        both = {key: torch.cat([prefix[key][owner], rest[key]], 1) for key in keys}
         places = count(both["attention_mask"])  # (B, length)
         if three:
             kinds = [(text, *(picture.size for picture in shown)) for text, shown in zip(texts, pictures)]
             some = [kinds.index(kind) for kind in dict.fromkeys(kinds)]  # the places of the rest are as one of these
             grids = prefix["image_grid_thw"].split([len(pictures[i]) - 1 for i in first])
             grids = [grid for i in some for grid in (grids[owner[i]], rest["image_grid_thw"][i : i + 1])]
-            places, _ = self.model.model.get_rope_index(**{key: both[key][some] for key in both}, image_grid_thw=torch.cat(grids))
+            given = {key: both[key][some] for key in both} | {"image_grid_thw": torch.cat(grids)}
+            places, _ = self.model.model.get_rope_index(**given)
             places = places[:, [some.index(kinds.index(kind)) for kind in kinds]]  # (3, B, length)
         rest.update({"attention_mask": both["attention_mask"], self.cache_name: cache,
                      "position_ids": places[..., prefix["input_ids"].shape[1] :]})  # fmt: skip
         return self.model(**rest, **self.last_only).logits[:, -1]
 
+    def _expected(self, logits):
+        return expected_score(logits, self.token_ids, tuple(self.answers.values()))
+
     @torch.no_grad()
     def _prefix_works(self):
-        """Whether a shared prefix leaves this model's scores as they are: tried on two questions and four plain pictures."""
+        """Whether a shared prefix leaves this model's scores as they are, tried on two questions and four pictures."""
         shown = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime", "white", "black")]
-        texts = [self._chat((self.question({"prompt": prompt}, self.aspects[0]),), 2) for prompt in ("0 1 2", "0 1 2", "5", "5")]
+        asked = [self.question({"prompt": prompt}, self.aspects[0]) for prompt in ("0 1 2", "0 1 2", "5", "5")]
+        texts = [self._chat((question,), 2) for question in asked]
         pictures = [[shown[i // 2], shown[3 - i]] for i in range(4)]
         try:
-            whole, shared = (expected_score(self._logits(texts, pictures, share), self.token_ids, tuple(self.answers.values()))[0]
-                             for share in (False, True))  # fmt: skip
+            whole, shared = (self._expected(self._logits(texts, pictures, share))[0] for share in (False, True))
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):
             return False
         return torch.allclose(whole, shared, atol=1e-5 if self.model.dtype == torch.float32 else 0.02)
@@ -431,13 +442,14 @@ class LocalJudge(Judge):
             if self.thinks and len(turns[0]) == 1:
                 thoughts = self._generate(turns, pictures, self.settings.judge_thought)
                 turns = [(question, thought, self.ending) for (question,), thought in zip(turns, thoughts)]
-            logits = self._logits([self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures, self.shares_prefix)
+            texts = [self._chat(said, len(shown)) for said, shown in zip(turns, pictures)]
+            logits = self._logits(texts, pictures, self.shares_prefix)
         except (ValueError, RuntimeError) as error:
             if len(turns) == 1:
                 return [Answer(cause=f"refused: {error!s:.80}")]
             half = len(turns) // 2
             return self._safely(turns[:half], pictures[:half]) + self._safely(turns[half:], pictures[half:])
-        score, mass = expected_score(logits, self.token_ids, tuple(self.answers.values()))
+        score, mass = self._expected(logits)
         causes = ["logits that are not finite" if bad else "" for bad in score.isnan().tolist()]
         p, ids = logits.float().softmax(1).topk(min(5, logits.shape[1]))
         said = [self.processor.tokenizer.batch_decode(row[:, None]) for row in ids]
@@ -450,7 +462,7 @@ class LocalJudge(Judge):
         return list(map(Answer, score.tolist(), mass.tolist(), causes, words))
 
     def ask(self, text, pictures, max_tokens=1024):
-        """The reply to one user message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
+        """The reply to one message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
         try:
             with self.lock, torch.no_grad():
                 return self._generate([(text,)], [pictures], max_tokens)[0]
@@ -484,7 +496,7 @@ class ServedJudge(Judge):
                 raise BadInput(f"judge {url}: {reason}; start the server, or correct the address") from None
             self.name = self.name or (names or [""])[0]
             if self.name not in names:
-                raise BadInput(f"judge {url}: serves {', '.join(names) or 'nothing'}, not {self.name}; see to --judge_model")
+                raise BadInput(f"judge {url}: serves {', '.join(names) or 'nothing'}, not {self.name}; see --judge_model")
 
     def _once(self, url, body=None):
         """One request: the reply's JSON, or a JudgeFailure that knows whether trying again may help."""
@@ -518,7 +530,8 @@ class ServedJudge(Judge):
     def _complete(self, turns, urls, **options):
         """The one choice of a chat completion; tries again, ever more slowly, for judge_patience seconds."""
         messages = chat(turns, [{"type": "image_url", "image_url": {"url": url}} for url in urls])
-        body, deadline = {"model": self.name, "messages": messages, **options}, time.monotonic() + self.settings.judge_patience
+        body = {"model": self.name, "messages": messages, **options}
+        deadline = time.monotonic() + self.settings.judge_patience
         for attempt in itertools.count():
             url = self._take()
             try:
@@ -538,7 +551,7 @@ class ServedJudge(Judge):
             case {"choices": [{"message": {}} as choice]}:
                 return choice
             case {"choices": [*choices]}:
-                raise JudgeFailure(f"{len(choices)} choices instead of 1" if len(choices) != 1 else "no message in the reply")
+                raise JudgeFailure(f"{len(choices)} choices instead of 1" if len(choices) != 1 else "a choice without message")
         raise JudgeFailure("no choices in the reply")
 
     def _reply(self, turns, urls, max_tokens):
@@ -548,7 +561,7 @@ class ServedJudge(Judge):
         return reply
 
     def ask(self, text, pictures, max_tokens=1024):
-        """The reply to one user message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
+        """The reply to one message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
         return self._reply([text], list(map(png_url, pictures)), max_tokens)
 
     def _answers(self, questions, pictures):
@@ -619,7 +632,7 @@ def agree(file, settings):
         low, high = np.quantile(counts[draws, 1].sum(1) / np.maximum(counts[draws, 0].sum(1), 1), (0.025, 0.975))
         spread = np.nanmean([group[~group.isnan()].std(unbiased=False) for group in split(score)])
         print(f"{strategy:<12} {right:7.1%}      ({low:.1%} to {high:.1%})  {spearman(score[good], labels[good]):7.3f}  "
-              f"{ties:6.1%}  {spread:6.3f}  {scores.mass.nanmean():5.3f}  {1 - good.float().mean():6.1%}  {pace:.4f}", flush=True)  # fmt: skip
+              f"{ties:6.1%}  {spread:6.3f}  {scores.mass.nanmean():5.3f}  {1 - good.float().mean():6.1%}  {pace:.4f}")  # fmt: skip
 
 
 # ---------------------------------------------------------------- the command
@@ -642,9 +655,9 @@ def main(argv=None):
             raise BadInput("agree: names no file; write python reward_mllm.py agree FILE.jsonl --judge ...")
         return agree(Path(argv[1]), parse_settings(Settings, argv[2:], description=agree.__doc__, judge=TOY))
     settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
-    for name, mend in (("source", "name the source picture"), ("edited", "name the edit"), ("prompt", "say what was asked")):
+    for name in ("source", "edited", "prompt"):
         if not getattr(settings, name):
-            raise BadInput(f"--{name} is missing; {mend}")
+            raise BadInput(f"--{name} is missing; give the source picture, the edited picture and the instruction")
     sources, edit = [load_image(path) for path in settings.source], load_image(settings.edited)
     row = {"prompt": settings.prompt, "requirement": settings.requirement, "task": settings.task}
     scores = load_judge(settings).score([row], [sources], [edit])

@@ -58,7 +58,7 @@ def one_at_a_time(judge, row, source, edits):
         text = judge._chat((judge.question(row),), 2)
         inputs = judge.processor(text=[text], images=[[source, edit]], return_tensors="pt").to(judge.model.device)
         made = judge.model.generate(**inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
-        scores.append(expected_score(made.logits[0], judge.token_ids, judge.values)[0])
+        scores.append(expected_score(made.logits[0], judge.token_ids)[0])
     return torch.cat(scores)
 
 
