@@ -355,7 +355,8 @@ class LocalJudge(Judge):
         self.model.requires_grad_(False)
         self.processor.tokenizer.padding_side = "left"  # the answer's place is the last one in every row
         options = inspect.signature(self.model.forward).parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in options else {}
+        # the last place alone, as an index: a slice of 1 is not contiguous, and would read the vocabulary once an edit
+        self.last_only = {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in options else {}
         self.cache_name = "cache" if "cache" in options else "past_key_values"  # its older name
         self.lock, self._chat = threading.RLock(), functools.lru_cache(1024)(self._chat)
         super().__init__(settings, 1)

@@ -85,14 +85,15 @@ def test_a_submitted_group_is_judged_while_the_caller_goes_on():
         assert time.monotonic() - start < 1.2  # 12 requests of 0.3 s side by side
 
 
-def test_ask_returns_the_raw_reply_from_many_threads(server):
-    judge, replies = served(server), []
-    threads = [threading.Thread(target=lambda: replies.append(judge.ask("what moved?", [SOURCE]))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert replies == ["It was moved."] * 8 and server.requests[0]["body"]["temperature"] == 0
+def test_ask_returns_the_raw_reply_from_many_threads_within_the_bound():
+    with JudgeServer(delay=0.05) as server:
+        judge, replies = served(server, judge_in_flight=2), []
+        threads = [threading.Thread(target=lambda: replies.append(judge.ask("what moved?", [SOURCE]))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert replies == ["It was moved."] * 8 and server.requests[0]["body"]["temperature"] == 0 and server.most_busy == 2
 
 
 # ---------------------------------------------------------------- strategies
