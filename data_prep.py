@@ -248,6 +248,20 @@ def check_pictures(rows, faults=None, looks=None):
     return [row for row in rows if not any(isinstance(looks[path], BadInput) for path in row_pictures(row))]
 
 
+def load_rows(folder, skip=False):
+    """{"train": rows, "test": rows} of a dataset whose pictures were all opened once.
+
+    The first fault raises BadInput; with `skip` faulty rows are left out, with a line on stderr for each fault.
+    """
+    faults, rows = [] if skip else None, {}
+    for split in ("train", "test"):
+        rows[split] = check_pictures(read_rows(folder, split, faults), faults)
+        if not rows[split]:
+            raise BadInput(f"{folder}: no faultless row is left in {split}; python data_prep.py check {folder} lists what to mend")
+    print("".join(f"skipped: {fault}\n" for fault in faults or []), end="", file=sys.stderr)
+    return rows
+
+
 def rows_of_epoch(number, rows, seed, epoch):
     """Indices of the `number` rows of an epoch: the data shuffled anew each time it is used up, without any state."""
     for position in range(epoch * number, (epoch + 1) * number):

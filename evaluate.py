@@ -346,7 +346,8 @@ def draw_edits(settings, rows, accelerator):
         raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
     if todo:
         dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-        editor = load_editor(settings.base, accelerator.device, dtype, settings.resolution)
+        editor = load_editor(settings.base, accelerator.device, dtype, settings.resolution,
+                             trust_remote_code=settings.trust_remote_code)  # fmt: skip
         if settings.lora:
             add_policies(editor, averages=(), start=settings.lora)
     for name, folder, row, copies in tqdm(todo, desc="edits", disable=not accelerator.is_main_process):

@@ -65,6 +65,7 @@ class JudgeSettings:
     judge_formula: str = HfArg(default="execution", help="The reward: execution * (0.6 + 0.4 * consistency), ...")
     judge_prompt: list[str] = HfArg(default_factory=list, help="FILE or ASPECT=FILE: texts in place of ours.")
     judge_thought: int = HfArg(default=512, help="Tokens of a chain of thought, at most.")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a model, judge or editor.")
     judge_device: str = HfArg(default="", help="Where a local judge runs. [beside the editor]")
     judge_batch: int = HfArg(default=16, help="Edits in one forward of a local judge.")
     judge_in_flight: int = HfArg(default=16, help="Requests at a time to each server.")
@@ -318,10 +319,10 @@ def check_judge(judge, name, rows):
 # ---------------------------------------------------------------- a local judge
 
 
-def load_processor(model, config):
+def load_processor(model, config, **options):
     """The model's own processor; where its part for videos cannot be built, without torchvision, all but that part."""
     try:
-        return AutoProcessor.from_pretrained(model)
+        return AutoProcessor.from_pretrained(model, **options)
     except ImportError as error:
         if "orchvision" not in str(error):
             raise
@@ -331,7 +332,7 @@ def load_processor(model, config):
             return None if name == "video_processor" else super().check_argument_for_proper_class(name, value)
 
     try:
-        pictures, words = AutoImageProcessor.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+        pictures, words = (kind.from_pretrained(model, **options) for kind in (AutoImageProcessor, AutoTokenizer))
         return PictureProcessor(pictures, words, None, chat_template=words.chat_template)
     except (ImportError, TypeError):
         raise BadInput(f"{model}: its processor needs torchvision; pip install torchvision") from None
@@ -346,8 +347,9 @@ class LocalJudge(Judge):
             mend = "run python data_prep.py toy first" if settings.judge == TOY else "name a folder or a hub id owner/name"
             raise BadInput(f"{model}: no such model folder; {mend}")
         try:
-            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
-            self.processor = load_processor(model, self.model.config)
+            options = {"trust_remote_code": settings.trust_remote_code}
+            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **options).to(device).eval()
+            self.processor = load_processor(model, self.model.config, **options)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise BadInput(f"{model}: not a multimodal LLM of transformers ({reason}); name one such as "
