@@ -124,6 +124,7 @@ class Scores(NamedTuple):
     terms: dict = {}  # name -> (n,): each aspect's score, and the plain terms
     causes: list = ()  # n strings: why there is no score; "" where there is one
     words: list = ()  # n strings: what the judge would most likely say; "" where not known
+    shares: list = ()  # n tuples: probability of each answer that counts, among them, of the first aspect; () where not known
 
 
 class Answer(NamedTuple):
@@ -131,6 +132,7 @@ class Answer(NamedTuple):
     mass: float = torch.nan
     cause: str = ""
     words: str = ""
+    shares: tuple = ()
 
 
 class JudgeFailure(Exception):
@@ -186,7 +188,8 @@ def read_choice(choice, answers=DIGITS, sampled=False):
     unseen = min(p.values()) * sum(text not in p for text in answers)  # what unlisted answers may hold at most
     if mass == 0 or unseen > 1e-3 * mass:
         return Answer(torch.nan, mass, "answers missing from top_logprobs", words)
-    return Answer(sum(p.get(text, 0.0) * value for text, value in answers.items()) / mass, mass, "", words)
+    shares = tuple(p.get(text, 0.0) / mass for text in answers)
+    return Answer(sum(share * value for share, value in zip(shares, answers.values())), mass, "", words, shares)
 
 
 # ---------------------------------------------------------------- the formula
@@ -276,7 +279,8 @@ class Judge:
         terms = dict(zip(self.aspects, score)) | plain_terms(sources, edits)
         first = lambda key: [next(filter(None, (getattr(a, key) for a in answers[i::n])), "") for i in range(n)]  # noqa: E731
         causes, words = first("cause"), first("words")
-        return Scores(evaluate_formula(self.formula, terms).clamp(0, 1), mass.amin(0), terms, causes, words)
+        score = evaluate_formula(self.formula, terms).clamp(0, 1)
+        return Scores(score, mass.amin(0), terms, causes, words, [answer.shares for answer in answers[:n]])
 
     def submit(self, row, sources, edits):
         """The Future of one group's Scores: the judge works while the caller goes on."""
@@ -462,7 +466,8 @@ class LocalJudge(Judge):
             word = torch.multinomial(logits[i].float().nan_to_num().softmax(0).cpu(), 1, generator=draws).item()
             score[i] = dict(zip(self.token_ids, self.answers.values())).get(word, torch.nan)
             causes[i] = causes[i] or "sampled no digit" * bool(score[i].isnan())
-        return list(map(Answer, score.tolist(), mass.tolist(), causes, words))
+        shares = map(tuple, logits[:, self.token_ids].float().softmax(1).tolist())
+        return list(map(Answer, score.tolist(), mass.tolist(), causes, words, shares))
 
     def ask(self, text, pictures, max_tokens=1024):
         """The reply to one message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
@@ -663,9 +668,11 @@ def main(argv=None):
             raise BadInput(f"--{name} is missing; give the source picture, the edited picture and the instruction")
     sources, edit = [load_image(path) for path in settings.source], load_image(settings.edited)
     row = {"prompt": settings.prompt, "requirement": settings.requirement, "task": settings.task}
-    scores = load_judge(settings).score([row], [sources], [edit])
+    judge = load_judge(settings)
+    scores = judge.score([row], [sources], [edit])
     refuse_silent_judge(scores, settings.judge, least=0)
     print(f"score {scores.score.item():.4f}   mass on answers {scores.mass.item():.4f}   it would say {scores.words[0]}")
+    print("   ".join(f"p({text}) {share:.4f}" for text, share in zip(judge.answers, scores.shares[0])))
     print("   ".join(f"{name} {value.item():.4f}" for name, value in scores.terms.items()))
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -575,13 +576,17 @@ def test_a_judge_may_bring_its_own_prompt(tmp_path):
 # ---------------------------------------------------------------- the command and bad input
 
 
-def test_the_command_prints_score_mass_terms_and_likely_words(judge_folder, tmp_path, capsys):
+def test_the_command_prints_score_six_probabilities_mass_terms_and_likely_words(judge_folder, tmp_path, capsys):
     picture("a").save(tmp_path / "a.png")
     picture("b").save(tmp_path / "b.png")
     reward_mllm.main(["--source", str(tmp_path / "a.png"), "--edited", str(tmp_path / "b.png"),
                       "--prompt", "make the red circle blue", "--judge", f"local:{judge_folder}"])  # fmt: skip
     printed = capsys.readouterr().out
     assert "score 0." in printed and "mass on answers" in printed and "it would say '" in printed and "execution 0." in printed
+    shares = [float(re.search(rf"p\({digit}\) (0\.\d+)", printed)[1]) for digit in range(6)]
+    assert sum(shares) == pytest.approx(1, abs=1e-3)
+    score = float(re.search(r"score (0\.\d+)", printed)[1])
+    assert sum(digit * share for digit, share in enumerate(shares)) / 5 == pytest.approx(score, abs=1e-3)
 
 
 @pytest.mark.parametrize("change, message", [
