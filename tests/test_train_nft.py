@@ -448,8 +448,8 @@ def test_faulty_rows_stop_the_run_or_are_left_out_when_asked(run, dataset, tmp_p
     with pytest.raises(BadInput, match="train.jsonl:9: .*no `prompt`"):
         run("stops", data=folder)
     run("skips", data=folder, bad_rows="skip", epochs=1)
-    said = capsys.readouterr().out
-    assert said.count("skipped: ") == 2 and "train5.png" in said and "train.jsonl:9" in said and "7 training rows" in said
+    out, said = capsys.readouterr()
+    assert said.count("skipped: ") == 2 and "train5.png" in said and "train.jsonl:9" in said and "7 training rows" in out
 
 
 def test_groups_that_do_not_divide_by_the_ranks_are_refused(run, monkeypatch):
