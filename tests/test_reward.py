@@ -620,3 +620,13 @@ def test_the_functions_stay_short():
     for node in ast.walk(ast.parse((ROOT / "reward_mllm.py").read_text())):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno + 1 <= 60, node.name
+
+
+def test_a_local_judge_sits_on_its_own_device(judge_folder):
+    settings = JudgeSettings(judge=f"local:{judge_folder}", judge_device="cpu")
+    assert load_judge(settings, device="cuda:7").model.device.type == "cpu"  # not where the editor is
+
+
+def test_a_setting_of_the_judge_that_cannot_work_is_refused():
+    with pytest.raises(BadInput, match="--judge_batch 0: give a value above 0"):
+        JudgeSettings(judge_batch=0)
