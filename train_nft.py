@@ -27,6 +27,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -128,6 +129,8 @@ class Settings(JudgeSettings):
             raise BadInput("--optimizer_steps, --train_timesteps, --train_steps_from, --rollout_steps: give rising values")
         if self.base and not self.data:
             raise BadInput("--data is missing; name a dataset folder with train.jsonl and test.jsonl")
+        if self.report_to != "none" and not find_spec(self.report_to):
+            raise BadInput(f"--report_to {self.report_to}: is not installed; pip install {self.report_to}")
 
 
 HARMLESS = {*list(Settings.__dataclass_fields__)[list(Settings.__dataclass_fields__).index("data") :], "ranks", "judge_batch",
@@ -398,7 +401,7 @@ def main(argv=None):
     state = {"epoch": 0, "skipped in a row": 0, "best": -1.0, "run": secrets.token_hex(4), "settings": now}
     if settings.resume == "auto":
         state |= load_checkpoint(editor, optimizer, out, now, HARMLESS, settings.force)
-    first, saved, fault = state["epoch"], state["epoch"], None
+    first, saved, fault, usual = state["epoch"], state["epoch"], None, []  # usual: gradient norms of the last steps
     if chief and not settings.dry_run:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(settings), indent=1))
@@ -406,8 +409,7 @@ def main(argv=None):
     same_run = {"wandb": {"id": state["run"], "resume": "allow"}, "trackio": {"name": state["run"]}}
     accelerator.init_trackers("edit-nft", {key: str(value) for key, value in asdict(settings).items()}, same_run)
     base = [] if settings.dry_run else evaluate(editor, judge, rows["test"], settings, "base", accelerator, stop)
-    stopped = lambda: any(gather_object([bool(stop)]))  # noqa: E731  a signal to one rank stops all
-    usual, start = [], time.time()  # gradient norms of the last steps
+    start, stopped = time.time(), lambda: any(gather_object([bool(stop)]))  # a signal to one rank stops all
 
     for epoch in range(first, settings.epochs):
         clock = [time_and_memory(accelerator.device)]

@@ -307,7 +307,7 @@ def test_two_ranks_end_with_the_lora_of_one(run, kontext_folder, dataset, tmp_pa
     single = run("single", **larger)
     script, out = ROOT / "tests" / "rule_judge.py", tmp_path / "double"
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", script,
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", script,
          *arguments(kontext_folder, dataset, out, **larger, shard=shard)], capture_output=True, text=True, cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -417,11 +417,13 @@ def test_policies_that_differ_at_the_start_stop_the_run(run, monkeypatch):
     ({"group_size": 1}, "--group_size 1: .* give at least 2"),
     ({"train_timesteps": 5}, "--train_timesteps"),
     ({"lr": 0}, "--lr 0.0: give a value above 0"),
+    ({"report_to": "trackio"}, "--report_to trackio: is not installed; pip install trackio"),
     ({"base": "nowhere"}, "nowhere: no such model folder"),
     ({"data": "nowhere"}, "nowhere: holds neither train.jsonl"),
     ({"lora_targets": "nothing"}, "match no module"),
 ])  # fmt: skip
-def test_a_setting_that_cannot_work_is_refused_in_one_line(run, change, message):
+def test_a_setting_that_cannot_work_is_refused_in_one_line(run, change, message, monkeypatch):
+    monkeypatch.setattr(train_nft, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=message) as error:
         run(**change)
     assert "\n" not in str(error.value)
