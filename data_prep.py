@@ -2,8 +2,10 @@
 
     python data_prep.py toy            # builds data/toy: rows, pictures, a tiny editor, a tiny judge
     python data_prep.py check DIR      # lists every fault of a dataset; --against BENCH finds a benchmark's pictures
+    python data_prep.py requirements DIR --judge ...    # a judge writes what a good edit of each row must show
 """
 
+import ast
 import difflib
 import functools
 import hashlib
@@ -18,6 +20,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,11 +47,16 @@ class BadInput(Exception):
 
 
 def run_script(main):
-    """Calls a script's `main`; a `BadInput` ends it as one line on stderr and exit code 2, without a traceback."""
+    """Calls a script's `main`; a `BadInput`, or a GPU that is too small, ends it as one line on stderr and exit code 2."""
     try:
         main()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". GPU ")[0]
+        print(f"error: the GPU is too small ({reason}); lower --rollout_batch, --train_batch or --judge_batch, put the judge "
+              "elsewhere (--judge_device or a server), or spread the base over several GPUs with --shard", file=sys.stderr)  # fmt: skip
         sys.exit(2)
 
 
@@ -178,6 +186,7 @@ def _read_row(line, folder, where, name, seen):
             raise BadInput(f"{where}: unknown key `{key}`; write `{meant}`")
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
+    content = json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True)
     images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image")
     if not images or not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise BadInput(f"{where}: the row has no `image`; add a path, or a list of paths, relative to {folder}")
@@ -188,7 +197,7 @@ def _read_row(line, folder, where, name, seen):
     if "target" in row:
         row["target"] = inside(folder, row["target"], where)
     row["id"] = str(row.get("id", name))
-    for mark, mend in ((row["id"], f"the id {row['id']!r} again"), ((row["prompt"], *row["images"]), "the row again")):
+    for mark, mend in (("id " + row["id"], f"the id {row['id']!r} again"), (content, "the row again")):
         if seen.setdefault(mark, where) != where:
             raise BadInput(f"{where}: {mend} that {Path(seen[mark]).name} has; remove or change one")
     return row
@@ -239,11 +248,35 @@ def check_pictures(rows, faults=None, looks=None):
     return [row for row in rows if not any(isinstance(looks[path], BadInput) for path in row_pictures(row))]
 
 
+def load_rows(folder, skip=False):
+    """{"train": rows, "test": rows} of a dataset whose pictures were all opened once.
+
+    The first fault raises BadInput; with `skip` faulty rows are left out, with a line on stderr for each fault.
+    """
+    faults, rows = [] if skip else None, {}
+    for split in ("train", "test"):
+        rows[split] = check_pictures(read_rows(folder, split, faults), faults)
+        if not rows[split]:
+            raise BadInput(f"{folder}: no faultless row is left in {split}; python data_prep.py check {folder} lists what to mend")
+    print("".join(f"skipped: {fault}\n" for fault in faults or []), end="", file=sys.stderr)
+    return rows
+
+
 def rows_of_epoch(number, rows, seed, epoch):
     """Indices of the `number` rows of an epoch: the data shuffled anew each time it is used up, without any state."""
     for position in range(epoch * number, (epoch + 1) * number):
         turn, place = divmod(position, rows)
         yield torch.randperm(rows, generator=seeded(seed, "rows", turn))[place].item()
+
+
+class PictureProcessor(Qwen2VLProcessor):
+    """The processor of Qwen2-VL's and Qwen2.5-VL's kind for text and pictures, where torchvision is missing.
+
+    The library's own is the same but for a video processor, which cannot be built without torchvision.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
 # ---------------------------------------------------------------- the check
@@ -334,17 +367,195 @@ def check_dataset(settings):
     print(f"{folder}: no faults; {counts}" + f"; nothing of {settings.against}" * bool(settings.against))
 
 
-class PictureProcessor(Qwen2VLProcessor):
-    """The processor of Qwen2-VL's and Qwen2.5-VL's kind for text and pictures, where torchvision is missing.
+# ---------------------------------------------------------------- the benchmarks
 
-    The library's own is the same but for a video processor, which cannot be built without torchvision.
+BENCHMARK_TASKS = {
+    "imgedit": ("add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action"),
+    "gedit": ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
+              "subject-remove", "subject-replace", "text_change", "tone_transfer"),
+}  # fmt: skip
+
+
+def read_imgedit(folder, prompts_file):
+    """ImgEdit-Bench, single turn, in `folder`: (rows, judge's prompts by task, sha256 of the metadata).
+
+    The metadata is {key: {id, prompt, edit_type}}, a row's picture is its id. Rows are as evaluate.load_benchmark tells.
+    prompts_file: the judge's prompts where they are not in the folder.
     """
+    file = find_file("", (folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"))
+    asked = find_file(prompts_file, (file.parent, file.parent.parent), ("judge_prompt.json", "prompts.json"))
+    texts, rows, prompts, keys = read_json(asked), [], {}, ("id", "prompt", "edit_type")
+    for key, entry in read_json(file).items():
+        where = f"{file}: row {key}"
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in keys):
+            raise BadInput(f"{where} has no id, prompt and edit_type; take ImgEdit-Bench's single-turn metadata")
+        kind = entry["edit_type"]
+        task = "adjust" if kind == "alter" else kind  # two versions circulate
+        if task not in BENCHMARK_TASKS["imgedit"]:
+            raise BadInput(f"{where}: unknown task {kind!r}; ImgEdit-Bench has {', '.join(BENCHMARK_TASKS['imgedit'])}")
+        prompts[task] = texts.get(kind) or texts.get(task) or (texts.get("alter") if task == "adjust" else None)
+        if not isinstance(prompts[task], str):
+            raise BadInput(f"{asked}: has no prompt for the task {kind!r} of row {key}; take both files of one version")
+        picture, _ = (inside(file.parent, name, where) for name in (entry["id"], f"{key}.png"))
+        rows.append({"row": key, "prompt": entry["prompt"], "images": [picture], "task": task, "source": entry["id"],
+                     "file": f"{key}.png"})  # fmt: skip
+    return rows, prompts, hashlib.sha256(file.read_bytes()).hexdigest()
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+def read_gedit(folder, prompts_file, languages, out):
+    """GEdit-Bench in `folder`: (rows of some languages, {"SC", "PQ"} the judge's prompts, "").
+
+    Parquet or arrow files, whose pictures are written below `out`, or metadata.jsonl with `file_name` beside pictures; and
+    vie_prompts.py, or prompts_file. Rows are as evaluate.load_benchmark tells.
+    """
+    places = (folder, folder / "viescore", folder.parent / "viescore")
+    prompts = read_vie_prompts(find_file(prompts_file, places, ("vie_prompts.py",)))
+    rows, times, listed = [], {}, folder / "metadata.jsonl"
+    try:
+        lines = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+        entries = [json.loads(line) for line in lines if line.strip()] or read_table(folder)
+    except ValueError as error:
+        raise BadInput(f"{listed}: not JSON ({error}); write one object a line") from None
+    for number, entry in enumerate(entries, 1):
+        where, keys = f"{folder}: row {number}", ("key", "task_type", "instruction_language", "instruction")
+        if not all(isinstance(entry.get(name), str) for name in keys):
+            raise BadInput(f"{where} lacks {', '.join(keys[:3])} or {keys[3]}; name GEdit-Bench's folder")
+        key, task, language, text = (entry[name] for name in keys)
+        if task not in BENCHMARK_TASKS["gedit"] or language not in ("en", "cn"):
+            known = f"{', '.join(BENCHMARK_TASKS['gedit'])}, in en and cn"
+            raise BadInput(f"{where}: unknown task {task!r} in {language!r}; GEdit-Bench has {known}")
+        if language not in languages:
+            continue
+        place = f"{task}/{language}/{key}"
+        times[place] = times.get(place, 0) + 1
+        name = place if times[place] == 1 else f"{place}-{times[place]}"  # a few keys repeat, with another instruction
+        path = Path(inside(Path(out).resolve(), f"sources/{name}.png", where))
+        if stored := (entry.get("input_image_raw") or entry.get("input_image") or {}).get("bytes"):
+            path.is_file() or write_whole(path, lambda part: part.write_bytes(stored))
+        elif isinstance(entry.get("file_name"), str):
+            path = Path(inside(folder, entry["file_name"], where))
+        else:
+            raise BadInput(f"{where} holds no picture: neither the bytes of input_image_raw nor a file_name")
+        picture = short_hash(path.read_bytes()) if path.is_file() else ""
+        rows.append({"row": name, "prompt": text, "images": [str(path)], "task": task, "source": picture,
+                     "language": language, "intersection": bool(entry.get("Intersection_exist")),
+                     "file": f"fullset/{name}.png", "shared file": f"fullset/{place}.png"})  # fmt: skip
+    if not rows:
+        raise BadInput(f"{folder}: holds no rows in {' or '.join(languages)}, in parquet, arrow or metadata.jsonl; name "
+                       "GEdit-Bench's folder")  # fmt: skip
+    return rows, prompts, ""
+
+
+def read_vie_prompts(file):
+    """{"SC": ..., "PQ": ...}, put together as VIEScore does, from a Python file whose constants are read as literals."""
+    texts = {}
+    try:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                texts[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
+        parts = [texts[name] for name in ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
+                                          "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ")]  # fmt: skip
+        return {"SC": "\n".join(parts[:3]), "PQ": "\n".join([parts[0], parts[3]])}
+    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+        raise BadInput(f"{file}: has not the texts of VIEScore ({error}); take GEdit-Bench's vie_prompts.py") from None
+
+
+def find_file(given, folders, names):
+    """The file that was given, else the first of `names` in `folders`."""
+    for path in [Path(given)] if given else [Path(folder, name) for folder in folders for name in names]:
+        if path.is_file():
+            return path
+    raise BadInput(f"{given or folders[0]}: holds no {' or '.join(names)}; name the benchmark's folder, or --prompts FILE")
+
+
+def read_json(file):
+    """The object in a JSON file, not an empty one."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{file}: not JSON ({error}); take the benchmark's own file") from None
+    if isinstance(value, dict) and value:
+        return value
+    raise BadInput(f"{file}: holds no entries; take the benchmark's own file")
+
+
+def write_whole(path, write):
+    """Has `write` fill a file beside `path` and renames it: at no moment is there half a file at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}-{path.name}")
+    write(part)
+    part.replace(path)
+
+
+def short_hash(content):
+    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:8]
+
+
+def read_ratings(file):
+    """Edits that people rated: (row, source pictures, edits, labels) of each line, a group of edits of one source.
+
+    A line has `prompt`, `image`, `edits` and `scores`, a number for each edit, the higher the better; for two edits also
+    `preference` in place of scores: 0 the first is better, 1 the second, 0.5 neither. Paths are relative to the file.
+    """
+    groups, load = [], functools.cache(load_image)
+    for row in read_rows(file.parent, file.stem):
+        try:
+            labels = row["scores"] if "scores" in row else [1 - row["preference"], row["preference"]]
+            labels, edits = [float(label) for label in labels], [load_image(file.parent / path) for path in row["edits"]]
+        except (KeyError, TypeError, ValueError):
+            raise BadInput(f"{file}: {row['id']} lacks `edits` with `scores` or a `preference`; add them") from None
+        if len(labels) != len(edits):
+            raise BadInput(f"{file}: {row['id']} has {len(edits)} edits and {len(labels)} scores; give one for each")
+        groups.append((row, [load(path) for path in row["images"]], edits, labels))
+    return groups
+
+
+REQUIREMENTS = {  # what a good edit must show, by the names of its task in ImgEdit, GEdit and training sets
+    "add subject_add": "the new thing, once, where it was asked for, in fitting size and light, hiding nothing without need.",
+    "remove subject_remove": "the thing gone with its shadow and reflection; in its place what would plausibly be behind it.",
+    "replace subject_replace": "the new thing where the old one was, in fitting size, pose and light, and no trace of the old.",
+    "adjust alter": "the named property changed as asked, on all of the named thing and on nothing else; its shape is the same.",
+    "color_alter recolour": "the new colour on all of the named thing, its shading and texture kept, and on nothing else.",
+    "material_alter": "the named thing plainly made of the new material, with fitting sheen and texture; its shape is the same.",
+    "background background_change": "the new background all around, meeting an unchanged foreground at clean edges.",
+    "style style_change": "the new style in every part of the picture; the scene, its things and places are still the same.",
+    "tone_transfer": "the new light, weather, season or mood over the whole picture; things and places are the same.",
+    "action motion_change": "the new pose, movement or expression, with sound anatomy; the same person or animal as before.",
+    "ps_human": "the person changed as asked and still plainly the same person, with natural skin, face and hands.",
+    "text text_change": "the new text, spelled exactly as asked, in the old one's place and manner; other text is the same.",
+    "hybrid compose": "every one of the changes that were asked for, each of them complete, and no other.",
+    "extract": "the named thing alone, whole and unaltered, on a plain background.",
+    "reference": "what was asked for of the reference picture, recognisably the same; the rest is that of the edited picture.",
+    "red_box": "the change made to what the red box marks and nowhere else, and the box itself gone.",
+    "": "the change that was asked for, complete and natural, and no other change.",
+}  # fmt: skip
+
+
+def requirement_of(row):
+    """What a good edit of a row must show: the row's own `requirement`, or the default text of its `task`."""
+    task = str(row.get("task") or "").strip().lower().replace("-", "_").replace(" ", "_")
+    own = next((text for names, text in REQUIREMENTS.items() if task in names.split()), REQUIREMENTS[""])
+    return row.get("requirement") or own
 
 
 # ---------------------------------------------------------------- statistics
+
+
+def bootstrap(values, groups, clusters, draws=2000, seed=0):
+    """Resamples clusters, each with all its values: (names of the T groups, means (draws, T), NaN of a group not drawn).
+
+    values, groups, clusters: of n entries; no value is NaN. A single cluster tells nothing of the spread: all NaN.
+    """
+    names, group = np.unique(np.array(groups, str), return_inverse=True)
+    known, cluster = np.unique(np.array(clusters, str), return_inverse=True)
+    if len(known) < 2:
+        return names.tolist(), np.full((draws, len(names)), np.nan)
+    totals, counts = np.zeros((2, len(known), len(names)))  # (clusters, T) each
+    np.add.at(totals, (cluster, group), values)
+    np.add.at(counts, (cluster, group), 1)
+    times = np.random.default_rng(seed).multinomial(len(known), np.full(len(known), 1 / len(known)), draws)
+    with np.errstate(all="ignore"):
+        return names.tolist(), (times @ totals) / (times @ counts)
 
 
 def paired_gain(base, now, key):
@@ -352,13 +563,12 @@ def paired_gain(base, now, key):
 
     base, now: lists of dicts for the same edits in the same order, each with `row` and `key`; NaN is left out.
     """
-    rows = np.array([result["row"] for result in base])
     before, after = (np.array([result[key] for result in results], float) for results in (base, now))
-    gains = np.array([np.nanmean((after - before)[rows == row]) for row in np.unique(rows)])
-    draws = np.random.default_rng(0).integers(len(gains), size=(2000, len(gains)))
-    low, high = np.nanquantile(np.nanmean(gains[draws], axis=1), (0.025, 0.975))
-    return {"base": np.nanmean(before), "now": np.nanmean(after), "gain": np.nanmean(gains), "low": low, "high": high,
-            "missing": int(np.isnan(after - before).sum())}  # fmt: skip
+    gains, kept = after - before, ~np.isnan(after - before)
+    draws = bootstrap(gains[kept], ["all"] * kept.sum(), [result["row"] for result, keep in zip(base, kept) if keep])[1]
+    low, high = np.nanquantile(draws, (0.025, 0.975)) if draws.size else (np.nan, np.nan)
+    return {"base": np.nanmean(before), "now": np.nanmean(after), "gain": gains[kept].mean(), "low": low, "high": high,
+            "missing": int((~kept).sum())}  # fmt: skip
 
 
 def spearman(a, b):
@@ -368,6 +578,38 @@ def spearman(a, b):
         _, index, counts = values.unique(return_inverse=True, return_counts=True)
         ranks.append((counts.cumsum(0) - (counts - 1) / 2)[index])
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def ordered_pairs(scores, labels):
+    """Of a group's pairs of edits that labels tell apart: how many, how many scores order alike (equal: half), how many tie."""
+    gaps = [(a - b) * (1 if x > y else -1) for (a, x), (b, y) in itertools.combinations(zip(scores, labels), 2) if x != y]
+    gaps = [0.0 if abs(gap) < 1e-6 else gap for gap in gaps if gap == gap]
+    return len(gaps), sum(gap > 0 for gap in gaps) + gaps.count(0.0) / 2, gaps.count(0.0)
+
+
+PLAIN_TERMS = {"pixel_distance": (0, 1), "brightness_drift": (-1, 1), "sharpness_drift": (-1, 1)}  # and their ranges
+
+
+def plain_terms(sources, edits):
+    """Terms that need no judge, to watch for copying, blur and drift: a dict name -> (n,), all 0 for an untouched source.
+
+    pixel_distance: mean absolute difference in [0, 1]; brightness_drift: edit's mean minus source's; sharpness_drift:
+    (edit - source) / (edit + source) of the mean absolute Laplacian, -1 all blurred. Of a row's first source picture.
+    """
+
+    @functools.lru_cache(4)  # a group's source is looked at once
+    def seen(number, size):
+        picture = pictures[number].convert("RGB")
+        pixels = np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS), np.float32)
+        light = pixels.mean(2) / 255
+        bend = 4 * light[1:-1, 1:-1] - light[2:, 1:-1] - light[:-2, 1:-1] - light[1:-1, 2:] - light[1:-1, :-2]
+        return pixels / 255, light.mean(), np.abs(bend).mean() + 1e-6
+
+    pictures, rows = {id(picture): picture for picture in (*edits, *(shown[0] for shown in sources))}, []
+    for shown, edit in zip(sources, edits):
+        (before, dark, dull), (after, light, sharp) = (seen(id(picture), edit.size) for picture in (shown[0], edit))
+        rows.append((np.abs(after - before).mean(), light - dark, (sharp - dull) / (sharp + dull)))
+    return dict(zip(PLAIN_TERMS, torch.tensor(np.array(rows, np.float32).reshape(-1, len(PLAIN_TERMS))).T))
 
 
 # ---------------------------------------------------------------- the toy world: 2 x 2 cells of coloured shapes
@@ -971,17 +1213,58 @@ def build_toy(settings):
 
 # ---------------------------------------------------------------- the command
 
+ASK_REQUIREMENT = """A picture is to be edited by this instruction: {prompt}
+In one or two sentences, say what a good edit of this very picture must show and what must stay as it is, so that somebody
+who compares the two pictures can check it. Write these sentences alone."""
+
+
+def write_requirements(argv, part=32):
+    """Lets a judge write the `requirement` of every row that has none; what is there stays, so a killed call is resumed."""
+    sys.modules.setdefault("data_prep", sys.modules[__name__])  # one BadInput, not two, when this file is the script
+    from reward_mllm import JudgeFailure, JudgeSettings, load_judge  # the one import against the order of the files
+
+    if not argv or argv[0].startswith("--"):
+        raise BadInput("requirements: names no folder; write python data_prep.py requirements DIR --judge ...")
+    folder, judge = Path(argv[0]), load_judge(parse_settings(JudgeSettings, argv[1:], description=write_requirements.__doc__))
+
+    def ask(row):
+        try:
+            pictures = [load_image(path) for path in row["images"]]
+            reply = judge.ask(ASK_REQUIREMENT.replace("{prompt}", row["prompt"]), pictures, 1024)
+            return " ".join(reply.rpartition("</think>")[2].split()), "an empty reply"
+        except JudgeFailure as failure:
+            return "", failure.cause
+
+    for split in ("train", "test"):
+        file = next((folder / f"{split}{end}.jsonl" for end in ("", "_metadata") if (folder / f"{split}{end}.jsonl").is_file()), None)
+        if file is None:
+            continue
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        todo, causes = [(i, row) for i, row in enumerate(read_rows(folder, split)) if not row.get("requirement")], Counter()
+        with ThreadPoolExecutor(part) as pool:
+            for first in tqdm(range(0, len(todo), part), desc=file.name):
+                for (i, _), (text, cause) in zip(todo[first:], pool.map(ask, [row for _, row in todo[first : first + part]])):
+                    causes.update([] if text else [cause])
+                    lines[i] = json.dumps(json.loads(lines[i]) | {"requirement": text}, ensure_ascii=False) if text else lines[i]
+                whole = file.with_name(f".{file.name}.part")
+                whole.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+                whole.replace(file)
+        print(f"{file}: {len(todo) - causes.total()} requirements written, {len(lines) - len(todo)} kept"
+              + "".join(f", {number} failed: {cause}" for cause, number in causes.items()))  # fmt: skip
+
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["check"]:
+    if argv[:1] == ["requirements"]:
+        write_requirements(argv[1:])
+    elif argv[:1] == ["check"]:
         words = ["--dataset"] * (argv[1:2] != [] and not argv[1].startswith("-")) + argv[1:]
         check_dataset(parse_settings(CheckSettings, words, description="Lists every fault of a dataset folder."))
     elif argv[:1] == ["toy"]:
         build_toy(parse_settings(ToySettings, argv[1:], description="Builds the toy world and its two tiny models."))
     else:
-        raise BadInput(f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR] or "
-                       "check DIR [--against BENCH]")  # fmt: skip
+        raise BadInput(f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR], "
+                       "check DIR [--against BENCH], or requirements DIR")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,35 +1,31 @@
 """Scores an editor on ImgEdit-Bench, GEdit-Bench or a held-out set of one's own: draws, asks a judge, adds up.
 
     python evaluate.py imgedit --bench DIR --base MODEL [--lora DIR] --judge http://HOST/v1 --judge_model NAME --out RUN
-    python evaluate.py gedit ... --language both         # and heldout, on the test split of a dataset folder
-    python evaluate.py compare RUN_A RUN_B               # paired difference, with its interval, in words
+    python evaluate.py gedit ... --language both         # and heldout, for the test split of a dataset folder
+    python evaluate.py compare RUN_A RUN_B               # the paired difference with its interval, in words
 
-Three stages, each resumable and each on its own with --stage: `sample` writes the edits in the benchmark's own layout,
-`judge` appends every call of the judge as one JSON line, `score` adds up those lines. Drawing and asking split the rows
-over processes under `accelerate launch`; a row's seed does not depend on their number.
+Three stages, each resumable, each alone with --stage: `sample` writes the edits in the benchmark's own layout, `judge`
+appends every call as a JSON line, `score` adds those up. `accelerate launch` splits the rows over processes. A subject is
+whose edits are scored: trained (with --lora), base, edits (--edits, made by anything), source (nothing done).
 
-A subject is whose edits are scored: trained (with --lora), base, edits (with --edits, made by anything), source (the
-untouched source, as a baseline). Shapes: S source pictures, T tasks, D draws of the bootstrap.
-
-Departures from the benchmarks' own scripts, all of them undone by --mode official:
+Departures from the benchmarks' own scripts, undone by --mode official:
 1. Every sensible spelling of a score is understood, and its range is checked.
 2. An answer without a score, a failed call and a missing edit count at the floor (1 or 0) instead of going unseen.
 3. Means are not rounded on the way.
-Never reproduced: random scores for answers that cannot be read, endless retries, and rows that count twice.
+Never reproduced: random scores for answers that cannot be read, endless retries, rows that count twice.
 """
 
-import ast
 import hashlib
-import html
 import json
 import math
 import os
 import re
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from html import escape
 from pathlib import Path
 from typing import Literal
 
@@ -39,13 +35,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from data_prep import BadInput, inside, load_image, oracle, parse_settings, read_rows, read_table, run_script
+from data_prep import (
+    BadInput, bootstrap, load_image, oracle, parse_settings, read_gedit, read_imgedit, read_json, read_rows, run_script,
+    short_hash, write_whole,
+)  # fmt: skip
 from reward_mllm import JudgeFailure, JudgeSettings, load_judge
-from sample import find_lora_layers, load_editor, picture_grid, policy, rollout
+from sample import add_policies, load_editor, picture_grid, policy, rollout
 
-IMGEDIT_TASKS = ("add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action")
-GEDIT_TASKS = ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change",
-               "subject-add", "subject-remove", "subject-replace", "text_change", "tone_transfer")  # fmt: skip
 METRICS = {"imgedit": ("score",), "gedit": ("O", "SC", "PQ"), "heldout": ("judge", "oracle", "success")}  # the main one first
 CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
 MISSING = "no edit"  # the failure of an edit that is not there
@@ -55,7 +51,7 @@ MISSING = "no edit"  # the failure of an edit that is not there
 
 @dataclass(frozen=True)
 class Settings(JudgeSettings):
-    """The benchmark's own sampling (28 steps, seed 42, native size, the family's guidance) and the strict reading."""
+    """Defaults are the benchmarks' own sampling: 28 steps, seed 42, native size, the family's guidance."""
 
     benchmark: Literal["imgedit", "gedit", "heldout"] = HfArg(default="imgedit", help="Also the first word.")
     bench: str = HfArg(default="", help="The benchmark's folder, or a dataset folder with test.jsonl.")
@@ -83,19 +79,17 @@ class Settings(JudgeSettings):
             raise BadInput(f"--steps {self.steps} --copies {self.copies}: nothing to draw; give at least 1 of each")
 
 
-DRAWN = ("benchmark", "bench", "base", "lora", "edits", "steps", "seed", "copies", "guidance", "resolution")  # an edit's making
+DRAWN = ("benchmark", "bench", "base", "lora", "edits", "steps", "seed", "copies", "guidance", "resolution", "language")
 
 # ---------------------------------------------------------------- reading an answer
-
 
 WITHIN = r"(?m:^|[,;{(|.])"
 
 
 def parse_imgedit(reply, mode="strict"):
-    """The scores in an answer of ImgEdit's judge, as a list; None where there are none.
+    """The list of scores in an answer of ImgEdit's judge; None where there are none.
 
-    strict: the values of three differently labelled scores, each from 1 to 5. official: the digits after ": " on lines
-    that hold nothing else behind it, any number of them, out of any range.
+    strict: three differently labelled ones, from 1 to 5. official: what is digits alone after a line's one ": ".
     """
     if mode == "official":
         pairs = [line.strip().split(": ") for line in reply.splitlines()]
@@ -108,10 +102,10 @@ def parse_imgedit(reply, mode="strict"):
 
 
 def parse_gedit(reply, mode="strict"):
-    """The scores in an answer of GEdit's judge (VIEScore), as a list; None where there are none.
+    """The list of scores in an answer of GEdit's judge (VIEScore); None where there are none.
 
-    strict: two values from 0 to 10, out of JSON, out of what is nearly JSON, or labelled. official: what the official
-    parser makes of it, also a single value or one out of range; where that would draw a random score, None.
+    strict: two from 0 to 10, out of JSON or what nearly is, or labelled. official: what the official parser reads, any
+    number of them and of any size, but None where it would draw a random score.
     """
     if mode == "official":
         return _official_gedit(reply)
@@ -144,22 +138,20 @@ def _labelled(text, start, top):
 
 def _official_gedit(reply):
     """What VIEScore's parser reads: between two delimiters or the outer braces, mended where it is not JSON."""
-    mark = "||V^=^V||"
+    mark, attempts = "||V^=^V||", (str, _mended)
     if reply.count(mark) == 2:
-        text = reply.split(mark)[1]
+        text = reply[reply.find(mark) + len(mark) : reply.rfind(mark)]
     elif "{" in reply and "}" in reply:
         text = reply[reply.find("{") : reply.rfind("}") + 1]
     else:
         text = reply[reply.find("[") : reply.rfind("]") + 1] if "[" in reply else ""
-        if re.match(r"\[\d+, ?\d+\]$", text):
-            return json.loads(text)
-        return [int(reply)] if re.fullmatch(r"\s*\+?\d+\s*", reply) and 0 <= int(reply) <= 10 else None
-    text = text.strip().replace("\n", "")
-    for attempt in (str, _mended):
+        text = text if re.match(r"\[\d+, ?\d+\]$", text) else reply if re.fullmatch(r"\s*\+?0*(?:\d|10)\s*", reply) else ""
+        text, attempts = f'{{"score": {text}}}', (str,)
+    for attempt in attempts:
         try:
-            value = json.loads(attempt(text))["score"]
-            scores = value if isinstance(value, list) else [value]
-            return scores if all(isinstance(score, (int, float)) for score in scores) and scores else None
+            value = json.loads(attempt(text.strip().replace("\n", "")))["score"]
+            scores = value if isinstance(value, list) or attempt is _mended else [value]
+            return scores if math.isfinite(min(scores)) else None
         except (ValueError, KeyError, TypeError):
             pass
     return None
@@ -183,10 +175,10 @@ def _mended(text):
 
 
 def score_imgedit(records, mode="strict"):
-    """ImgEdit-Bench's result from the judge's calls: {"rows": [one dict a row], "groups": {"all": table of tabulate}}.
+    """ImgEdit-Bench's result from the judge's calls: {"rows": [one dict a row], "groups": {"all": data_prep.tabulate's}}.
 
-    records: dicts with `row`, `task`, `source`, and `reply` or `failure`; of several for one row the last counts. A row's
-    score is the mean of its three, the floor is 1. official: rounded to 2 digits, as are the tasks'.
+    records: dicts with `row`, `task`, `source`, and `reply` or `failure`; a row's last one counts. A row's score is the
+    mean of its three, the floor is 1. official: rounded to 2 digits, as are the tasks'.
     """
     rows, digits = [], 2 if mode == "official" else None
     for record in {record["row"]: record for record in records}.values():
@@ -214,9 +206,11 @@ def score_gedit(records, mode="strict"):
 
 
 def score_heldout(records, mode="strict"):
-    """A held-out set's result, as score_imgedit: the judge's own score in `scores`, the oracle's, if any, in `truth`."""
-    rows = [_row(record, mode, 0.0, judge=(record.get("scores") or [None])[0], **record.get("truth", {}))
-            for record in {record["row"]: record for record in records}.values()]  # fmt: skip
+    """A held-out set's result, as score_imgedit: the judge's own score in `scores`; a toy row's oracle in `truth`."""
+    rows = []
+    for record in {record["row"]: record for record in records}.values():
+        truth = record.get("truth") or dict.fromkeys(("oracle", "success") if "target_scene" in record else ())
+        rows.append(_row(record, mode, 0.0, judge=(record.get("scores") or [None])[0], **truth))
     return {"rows": rows, "groups": grouped(rows, METRICS["heldout"])}
 
 
@@ -224,7 +218,8 @@ def _row(record, mode, floor, **metrics):
     """A row's result: a metric without a value gets the floor; official: then the row has no value at all (NaN)."""
     answered = None not in metrics.values()
     if not answered:
-        metrics = {key: math.nan if mode == "official" else floor if value is None else value for key, value in metrics.items()}
+        metrics = {key: floor if value is None else value for key, value in metrics.items()}
+        metrics = dict.fromkeys(metrics, math.nan) if mode == "official" else metrics
     kept = ("row", "task", "source", "language", "intersection")
     return {key: record[key] for key in kept if key in record} | {"answered": answered} | metrics
 
@@ -243,7 +238,8 @@ def tabulate(rows, metrics, digits=None):
     """Means with 95 % intervals: {"rows", "answered", metric: {"macro": [mean, low, high], "micro": ..., task: ...}}.
 
     rows: dicts with `task`, `source`, `answered` and the metrics, NaN where there is no value. macro is the mean of the
-    tasks' means, micro that of the rows. digits: to which the tasks' means are rounded; None: not.
+    tasks' means, micro that of the rows. digits: to which the tasks' means are rounded; None: not. Intervals are
+    bootstrapped over source pictures, each with all its rows.
     """
     table = {"rows": len(rows), "answered": sum(row["answered"] for row in rows)}
     for metric in metrics:
@@ -254,8 +250,8 @@ def tabulate(rows, metrics, digits=None):
         means = [sum(mine) / len(mine) if digits is None else round(sum(mine) / len(mine), digits) for mine in own]
         with np.errstate(all="ignore"):
             whole = np.nansum(draws, 1) / (~np.isnan(draws)).sum(1)  # (D,) over the tasks that were drawn
-        micro = bootstrap(values, ["all"] * len(values), sources)[1].reshape(-1)
-        table[metric] = {"macro": _interval(means, whole), "micro": _interval(values, micro)}
+        every = bootstrap(values, ["all"] * len(values), sources)[1].reshape(-1)
+        table[metric] = {"macro": _interval(means, whole), "micro": _interval(values, every)}
         table[metric] |= {name: _interval([mean], draws[:, i]) for i, (name, mean) in enumerate(zip(names, means))}
     return table
 
@@ -266,29 +262,13 @@ def _interval(values, draws):
     return [sum(values) / len(values) if values else None, *ends]
 
 
-def bootstrap(values, tasks, sources, draws=2000, seed=0):
-    """Resamples source pictures, each with all its rows: (names of the T tasks, their means (D, T), NaN if not drawn).
-
-    values, tasks, sources: of n rows. With one source picture alone nothing is known of the spread: all NaN.
-    """
-    names, task = np.unique(np.array(tasks, str), return_inverse=True)
-    pictures, source = np.unique(np.array(sources, str), return_inverse=True)
-    if len(pictures) < 2:
-        return names.tolist(), np.full((draws, len(names)), math.nan)
-    totals, counts = np.zeros((2, len(pictures), len(names)))  # (S, T) each
-    np.add.at(totals, (source, task), values)
-    np.add.at(counts, (source, task), 1)
-    times = np.random.default_rng(seed).multinomial(len(pictures), np.full(len(pictures), 1 / len(pictures)), draws)  # (D, S)
-    with np.errstate(all="ignore"):
-        return names.tolist(), (times @ totals) / (times @ counts)  # (D, T)
-
-
 def paired_differences(a, b, metrics):
     """The tables of a - b over the rows that both results have; the rows' sources are resampled for both at once."""
-    other = {row["row"]: row for row in b}
-    pairs = [(row, other[row["row"]]) for row in a if row["row"] in other]
-    return grouped([row | {"answered": row["answered"] and mate["answered"]} | {key: row[key] - mate[key] for key in metrics
-                    if key in row and key in mate} for row, mate in pairs], metrics)  # fmt: skip
+    other, pairs = {row["row"]: row for row in b}, []
+    for row, mate in ((row, other[row["row"]]) for row in a if row["row"] in other):
+        both = {key: row[key] - mate[key] for key in metrics if key in row and key in mate}
+        pairs.append(row | both | {"answered": row["answered"] and mate["answered"]})
+    return grouped(pairs, metrics)
 
 
 def verdict(difference, a, b):
@@ -296,10 +276,10 @@ def verdict(difference, a, b):
     mean, low, high = difference
     if low is None:
         return f"too few source pictures to tell {a} from {b}"
-    interval = f"(95 % interval {low:+.3f} to {high:+.3f})"
+    interval = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
     if low <= 0 <= high:
-        return f"no difference between {a} and {b} can be told: {mean:+.3f} {interval}"
-    return f"{a} is {'better' if mean > 0 else 'worse'} than {b}: {mean:+.3f} {interval}"
+        return f"no difference between {a} and {b} can be told: {interval}"
+    return f"{a} is {'better' if mean > 0 else 'worse'} than {b}: {interval}"
 
 
 # ---------------------------------------------------------------- benchmarks
@@ -309,18 +289,20 @@ def load_benchmark(settings):
     """(rows, prompts, {"sha256", "rows"} of the metadata) of the benchmark; BadInput when it is not what it should be.
 
     rows: dicts with `row` (its name), `prompt`, `images` (paths), `task`, `source` (whose picture it is), `file` (where
-    its edit lies in a subject's folder), and GEdit's `language` and `intersection`. prompts: by task (ImgEdit) or call
-    (GEdit), with the benchmark's own placeholder.
+    its edit lies in a subject's folder), and GEdit's `language` and `intersection`. prompts: the judge's, by task or call.
     """
-    folder = Path(settings.bench).resolve()
+    folder, kind = Path(settings.bench).resolve(), settings.benchmark
     if not settings.bench or not folder.is_dir():
         raise BadInput(f"--bench {settings.bench}: no such folder; name the benchmark's")
-    if settings.benchmark == "heldout":
-        rows = [row | {"row": row["id"], "task": row.get("task", "all"), "source": row["images"][0], "file": f"{i:05}.png"}
-                for i, row in enumerate(read_rows(folder, "test"))]  # fmt: skip
-        prompts, sha = {}, ""
+    if kind == "heldout":
+        rows, prompts, sha = read_rows(folder, "test"), {}, ""
+        for i, row in enumerate(rows):
+            row |= {"row": row["id"], "task": row.get("task", "all"), "source": row["images"][0], "file": f"{i:05}.png"}
+    elif kind == "imgedit":
+        rows, prompts, sha = read_imgedit(folder, settings.prompts)
     else:
-        rows, prompts, sha = {"imgedit": read_imgedit, "gedit": read_gedit}[settings.benchmark](folder, settings)
+        languages = ("en", "cn") if settings.language == "both" else (settings.language,)
+        rows, prompts, sha = read_gedit(folder, settings.prompts, languages, settings.out)
     if gone := [row for row in rows if not Path(row["images"][0]).is_file()]:
         raise BadInput(f"{gone[0]['images'][0]}: the picture of row {gone[0]['row']} is not there, nor {len(gone) - 1} others; "
                        "put the pictures beside the metadata")  # fmt: skip
@@ -328,126 +310,28 @@ def load_benchmark(settings):
     return rows, prompts, {"sha256": sha or hashlib.sha256(said.encode()).hexdigest(), "rows": len(rows)}
 
 
-def find_file(given, folders, names, what):
-    """The file that was given, else the first of `names` in `folders`."""
-    paths = [Path(given)] if given else [Path(folder, name) for folder in folders for name in names]
-    for path in paths:
-        if path.is_file():
-            return path
-    raise BadInput(f"{given or folders[0]}: holds no {what}, {' or '.join(names)}; name the benchmark's folder, or --prompts FILE")
-
-
-def read_json(file):
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{file}: not JSON ({error}); take the benchmark's own file") from None
-    if not isinstance(value, dict) or not value:
-        raise BadInput(f"{file}: holds no entries; take the benchmark's own file")
-    return value
-
-
-def read_imgedit(folder, settings):
-    """ImgEdit-Bench, single turn: {key: {id, prompt, edit_type}}, a judge's prompt for each type, and the pictures."""
-    file = find_file("", (folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"), "ImgEdit metadata")
-    asked = find_file(settings.prompts, (file.parent, file.parent.parent), ("judge_prompt.json", "prompts.json"), "judge prompts")
-    texts, rows, prompts = read_json(asked), [], {}
-    for key, entry in read_json(file).items():
-        where = f"{file}: row {key}"
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("id", "prompt", "edit_type")):
-            raise BadInput(f"{where} has no id, prompt and edit_type; take ImgEdit-Bench's single-turn metadata")
-        kind = entry["edit_type"]
-        task = "adjust" if kind == "alter" else kind  # two versions circulate
-        if task not in IMGEDIT_TASKS:
-            raise BadInput(f"{where}: unknown task {kind!r}; ImgEdit-Bench has {', '.join(IMGEDIT_TASKS)}")
-        prompts[task] = texts.get(kind) or texts.get(task) or (texts.get("alter") if task == "adjust" else None)
-        if not isinstance(prompts[task], str):
-            raise BadInput(f"{asked}: has no prompt for the task {kind!r} of row {key}; take both files from one version")
-        rows.append({"row": key, "prompt": entry["prompt"], "images": [inside(file.parent, entry["id"], where)], "task": task,
-                     "source": entry["id"], "file": f"{file_name(key, where)}.png"})  # fmt: skip
-    return rows, prompts, hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def read_gedit(folder, settings):
-    """GEdit-Bench: parquet or arrow files, or metadata.jsonl with `file_name` beside the pictures; and vie_prompts.py."""
-    prompts = read_vie_prompts(find_file(settings.prompts, (folder, folder / "viescore", folder.parent / "viescore"),
-                                         ("vie_prompts.py",), "judge prompts"))  # fmt: skip
-    rows, times, listed = [], {}, folder / "metadata.jsonl"
-    try:
-        lines = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
-        entries = [json.loads(line) for line in lines if line.strip()] or read_table(folder)
-    except ValueError as error:
-        raise BadInput(f"{listed}: not JSON ({error}); write one object a line") from None
-    for number, entry in enumerate(entries, 1):
-        where = f"{folder}: row {number}"
-        if not all(isinstance(entry.get(name), str) for name in ("key", "task_type", "instruction", "instruction_language")):
-            raise BadInput(f"{where} lacks key, task_type, instruction or instruction_language; name GEdit-Bench's folder")
-        task, language, key = entry["task_type"], entry["instruction_language"], file_name(entry["key"], where)
-        if task not in GEDIT_TASKS or language not in ("en", "cn"):
-            raise BadInput(f"{where}: unknown task {task!r} in {language!r}; there are {', '.join(GEDIT_TASKS)}, in en and cn")
-        if settings.language not in (language, "both"):
-            continue
-        place = f"{task}/{language}/{key}"
-        times[place] = times.get(place, 0) + 1
-        name = place if times[place] == 1 else f"{place}-{times[place]}"  # a few keys repeat, with another instruction
-        stored = (entry.get("input_image_raw") or entry.get("input_image") or {}).get("bytes")
-        if stored:
-            path = Path(settings.out, "sources", f"{name}.png")
-            write_whole(path, lambda part: part.write_bytes(stored))
-        else:
-            path = Path(inside(folder, str(entry.get("file_name")), where))
-        picture = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
-        rows.append({"row": name, "prompt": entry["instruction"], "images": [str(path)], "task": task, "source": picture,
-                     "file": f"fullset/{name}.png", "shared file": f"fullset/{place}.png", "language": language,
-                     "intersection": bool(entry.get("Intersection_exist"))})  # fmt: skip
-    if not rows:
-        raise BadInput(f"{folder}: holds no rows in {settings.language}, in parquet, arrow or metadata.jsonl; name GEdit-Bench's")
-    return rows, prompts, ""
-
-
-def read_vie_prompts(file):
-    """{"SC": ..., "PQ": ...}, put together as VIEScore does, from a Python file whose constants are read as literals."""
-    texts = {}
-    try:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant):
-                texts[node.targets[0].id] = ast.literal_eval(node.value)
-        parts = [texts[name] for name in ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
-                                          "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ")]  # fmt: skip
-        return {"SC": "\n".join(parts[:3]), "PQ": "\n".join([parts[0], parts[3]])}
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
-        raise BadInput(f"{file}: has not the texts of VIEScore ({error}); take GEdit-Bench's vie_prompts.py") from None
-
-
-def file_name(key, where):
-    if not re.fullmatch(r"\w[\w. -]*", key):
-        raise BadInput(f"{where}: the key {key!r} cannot be a file's name; correct it")
-    return key
-
-
-def write_whole(path, write):
-    """Has `write` fill a file beside `path` and renames it: at no moment is there half a file at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    write(part)
-    part.replace(path)
-
-
 # ---------------------------------------------------------------- sample: the edits
+
+
+def edit_of(row, subject, folder):
+    """Where a row's edit lies; of a repeated key a foreign folder has one file alone."""
+    path = Path(row["images"][0]) if subject == "source" else folder / row["file"]
+    return path if path.is_file() or subject != "edits" else folder / row.get("shared file", row["file"])
 
 
 def subjects_of(settings):
     """{name: folder of its edits}, the one in question first; the edits of `source` are the sources themselves."""
     first = "edits" if settings.edits else "trained" if settings.lora else "base"
-    return {name: Path(settings.edits) if name == "edits" else Path(settings.out, name)
-            for name in dict.fromkeys([first, *sorted(settings.baselines)])}  # fmt: skip
+    names = dict.fromkeys([first, *sorted(settings.baselines)])
+    return {name: Path(settings.edits) if name == "edits" else Path(settings.out, name) for name in names}
 
 
 def with_copies(rows, settings):
     """Every row `copies` times: the first lies where the benchmark wants it, the others in a folder of their seed."""
     for row in rows:
         for seed in range(settings.seed, settings.seed + settings.copies):
-            other = {} if seed == settings.seed else {"row": f"{row['row']}@{seed}", "file": f"seed-{seed}/{row['file']}"}
+            file = f"seed-{seed}/{row['file']}"
+            other = {"row": f"{row['row']}@{seed}", "file": file, "shared file": file} if seed != settings.seed else {}
             yield row | {"seed": seed} | other
 
 
@@ -456,71 +340,42 @@ def draw_edits(settings, rows, accelerator):
     todo = []
     for name, folder in subjects_of(settings).items():
         for row in rows[accelerator.process_index :: accelerator.num_processes] if name in ("trained", "base") else ():
-            copies = [copy for copy in with_copies([row], settings) if not (folder / copy["file"]).is_file()]
-            todo += [(name, folder, row, copies)] * bool(copies)
-    if not todo:
-        return
-    if not settings.base:
+            copies = list(with_copies([row], settings))  # always drawn together: a batch of another size rounds otherwise
+            todo += [(name, folder, row, copies)] * any(not (folder / copy["file"]).is_file() for copy in copies)
+    if todo and not settings.base:
         raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
-    cuda = accelerator.device.type == "cuda"
-    editor = load_editor(settings.base, accelerator.device, torch.bfloat16 if cuda else torch.float32, settings.resolution)
-    if settings.lora:
-        try:
-            editor.pipe.load_lora_weights(settings.lora, adapter_name="new")
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"{settings.lora}: not a LoRA for {settings.base} ({reason}); name RUN/checkpoint-N") from error
-        find_lora_layers(editor)
-        if not editor.lora_layers:
-            raise BadInput(f"{settings.lora}: binds to no layer of {settings.base}; take the LoRA's own base model")
+    if todo:
+        dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+        editor = load_editor(settings.base, accelerator.device, dtype, settings.resolution,
+                             trust_remote_code=settings.trust_remote_code)  # fmt: skip
+        if settings.lora:
+            add_policies(editor, averages=(), start=settings.lora)
     for name, folder, row, copies in tqdm(todo, desc="edits", disable=not accelerator.is_main_process):
-        sources, noises = [load_image(path) for path in row["images"]], [seed_of(copy) for copy in copies]
+        sources = [load_image(path) for path in row["images"]]
+        noises = [torch.Generator().manual_seed(copy["seed"]) for copy in copies]
         with policy(editor, "new" if name == "trained" else "base"):
-            edits = rollout(editor, sources, row["prompt"], noises, settings.steps, settings.guidance).images
+            edits = rollout(editor, sources, row["prompt"], noises, settings.steps, settings.guidance, evaluation=True).images
         for copy, edit in zip(copies, edits):
             path = folder / copy["file"]
             if settings.benchmark == "gedit":
                 write_whole(path.with_name(f"{path.stem}_SRCIMG.png"), lambda part: sources[0].save(part, "PNG"))
-            write_whole(path, lambda part: edit.save(part, "PNG"))
-
-
-def seed_of(copy):
-    return torch.Generator().manual_seed(copy["seed"])
+            if not path.is_file():
+                write_whole(path, lambda part: edit.save(part, "PNG"))
 
 
 # ---------------------------------------------------------------- judge: the calls
 
 
-def edit_of(row, subject, folder):
-    """Where a row's edit lies; of a repeated key a foreign folder has one file alone."""
-    if subject == "source":
-        return Path(row["images"][0])
-    path = folder / row["file"]
-    return path if path.is_file() or subject != "edits" else folder / row.get("shared file", row["file"])
-
-
-def question(call, row, prompts):
-    """The text of a call on an edit: the benchmark's prompt with the instruction in its place."""
-    text = prompts.get(call) or prompts.get(row["task"]) or "{prompt}"
-    return re.sub("<edit_prompt>|<instruction>|{prompt}", lambda mark: row["prompt"], text)
-
-
 def shown_to_judge(path, benchmark):
     """The picture as the benchmark's scorer shows it: GEdit's with about 512 x 512 pixels, others as they are."""
     image = load_image(path)
-    if benchmark != "gedit":
-        return image
     width = math.sqrt(512 * 512 * image.width / image.height)
-    return image.resize((int(width), int(width * image.height / image.width)))
-
-
-def short_hash(text):
-    return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:8]
+    return image.resize((int(width), int(width * image.height / image.width))) if benchmark == "gedit" else image
 
 
 def read_calls(out, stem):
     """{(subject, row, call): its newest record} of a judge's call files; a last line that a kill cut short is none."""
-    lines = [line for file in sorted(Path(out).glob(f"{stem}*.jsonl")) for line in file.read_bytes().split(b"\n")[:-1]]
+    lines = [line for file in sorted(Path(out).glob(f"{stem}-*.jsonl")) for line in file.read_bytes().split(b"\n")[:-1]]
     return {(record["subject"], record["row"], record["call"]): record for record in map(json.loads, lines)}
 
 
@@ -531,7 +386,10 @@ def judge_edits(settings, rows, prompts, accelerator):
     """
     judge = load_judge(settings, accelerator.device, torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32)
     name = getattr(judge, "name", "") or settings.judge_model or settings.judge.removeprefix("local:")
-    warn_of_reward_judge(settings, name)
+    trained = Path(settings.lora or ".").parent / "config.json"
+    if settings.lora and trained.is_file() and settings.judge == read_json(trained).get("judge") and not accelerator.process_index:
+        print(f"warning: {name} is the judge that {settings.lora} was trained with; its scores tell how well it is pleased: "
+              "let another judge have the last word", file=sys.stderr)  # fmt: skip
     texts = json.dumps(prompts or judge.prompts, sort_keys=True)
     stem = "-".join(["calls", *re.findall(r"[\w.]+", name), short_hash(texts)])
     done, todo, process = read_calls(settings.out, stem), [], accelerator.process_index
@@ -540,24 +398,27 @@ def judge_edits(settings, rows, prompts, accelerator):
             path = edit_of(row, subject, folder)
             seen = short_hash(path.read_bytes()) if path.is_file() else ""
             for call in CALLS[settings.benchmark]:
-                text = question(call, row, prompts)
-                record = {"subject": subject, "row": row["row"], "call": call, "judge": name, "prompt": short_hash(text), "picture": seen}
+                text = prompts.get(call) or prompts.get(row["task"], "")  # the instruction goes in its place
+                text = re.sub("<edit_prompt>|<instruction>", lambda mark: row["prompt"], text) or row["prompt"]
+                record = {"subject": subject, "row": row["row"], "call": call, "judge": name, "prompt": short_hash(text),
+                          "picture": seen}  # fmt: skip
                 before = done.get((subject, row["row"], call), {})
                 if any(before.get(key) != value for key, value in record.items()) or (before.get("failure") and seen):
                     todo.append((record, text, row, path))
     path = Path(settings.out, f"{stem}-{process}.jsonl")
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut the last line short
-    lock, counts = threading.Lock(), {True: 0, False: 0}
+    lock, failed, good = threading.Lock(), [], []
     with open(path, "ab", buffering=0) as file:
 
         def keep(record, answer):
             with lock:
                 file.write(json.dumps(record | answer, ensure_ascii=False).encode() + b"\n")
-                counts["failure" in answer] += answer.get("failure") != MISSING
-                if counts[True] >= 8 and not counts[False]:
-                    raise BadInput(f"{settings.judge}: its first {counts[True]} calls all failed ({answer['failure']}); see to "
-                                   "the judge, which must take pictures, and start again")  # fmt: skip
+                if answer.get("failure") != MISSING:
+                    (failed if "failure" in answer else good).append(answer)
+                if len(failed) >= 8 and not good:
+                    raise BadInput(f"{settings.judge}: its first {len(failed)} calls all failed ({answer['failure']}); see "
+                                   "to the judge, which must take pictures, and start again")  # fmt: skip
 
         for record, *_ in todo:
             if not record["picture"]:
@@ -570,24 +431,18 @@ def ask_benchmark(settings, judge, todo, keep, quiet):
     """judge.ask for each entry of todo, several at a time; a failed call is a record with its cause."""
     parse = parse_imgedit if settings.benchmark == "imgedit" else parse_gedit
 
-    def ask(record, text, row, path):
+    def ask(entry):
+        record, text, row, path = entry
         pictures = [path] if record["call"] == "PQ" else [*row["images"], path]
         try:
             reply = judge.ask(text, [shown_to_judge(picture, settings.benchmark) for picture in pictures])
-            keep(record, {"reply": reply, "scores": parse(reply)})
-        except (JudgeFailure, BadInput) as failure:
-            if not isinstance(failure, JudgeFailure) and not str(failure).startswith(str(path)):
-                raise
-            keep(record, {"failure": str(failure)})
+        except JudgeFailure as failure:
+            return keep(record, {"failure": str(failure)})
+        keep(record, {"reply": reply, "scores": parse(reply)})
 
     with ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(","))) as pool:
-        futures = [pool.submit(ask, *entry) for entry in todo]
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc="judge", disable=quiet):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for _ in tqdm(pool.map(ask, todo), total=len(todo), desc="judge", disable=quiet):
+            pass
 
 
 def ask_heldout(settings, judge, todo, keep, quiet):
@@ -598,39 +453,29 @@ def ask_heldout(settings, judge, todo, keep, quiet):
         result = judge.score(rows, [[load_image(path) for path in row["images"]] for row in rows], edits)
         for i, score in enumerate(result.score.tolist()):
             answer = {"failure": result.causes[i] or "no score"} if math.isnan(score) else {"scores": [score]}
-            truth = dict(zip(("oracle", "success"), map(float, oracle(rows[i], edits[i]) or ())))
-            keep(records[i], answer | ({"truth": truth} if truth else {}))
-
-
-def warn_of_reward_judge(settings, name):
-    """Says so when the judge is the one that the LoRA was trained to please."""
-    for folder in [Path(settings.lora), *Path(settings.lora).parents][:3] if settings.lora else ():
-        if (folder / "config.json").is_file():
-            reward = read_json(folder / "config.json")
-            if settings.judge == reward.get("judge") or name == reward.get("judge_model"):
-                print(f"warning: {name} is the judge that {settings.lora} was trained with; its scores tell how well it is "
-                      "pleased: let another judge have the last word", file=sys.stderr)  # fmt: skip
-            return
+            truth = oracle(rows[i], edits[i])
+            keep(records[i], answer | ({"truth": dict(zip(("oracle", "success"), map(float, truth)))} if truth else {}))
 
 
 # ---------------------------------------------------------------- score: tables, report, comparison
 
 
 def score_calls(settings, rows, version):
-    """Adds up each judge's calls in --out into scores-JUDGE-PROMPTS-MODE.json: {that file's name: its content}."""
-    stems = {re.match(r"calls-(.*-[0-9a-f]{8})-\d+$", file.stem)[1] for file in Path(settings.out).glob("calls-*.jsonl")}
+    """Adds up each judge's calls in --out into scores-JUDGE-PROMPTS-MODE.json: [what was written, one for each judge]."""
+    stems = {re.match(r"calls-(.*)-\d+$", file.stem)[1] for file in Path(settings.out).glob("calls-*.jsonl")}
     if not stems:
         raise BadInput(f"{settings.out}: holds no calls of a judge; run --stage judge first")
-    score, results = {"imgedit": score_imgedit, "gedit": score_gedit, "heldout": score_heldout}[settings.benchmark], {}
+    score, results = {"imgedit": score_imgedit, "gedit": score_gedit, "heldout": score_heldout}[settings.benchmark], []
     for stem in sorted(stems):
         said, subjects = read_calls(settings.out, f"calls-{stem}"), {}
         for name in subjects_of(settings):
-            subjects[name] = score([said.get((name, row["row"], call), {"call": call, "failure": "not judged"}) | row
-                                    for row in with_copies(rows, settings) for call in CALLS[settings.benchmark]], settings.mode)  # fmt: skip
-        results[f"scores-{stem}-{settings.mode}.json"] = {
-            "benchmark": settings.benchmark, "judge": stem, "mode": settings.mode, "metadata": version, "subjects": subjects}  # fmt: skip
-    for name, result in results.items():
-        write_whole(Path(settings.out, name), lambda part: part.write_text(json.dumps(result, ensure_ascii=False)))
+            records = [{"failure": "not judged"} | said.get((name, row["row"], call), {}) | row | {"call": call}
+                       for row in with_copies(rows, settings) for call in CALLS[settings.benchmark]]  # fmt: skip
+            subjects[name] = score(records, settings.mode)
+        results.append({"benchmark": settings.benchmark, "judge": stem, "mode": settings.mode, "metadata": version,
+                        "subjects": subjects})  # fmt: skip
+        file = Path(settings.out, f"scores-{stem}-{settings.mode}.json")
+        write_whole(file, lambda part: part.write_text(json.dumps(results[-1], ensure_ascii=False), encoding="utf-8"))
     return results
 
 
@@ -639,148 +484,117 @@ def shown(mean):
     return "-" if mean is None else f"{mean:.3f}" if low is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def tables(groups, title):
-    """The text of a result's tables: for each group its coverage, and a line a metric with each mean and its interval."""
+def as_text(groups, title):
+    """A result's tables: for each group its coverage, and a line a task with the mean and interval of each metric."""
     lines = []
     for group, table in groups.items():
+        metrics = [key for key in table if key not in ("rows", "answered")]
         lines.append(f"{title}, {group}: {table['answered']} of {table['rows']} rows answered")
-        for metric, means in ((key, value) for key, value in table.items() if isinstance(value, dict)):
-            lines.append(f"  {metric:7} " + "  ".join(f"{name} {shown(mean)}" for name, mean in means.items()))
+        lines.append(" " * 19 + "".join(f"{metric:27}" for metric in metrics).rstrip())
+        lines += [f"  {name:17}" + "".join(f"{shown(table[metric][name]):27}" for metric in metrics).rstrip()
+                  for name in table[metrics[0]]]  # fmt: skip
     return "\n".join(lines)
 
 
-def describe(settings, results):
+def differences(a, b, benchmark, name_a, name_b):
+    """The paired differences of two lists of row results as tables and in words."""
+    groups, metric = paired_differences(a, b, METRICS[benchmark]), METRICS[benchmark][0]
+    words = [f"{group}: " + verdict(table[metric]["macro"], name_a, name_b) for group, table in groups.items()]
+    return "\n".join([as_text(groups, f"{name_a} - {name_b}"), *words])
+
+
+def describe(settings, result):
     """What a person reads first: every table, the gain over the baselines, and a row for a table of published numbers."""
-    lines, metrics = [], METRICS[settings.benchmark]
-    for result in results.values():
-        version, (first, *others) = result["metadata"], result["subjects"]
-        lines.append(f"{result['benchmark']}, {result['mode']} reading, judge and prompts {result['judge']}, "
-                     f"{version['rows']} rows, metadata sha256 {version['sha256']}")  # fmt: skip
-        full = {"imgedit": 737, "gedit": 1212 if settings.language == "both" else 606}.get(settings.benchmark, version["rows"])
-        if version["rows"] != full:
-            lines.append(f"warning: the published metadata has {full} rows; these numbers stand beside no published ones")
-        lines += [tables(content["groups"], name) for name, content in result["subjects"].items()]
-        for name in others:
-            gains = paired_differences(*(result["subjects"][key]["rows"] for key in (first, name)), metrics)
-            lines += [f"{group}: " + verdict(table[metrics[0]]["macro"], first, name) for group, table in gains.items()]
-        groups = result["subjects"][first]["groups"]
-        title = settings.name or " + ".join(filter(None, (settings.base or settings.edits, settings.lora)))
-        marks = [(f"{group} {metric}", shown(table[metric]["macro"])) for group, table in groups.items() for metric in metrics
-                 if metric in table]  # fmt: skip
-        for cells in (("model", "judge", *(name for name, _ in marks)), ["---"] * (2 + len(marks)),
-                      (title, result["judge"], *(mark for _, mark in marks))):  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    version, (first, *others), metrics = result["metadata"], result["subjects"], METRICS[settings.benchmark]
+    lines = [f"{result['benchmark']}, {result['mode']} reading, judge and prompts {result['judge']}, {version['rows']} rows, "
+             f"metadata sha256 {version['sha256']}"]  # fmt: skip
+    full = {"imgedit": 737, "gedit": 1212 if settings.language == "both" else 606}.get(settings.benchmark, version["rows"])
+    if version["rows"] != full:
+        lines.append(f"warning: the published metadata has {full} rows; these numbers stand beside no published ones")
+    lines += [as_text(content["groups"], name) for name, content in result["subjects"].items()]
+    of = {name: content["rows"] for name, content in result["subjects"].items()}
+    lines += [differences(of[first], of[name], settings.benchmark, first, name) for name in others]
+    title = settings.name or " + ".join(filter(None, (settings.edits or settings.base, settings.lora)))
+    cells = {"model": title, "judge": result["judge"]} | {
+        f"{group} {metric}": shown(table[metric]["macro"]) for group, table in result["subjects"][first]["groups"].items()
+        for metric in metrics if metric in table}  # fmt: skip
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in (cells, ["---"] * len(cells), cells.values()))])
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>edit-nft: evaluation</title><style>
-body {font: 14px system-ui, sans-serif; margin: 1.5em; background: #fff; color: #222}
-pre {background: #f4f4f4; padding: .8em; overflow: auto}
-article {display: flex; flex-wrap: wrap; gap: 12px; border-top: 1px solid #ddd; padding: 12px 0}
-article > div {flex: 0 0 230px} figure {margin: 0; width: 260px} small {color: #666} summary {cursor: pointer}
-img {width: 260px; height: 260px; object-fit: contain; background: #f4f4f4; image-rendering: @SCALING@}
-details {white-space: pre-wrap}</style>
-<h1>edit-nft: evaluation</h1><pre>@SUMMARY@</pre>
-<label>task <select id="task"><option value="">all</option></select></label>
-<label>order <select id="order"><option value="worst">worst first</option><option value="best">best first</option>
-<option value="loss">most behind the base first</option></select></label> <span id="count"></span><main></main>
-<script type="application/json" id="data">@DATA@</script><script>
-const rows = JSON.parse(document.getElementById("data").textContent), task = document.getElementById("task"),
-  order = document.getElementById("order"), main = document.querySelector("main");
-const add = (to, tag, text) => { const e = document.createElement(tag); if (text) e.textContent = text; to.append(e); return e; };
-for (const name of [...new Set(rows.map(r => r.task))].sort()) add(task, "option", name).value = name;
-const low = (r, key) => r[key] === null ? -1 : r[key];
-function show() {
-  main.replaceChildren();
-  const kept = rows.filter(r => !task.value || r.task === task.value);
-  const by = {worst: (a, b) => low(a, "mark") - low(b, "mark"), best: (a, b) => low(b, "mark") - low(a, "mark"),
-    loss: (a, b) => a.gain - b.gain}[order.value];
-  for (const r of kept.sort(by)) {
-    const article = add(main, "article"), head = add(article, "div");
-    add(head, "b", r.prompt); add(head, "p", r.task); add(head, "small", r.row);
-    for (const [name, picture, marks, said] of r.shown) {
-      const figure = add(article, "figure"), caption = add(figure, "figcaption", name + "  " + marks);
-      if (picture) { const img = add(figure, "img"); img.src = picture; img.loading = "lazy"; } else add(figure, "p", "no edit");
-      if (said) { const more = add(figure, "details", said); more.prepend(add(more, "summary", "the judge's words")); }
-    }
-  }
-  document.getElementById("count").textContent = kept.length + " rows";
-}
-task.onchange = order.onchange = show; show();
-</script>
+body {font: 14px system-ui, sans-serif; margin: 1.5em; color: #222} pre {background: #f4f4f4; padding: .8em; overflow: auto}
+article {display: flex; flex-wrap: wrap; gap: 12px; border-top: 1px solid #ddd; padding: 12px 0} [hidden] {display: none}
+article > div {flex: 0 0 230px} figure {margin: 0; width: 260px} small {color: #666} details {white-space: pre-wrap}
+img {width: 260px; height: 260px; object-fit: contain; background: #f4f4f4} .tiny {image-rendering: pixelated}
+figcaption {min-height: 2.5em}</style>
+<h1>edit-nft: evaluation</h1><pre>@SUMMARY@</pre><label>task <select id="task"><option value="">all</option></select></label>
+<label>order <select id="order"><option value="1">worst first</option><option value="-1">best first</option></select></label>
+<span id="count"></span><main>@ROWS@</main><script>
+const rows = [...document.querySelectorAll("article")], [task, order, count] = ["task", "order", "count"].map(
+  id => document.getElementById(id)), mark = row => parseFloat(row.dataset.mark);
+for (const name of [...new Set(rows.map(row => row.dataset.task))].sort()) task.add(new Option(name, name));
+task.onchange = order.onchange = () => {
+  rows.sort((a, b) => order.value * (mark(a) - mark(b))).forEach(row => row.parentNode.append(row));
+  rows.forEach(row => row.hidden = task.value && row.dataset.task !== task.value);
+  count.textContent = rows.filter(row => !row.hidden).length + " rows";
+};
+order.onchange();</script>
 """
 
 
 def write_report(settings, rows, results, summary):
-    """report.html with small pictures beside it, and grid.png: of each task the row with the median mark of the first subject."""
-    out, metric, entries, subjects = Path(settings.out), METRICS[settings.benchmark][0], [], subjects_of(settings)
-    marks = [(result, name, {row["row"]: row for row in result["subjects"][name]["rows"]},
-              read_calls(out, f"calls-{result['judge']}")) for result in results.values() for name in subjects]  # fmt: skip
+    """report.html with small pictures beside it, and grid.png: of each task the row with the median score."""
+    out, kind, articles, grid = Path(settings.out), settings.benchmark, [], {}
+    subjects, calls = subjects_of(settings), [read_calls(out, f"calls-{result['judge']}") for result in results]
+    marks = [{name: {row["row"]: row for row in content["rows"]} for name, content in result["subjects"].items()}
+             for result in results]  # fmt: skip
     (out / "report").mkdir(exist_ok=True)
-
-    def small(number, name, path):
-        if not path.is_file():
-            return None
-        picture = load_image(path)
-        picture.thumbnail((384, 384))
-        picture.save(out / "report" / f"{number:05}-{name}.jpg", quality=92)
-        return picture
-
-    grid = {}
     for number, row in enumerate(tqdm(list(with_copies(rows, settings)), desc="report")):
-        paths = {"source": Path(row["images"][0])} | {name: edit_of(row, name, folder) for name, folder in subjects.items()}
-        pictures = {name: small(number, name, path) for name, path in paths.items()}
-        texts, said = dict.fromkeys(paths, ""), dict.fromkeys(paths, "")
-        for result, name, of_row, calls in marks:
-            mine = of_row[row["row"]]
-            texts[name] += " ".join(f"{key} {mine[key]:.2f}" for key in METRICS[settings.benchmark] if key in mine) + " "
-            for call in CALLS[settings.benchmark]:
-                record = calls.get((name, row["row"], call), {})
-                said[name] += f"{call}: {record.get('reply') or record.get('failure') or ''}\n"
-        first, gain = marks[0][2][row["row"]][metric], 0.0
-        for result, name, of_row, _ in marks[: len(subjects)]:
-            gain = first - of_row[row["row"]][metric] if name == "base" else gain
-        entries.append({"row": row["row"], "task": row["task"], "prompt": row["prompt"], "gain": 0 if math.isnan(gain) else gain,
-                        "mark": None if math.isnan(first) else first, "shown": [
-                            (name, picture and f"report/{number:05}-{name}.jpg", texts[name], said[name])
-                            for name, picture in pictures.items()]})  # fmt: skip
-        grid.setdefault(row["task"], []).append((first, number, row["prompt"], pictures, texts))
-    biggest = max(max(picture.size) for _, _, _, pictures, _ in grid[row["task"]] for picture in pictures.values() if picture)
-    page = PAGE.replace("@SUMMARY@", html.escape(summary)).replace("@SCALING@", "auto" if biggest > 128 else "pixelated")
-    page = page.replace("@DATA@", json.dumps(entries, ensure_ascii=False).replace("</", "<\\/"))
+        figures, seen = [], []
+        for name in dict.fromkeys(["source", *reversed(subjects)]):  # source, base, trained
+            path, picture, image = edit_of(row, name, subjects.get(name)), None, "no edit"
+            mine = [of_row[name][row["row"]] for of_row in marks if name in of_row]
+            caption = "; ".join(" ".join(f"{key} {one[key]:.2f}" for key in METRICS[kind] if key in one) for one in mine)
+            said = [record.get((name, row["row"], call), {}) for record in calls for call in CALLS[kind]]
+            words = escape("\n".join(record.get("reply") or record.get("failure") or "" for record in said).strip())
+            if path.is_file():
+                picture = load_image(path)
+                picture.thumbnail((384, 384))
+                file, tiny = f"report/{number:05}-{name}.jpg", "tiny" * (max(picture.size) <= 128)
+                picture.save(out / file, quality=95, subsampling=0)
+                image = f'<img class="{tiny}" loading="lazy" src="{file}">'
+            words = words and f"<details><summary>the judge's words</summary>{words}</details>"
+            figures.append(f"<figure><figcaption>{name} {escape(caption)}</figcaption>{image}{words}</figure>")
+            seen.append((picture, f"{name} {caption}" if name != "source" else row["prompt"]))
+        mark = marks[0][next(iter(subjects))][row["row"]][METRICS[kind][0]]
+        mark, texts = -1.0 if math.isnan(mark) else mark, [escape(row[key]) for key in ("task", "prompt", "row")]
+        articles.append(f'<article data-task="{texts[0]}" data-mark="{mark}"><div><b>{texts[1]}</b><p>{texts[0]}</p>'
+                        f'<small>{texts[2]}</small></div>{"".join(figures)}</article>\n')  # fmt: skip
+        grid.setdefault(row["task"], []).append((mark, number, seen))
+    page = PAGE.replace("@SUMMARY@", escape(summary)).replace("@ROWS@", "".join(articles))
     (out / "report.html").write_text(page, encoding="utf-8")
-    middle = [sorted(of_task, key=lambda entry: entry[:2])[len(of_task) // 2] for _, of_task in sorted(grid.items())]
-    picture_grid([list(pictures.values()) for *_, pictures, _ in middle],
-                 [[f"{name} {texts[name]}" if name != "source" else prompt for name in pictures]
-                  for _, _, prompt, pictures, texts in middle],
-                 "of each task the row with the median score").save(out / "grid.png")  # fmt: skip
+    middle = [sorted(of_task)[len(of_task) // 2][2] for _, of_task in sorted(grid.items())]
+    pictures, captions = ([[pair[i] for pair in row] for row in middle] for i in (0, 1))
+    picture_grid(pictures, captions, f"of each task the row with the median {METRICS[kind][0]}").save(out / "grid.png")
 
 
 def compare(places):
-    """Prints the paired differences of two runs' results under each judge and reading that both have; RUN or RUN/SUBJECT."""
+    """Prints the paired differences of two runs' first subjects under each judge and reading that both have."""
     if len(places) != 2:
         raise BadInput("compare: name two runs, python evaluate.py compare RUN_A RUN_B")
-    found = []
-    for place in map(Path, places):
-        files = {file.name: read_json(file) for folder in (place, place.parent) for file in folder.glob("scores-*.json")}
+    found = [{file.name: read_json(file) for file in Path(place).glob("scores-*.json")} for place in places]
+    for place, files in zip(places, found):
         if not files:
-            raise BadInput(f"{place}: holds no scores; name an --out folder of evaluate.py, or a subject in it")
-        for result in files.values():
-            subject = place.name if place.name in result["subjects"] and not list(place.glob("scores-*.json")) else None
-            result["rows"] = result["subjects"][subject or next(iter(result["subjects"]))]["rows"]
-        found.append(files)
-    shared = sorted(found[0].keys() & found[1].keys())
-    if not shared:
-        raise BadInput(f"{' and '.join(places)}: no result under one judge, prompts and reading: {', '.join(found[0])} "
+            raise BadInput(f"{place}: holds no scores; name an --out folder of evaluate.py")
+    both = sorted(found[0].keys() & found[1].keys())
+    if not both:
+        raise BadInput(f"{' and '.join(places)}: no result under one judge, prompts and reading, but {', '.join(found[0])} "
                        f"against {', '.join(found[1])}; score both alike")  # fmt: skip
-    for name in shared:
-        a, b = (files[name] for files in found)
-        if a["metadata"]["sha256"] != b["metadata"]["sha256"]:
+    for a, b in ([files[name] for files in found] for name in both):
+        if a["metadata"] != b["metadata"]:
             raise BadInput(f"{' and '.join(places)}: another version of the benchmark in each; score both on one")
-        groups = paired_differences(a["rows"], b["rows"], METRICS[a["benchmark"]])
-        print(tables(groups, f"{name.removesuffix('.json')}: {places[0]} - {places[1]}"))
-        for group, table in groups.items():
-            print(f"{group}: " + verdict(table[METRICS[a["benchmark"]][0]]["macro"], *places))
+        rows = [next(iter(result["subjects"].values()))["rows"] for result in (a, b)]
+        print(f"judge and prompts {a['judge']}, {a['mode']} reading", differences(*rows, a["benchmark"], *places), sep="\n")
 
 
 def claim(settings):
@@ -788,10 +602,12 @@ def claim(settings):
     file = Path(settings.out, "config.json")
     before = read_json(file) if file.is_file() else {}
     if before and settings.stage in ("judge", "score"):
-        return replace(settings, **{key: before[key] for key in (*DRAWN, "language", "baselines")})
-    for key in (*DRAWN, "language"):
+        wanted = sorted({*before["baselines"], *settings.baselines})
+        return replace(settings, baselines=wanted, **{key: before[key] for key in DRAWN})
+    for key in DRAWN:
         if before and before[key] != getattr(settings, key):
-            raise BadInput(f"{settings.out}: was begun with --{key} {before[key]}, not {getattr(settings, key)}; give another --out")
+            own = getattr(settings, key)
+            raise BadInput(f"{settings.out}: was begun with --{key} {before[key]}, not {own}; give another --out")
     write_whole(file, lambda part: part.write_text(json.dumps(asdict(settings), indent=1)))
     return settings
 
@@ -801,10 +617,11 @@ def main(argv=None):
     if argv[:1] == ["compare"]:
         return compare(argv[1:])
     if argv[:1] not in (["imgedit"], ["gedit"], ["heldout"]):
-        raise BadInput(f"{' '.join(argv[:1]) or 'no command'}: say what to score: imgedit, gedit, heldout, or compare RUN_A RUN_B")
+        given = " ".join(argv[:1]) or "no command"
+        raise BadInput(f"{given}: say what to score: imgedit, gedit, heldout, or compare RUN_A RUN_B")
     settings = parse_settings(Settings, ["--benchmark", *argv], description=__doc__.splitlines()[0])
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(),
-                              kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])  # fmt: skip
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process may be done long before another
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
     with accelerator.main_process_first():
         settings = claim(settings)
         rows, prompts, version = load_benchmark(settings)
@@ -816,10 +633,9 @@ def main(argv=None):
         accelerator.wait_for_everyone()
     if settings.stage in ("all", "score") and accelerator.is_main_process:
         results = score_calls(settings, rows, version)
-        summary = describe(settings, results)
-        print(summary)
+        summary = "\n".join(describe(settings, result) for result in results)
         write_report(settings, rows, results, summary)
-        print(f"wrote {settings.out}/report.html and grid.png")
+        print(summary, f"wrote {settings.out}/report.html and grid.png", sep="\n")
     accelerator.end_training()
 
 

@@ -3,9 +3,9 @@
     python reward_mllm.py --source a.png --edited b.png --prompt "remove the red circle" [--judge local:MODEL]
     python reward_mllm.py agree FILE.jsonl --judge http://localhost:8000/v1 --strategies logits sampled
 
-It sees the instruction, the source picture and the edit, and is told to answer with one digit. The score is the mean of
-the digits under their probabilities at the first answer position, over 5 (UniWorld-V2, arXiv:2510.16888): no sampling.
-The other strategies of the paper's Table 4, several questions per edit, and plain terms are settings.
+It sees instruction, source and edit and is told to answer with one digit. The score is the mean of the digits under
+their probabilities at the first answer position, over 5 (UniWorld-V2, arXiv:2510.16888); the paper's other strategies,
+more questions about an edit and plain terms are settings.
 
 Shapes: n edits, B of them in one forward, V words of the vocabulary.
 
@@ -43,8 +43,12 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.hf_argparser import HfArg
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from data_prep import BadInput, load_image, parse_settings, read_rows, run_script, seeded, spearman
+from data_prep import (
+    PLAIN_TERMS, BadInput, load_image, ordered_pairs, parse_settings, plain_terms, read_ratings, requirement_of, run_script,
+    seeded, spearman,
+)  # fmt: skip
 
 TOY = "local:data/toy/judge"
 STRATEGIES = ("logits", "sampled", "yes_no", "logits_cot", "sampled_cot", "yes_no_cot")
@@ -54,13 +58,14 @@ STRATEGIES = ("logits", "sampled", "yes_no", "logits_cot", "sampled_cot", "yes_n
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    judge: str = HfArg(default="local:Qwen/Qwen2.5-VL-7B-Instruct", help="local:MODEL or http://HOST:PORT/v1[,http://...].")
+    judge: str = HfArg(default="local:Qwen/Qwen2.5-VL-7B-Instruct", help="local:MODEL or http://HOST:PORT/v1[,...].")
     judge_model: str = HfArg(default="", help="A served judge's name. [the first one that the server lists]")
     judge_strategy: Literal[STRATEGIES] = HfArg(
-        default="logits", help="Expected digit, one sampled digit, or yes against no; _cot: after a chain of thought.")  # fmt: skip
+        default="logits", help="Expected digit, a sampled digit, yes against no; _cot: thinks first.")  # fmt: skip
     judge_formula: str = HfArg(default="execution", help="The reward: execution * (0.6 + 0.4 * consistency), ...")
-    judge_prompt: list[str] = HfArg(default_factory=list, help="FILE or ASPECT=FILE: texts in place of the judge's prompts.")
+    judge_prompt: list[str] = HfArg(default_factory=list, help="FILE or ASPECT=FILE: texts in place of ours.")
     judge_thought: int = HfArg(default=512, help="Tokens of a chain of thought, at most.")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a model, judge or editor.")
     judge_device: str = HfArg(default="", help="Where a local judge runs. [beside the editor]")
     judge_batch: int = HfArg(default=16, help="Edits in one forward of a local judge.")
     judge_in_flight: int = HfArg(default=16, help="Requests at a time to each server.")
@@ -77,56 +82,28 @@ class JudgeSettings:
 # ---------------------------------------------------------------- what is asked
 
 THINK = "Do not rate it yet. First say in a few sentences what was asked, what changed, and what should have stayed."
-DIGIT = "Rate it from 0 (not at all, or the picture is spoiled) to 5 (completely). Answer with one digit and nothing else."
-YES_NO = "Is it so, completely? Answer yes or no and nothing else."
-LAYOUT = "You check edits of pictures. The last picture is an edited version of what comes before it.\nInstruction: {prompt}\n"
+DIGIT = "Rate it from 0 (not at all, or the picture is spoiled) to 5 (completely). Answer with one digit, nothing else."
+YES_NO = "Is it so, completely? Answer yes or no, nothing else."
+DIGITS = {"0": 0.0, "1": 0.2, "2": 0.4, "3": 0.6, "4": 0.8, "5": 1.0}  # the answers that count, and what they are worth
+WORDS = {"yes": 1.0, "Yes": 1.0, "no": 0.0, "No": 0.0}
+LAYOUT = "You check edits of pictures. The last picture is an edited version of those before.\nInstruction: {prompt}\n"
+ASIDE = LAYOUT + "Leave aside whether the instruction was carried out. "
 PROMPTS = {
-    "execution": LAYOUT + "A good edit shows: {requirement}\nThe question is how well the instruction was carried out while "
-    "everything it does not mention stayed as it was. {answer}",
-    "consistency": LAYOUT + "Leave aside whether the instruction was carried out. The question is how far all that it does not "
-    "ask to change, such as other objects, faces, background, layout and style, is the same as before. {answer}",
-    "quality": LAYOUT + "Leave aside whether the instruction was carried out. The question is how natural the last picture "
-    "looks: sharp, well lit, free of seams, smears and noise, with no broken shapes, hands or letters. {answer}",
+    "execution": LAYOUT + "A good edit shows: {requirement}\nThe question is how well the instruction was carried out "
+    "while everything it does not mention stayed as it was. {answer}",
+    "consistency": ASIDE + "The question is how far all that it does not ask to change, such as other objects, faces, "
+    "background, layout and style, is the same as before. {answer}",
+    "quality": ASIDE + "The question is how natural the last picture looks: sharp, well lit, free of seams, smears and "
+    "noise, with no broken shapes, hands or letters. {answer}",
 }  # fmt: skip
-REQUIREMENTS = {  # by task; what a row's own `requirement` replaces
-    "": "the change that was asked for, complete and natural, and no other change.",
-    "add": "the new thing, once, where it was asked for, in fitting size, light and perspective, hiding nothing without need.",
-    "remove": "the thing gone with its shadow and reflection, and in its place what would plausibly be behind it.",
-    "replace": "the new thing where the old one was, in fitting size, pose and light, and no trace of the old one.",
-    "adjust": "the named property changed as asked, on all of the named thing and on nothing else; its shape is the same.",
-    "color": "the new colour on all of the named thing, with its shading and texture kept, and on nothing else.",
-    "material": "the named thing plainly made of the new material, with fitting sheen and texture; its shape is the same.",
-    "background": "the new background all around, meeting the foreground at clean edges; the foreground is the same.",
-    "style": "the new style in every part of the picture; the scene, its things and their places are still the same.",
-    "tone": "the new light, weather, season or mood over the whole picture; things and places are the same.",
-    "action": "the new pose, movement or expression, with sound anatomy; it is the same person or animal in the same clothes.",
-    "portrait": "the person changed as asked and still plainly the same person, with natural skin, face and hands.",
-    "text": "the new text, spelled exactly as asked, in the place and manner of the old or as asked; other text is the same.",
-    "hybrid": "every one of the changes that were asked for, each of them complete, and no other.",
-    "extract": "the named thing alone, whole and unaltered, on a plain background.",
-    "reference": "what was asked for of the reference picture, recognisably the same; the rest is that of the edited picture.",
-    "red_box": "the change made to what the red box marks and nowhere else, and the box itself gone.",
-}  # fmt: skip
-SAME_TASK = {  # other names of tasks, as in ImgEdit and GEdit
-    "alter": "adjust", "compose": "hybrid", "subject_add": "add", "subject_remove": "remove", "subject_replace": "replace",
-    "color_alter": "color", "recolour": "color", "material_alter": "material", "background_change": "background",
-    "style_change": "style", "tone_transfer": "tone", "motion_change": "action", "ps_human": "portrait", "text_change": "text",
-    "redbox": "red_box",
-}  # fmt: skip
-
-
-def requirement(row):
-    """What a good edit of a row must show: its own `requirement`, or its task's default text."""
-    task = re.sub(r"[\s-]+", "_", str(row.get("task") or "").strip().lower())
-    return row.get("requirement") or REQUIREMENTS.get(SAME_TASK.get(task, task), REQUIREMENTS[""])
 
 
 def read_prompts(settings):
-    """The prompt of every aspect: ours, the judge's own judge_prompt.txt for `execution`, or the files that were named."""
+    """Every aspect's prompt: ours, the judge's own judge_prompt.txt for `execution`, or the files that were named."""
     own = Path(settings.judge.removeprefix("local:")) / "judge_prompt.txt"
     files = {"execution": own} if settings.judge.startswith("local:") and own.is_file() else {}
     for entry in settings.judge_prompt:
-        name, _, file = entry.rpartition("=")
+        name, file = re.fullmatch(r"(?:(\w+)=)?(.*)", entry).groups()
         files[name or "execution"] = Path(file)
     prompts = dict(PROMPTS)
     for name, file in files.items():
@@ -136,13 +113,6 @@ def read_prompts(settings):
         if "{prompt}" not in prompts[name]:
             raise BadInput(f"{file}: has no {{prompt}}; write it where the instruction goes")
     return prompts
-
-
-def answers_of(strategy):
-    """The texts that count as answers under a strategy, and their values in [0, 1]."""
-    if strategy.startswith("yes_no"):
-        return ("yes", "Yes", "no", "No"), (1.0, 1.0, 0.0, 0.0)
-    return tuple("012345"), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 # ---------------------------------------------------------------- the score
@@ -171,7 +141,7 @@ class JudgeFailure(Exception):
         self.cause, self.may_help, self.wait = cause, may_help, wait  # may_help: trying again, after `wait` seconds
 
 
-def expected_score(logits, token_ids, values=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
+def expected_score(logits, token_ids, values=tuple(DIGITS.values())):
     """Expected value and probability mass of the answers, from the logits at the first answer position.
 
     logits: (B, V); token_ids: those of "0" to "5", or of other answers, whose values in [0, 1] are given. Returns score
@@ -187,67 +157,42 @@ def expected_score(logits, token_ids, values=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
     return answers.softmax(1) @ torch.tensor(values, device=logits.device), mass
 
 
-def answer_token_ids(tokenizer, texts=tuple("012345")):
+def answer_token_ids(tokenizer, texts=tuple(DIGITS)):
     """The token ids of the answers, in their order; BadInput when one of them is not a token of its own."""
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     for text, pieces in zip(texts, ids):
         if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id or ids.count(pieces) > 1:
-            raise BadInput(f"{tokenizer.name_or_path}: the answer {text} is not one token of its own ({pieces}); take a judge "
-                           "whose tokenizer keeps it apart, or another --judge_strategy")  # fmt: skip
+            raise BadInput(f"{tokenizer.name_or_path}: the answer {text} is not one token of its own ({pieces}); take "
+                           "a judge whose tokenizer keeps it apart, or another --judge_strategy")  # fmt: skip
     return [pieces[0] for pieces in ids]
 
 
-def read_choice(choice, strategy="logits"):
+def read_choice(choice, answers=DIGITS, sampled=False):
     """The Answer in one choice of a chat completion; answers are found by their text among the likeliest first words."""
-    texts, values = answers_of(strategy)
-    message = choice.get("message") or {}
     try:
-        first = choice["logprobs"]["content"][0]
-        p = {word["token"]: float(np.exp(float(word["logprob"]))) for word in (first, *first["top_logprobs"])}
+        message, first = choice["message"], choice["logprobs"]["content"][0]
+        p = {str(word["token"]): float(np.exp(float(word["logprob"]))) for word in (first, *first["top_logprobs"])}
     except (KeyError, TypeError, IndexError, ValueError):
         return Answer(cause="no logprobs in the reply")
     words = ", ".join(f"{word!r} {p[word]:.0%}" for word in sorted(p, key=p.get, reverse=True)[:5])
     if not all(0 <= value < 1.01 for value in p.values()):  # NaN is neither; e to the minus infinity is a sound 0
         return Answer(cause="logprobs that are not finite", words=words)
-    if message.get("reasoning_content") or message.get("reasoning") or first["token"].strip().startswith("<think"):
+    if message.get("reasoning_content") or message.get("reasoning") or str(first["token"]).strip().startswith("<think"):
         return Answer(torch.nan, 0.0, "the judge thinks before it answers", words)
-    mass = sum(p.get(text, 0.0) for text in texts)
-    if strategy.startswith("sampled"):
-        said = dict(zip(texts, values)).get((message.get("content") or "").strip())
-        return Answer(torch.nan if said is None else said, mass, "" if said is not None else "sampled no digit", words)
-    unseen = min(p.values()) * sum(text not in p for text in texts)  # what answers that are not listed may hold at most
+    mass = sum(p.get(text, 0.0) for text in answers)
+    if sampled:
+        said = str(message.get("content")).strip()
+        return Answer(answers.get(said, torch.nan), mass, "" if said in answers else "sampled no digit", words)
+    unseen = min(p.values()) * sum(text not in p for text in answers)  # what unlisted answers may hold at most
     if mass == 0 or unseen > 1e-3 * mass:
         return Answer(torch.nan, mass, "answers missing from top_logprobs", words)
-    return Answer(sum(p.get(text, 0.0) * value for text, value in zip(texts, values)) / mass, mass, "", words)
+    return Answer(sum(p.get(text, 0.0) * value for text, value in answers.items()) / mass, mass, "", words)
 
 
-# ---------------------------------------------------------------- plain terms and the formula
+# ---------------------------------------------------------------- the formula
 
-PLAIN = {"pixel_distance": (0, 1), "brightness_drift": (-1, 1), "sharpness_drift": (-1, 1)}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 FUNCTIONS = {"min": torch.minimum, "max": torch.maximum, "abs": torch.abs}
-
-
-def plain_terms(sources, edits):
-    """Terms that need no judge, to watch for copying, blur and drift: a dict name -> (n,), all 0 for an untouched source.
-
-    pixel_distance: mean absolute difference in [0, 1]; brightness_drift: edit's mean minus source's; sharpness_drift:
-    (edit - source) / (edit + source) of the mean absolute Laplacian, -1 all blurred. Of a row's first source picture.
-    """
-
-    @functools.cache
-    def seen(number, size):
-        picture = pictures[number].convert("RGB")
-        pixels = np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS), np.float32) / 255
-        light = pixels.mean(2)
-        bend = 4 * light[1:-1, 1:-1] - light[2:, 1:-1] - light[:-2, 1:-1] - light[1:-1, 2:] - light[1:-1, :-2]
-        return pixels, light.mean(), np.abs(bend).mean() + 1e-6
-
-    pictures, rows = {id(picture): picture for picture in (*edits, *(shown[0] for shown in sources))}, []
-    for shown, edit in zip(sources, edits):
-        (before, dark, dull), (after, light, sharp) = (seen(id(picture), edit.size) for picture in (shown[0], edit))
-        rows.append((np.abs(after - before).mean(), light - dark, (sharp - dull) / (sharp + dull)))
-    return dict(zip(PLAIN, torch.tensor(np.array(rows, np.float32).reshape(-1, len(PLAIN))).T))
 
 
 def evaluate_formula(node, terms):
@@ -263,7 +208,7 @@ def evaluate_formula(node, terms):
             return OPERATORS[type(op)](*(evaluate_formula(side, terms) for side in (node.left, node.right)))
         case ast.Call(func=ast.Name(id=name), keywords=[]) if name in FUNCTIONS and len(node.args) == 2 - (name == "abs"):
             return FUNCTIONS[name](*(evaluate_formula(inner, terms) for inner in node.args))
-    raise BadInput(f"--judge_formula: {ast.unparse(node)[:80]!r} is not of + - * min max abs, numbers and names; rewrite it")
+    raise BadInput(f"--judge_formula: {ast.unparse(node)[:80]!r} is not + - * min max abs, a number or a name")
 
 
 def read_formula(text, prompts):
@@ -271,44 +216,51 @@ def read_formula(text, prompts):
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(FUNCTIONS))
-        if unknown := [name for name in names if name not in prompts and name not in PLAIN]:
+        if unknown := [name for name in names if name not in prompts and name not in PLAIN_TERMS]:
             raise BadInput(f"--judge_formula: {unknown[0]} is neither an aspect ({', '.join(prompts)}) nor a plain term "
-                           f"({', '.join(PLAIN)}); give it a prompt, --judge_prompt {unknown[0]}=FILE")  # fmt: skip
-        ends, draws = torch.tensor([PLAIN.get(name, (0, 1)) for name in names]).float(), seeded("formula")
-        tried = ends[:, :1] + torch.randint(3, (len(names), 4096), generator=draws) / 2 * ends.diff(dim=1)  # low, middle, high
+                           f"({', '.join(PLAIN_TERMS)}); give it a prompt, --judge_prompt {unknown[0]}=FILE")  # fmt: skip
+        ends, draws = torch.tensor([PLAIN_TERMS.get(name, (0, 1)) for name in names]).float(), seeded("formula")
+        place = torch.randint(3, (len(names), 4096), generator=draws) / 2  # of each name's range: low, middle, high
+        tried = torch.lerp(ends[:, :1], ends[:, 1:], place)
         values = evaluate_formula(tree, dict(zip(names, tried)))
     except (SyntaxError, ValueError, RecursionError, MemoryError, IndexError):
-        raise BadInput(f"--judge_formula {text!r}: is no formula; write one such as execution * (0.6 + 0.4 * consistency)") from None
+        raise BadInput(f"--judge_formula {text!r}: no formula; write one such as execution * (0.6 + 0.4 * consistency)") from None
     if not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):
-        raise BadInput(f"--judge_formula {text}: goes from {values.min():.2f} to {values.max():.2f}; write one within 0 and 1")
-    return tree, [name for name in names if name not in PLAIN]
+        raise BadInput(f"--judge_formula {text}: goes from {values.min():.2f} to {values.max():.2f}; keep it within 0 and 1")
+    return tree, [name for name in names if name not in PLAIN_TERMS]
 
 
 # ---------------------------------------------------------------- the judge
 
 
+def chat(turns, pictures):
+    """What user and judge said in turn, as messages; `pictures`, parts of a message, stand after the first text."""
+    said = [[{"type": "text", "text": turn}] for turn in turns]
+    return [{"role": ("user", "assistant")[i % 2], "content": said[i] + pictures * (i == 0)} for i in range(len(said))]
+
+
 class Judge:
     """What a local and a served judge share. A backend gives `_answers(questions, pictures)` and `ask`."""
 
-    def __init__(self, settings, workers):
+    def __init__(self, settings, *workers):
         self.settings, self.prompts = settings, read_prompts(settings)
         self.formula, self.aspects = read_formula(settings.judge_formula, self.prompts)
-        self.pool = ThreadPoolExecutor(workers)
+        self.pools = [ThreadPoolExecutor(number) for number in workers]  # the first for what is submitted
         self.use(settings.judge_strategy)
 
     def use(self, strategy):
         """Turns to a strategy; BadInput when this judge cannot follow it."""
         self.strategy, self.thinks, self.samples = strategy, strategy.endswith("_cot"), strategy.startswith("sampled")
-        self.texts, self.values = answers_of(strategy)
-        self.ending = YES_NO if "yes" in self.texts else DIGIT
+        self.ending, self.answers = (YES_NO, WORDS) if strategy.startswith("yes_no") else (DIGIT, DIGITS)
         for aspect in self.aspects:
             if self.ending == YES_NO and "{answer}" not in self.prompts[aspect]:
                 raise BadInput(f"{aspect}'s prompt: has no {{answer}} for --judge_strategy {strategy} to fill; write one")
 
     def question(self, row, aspect="execution"):
         """The text of an aspect's question about a row: instruction, requirement, and how to answer."""
-        values = {"prompt": row["prompt"], "requirement": requirement(row), "answer": THINK if self.thinks else self.ending}
-        return re.sub(r"\{(prompt|requirement|answer)\}", lambda mark: values[mark[1]], self.prompts[aspect])
+        filled = {"{prompt}": row["prompt"], "{requirement}": requirement_of(row)}
+        filled["{answer}"] = THINK if self.thinks else self.ending
+        return re.sub("|".join(map(re.escape, filled)), lambda mark: filled[mark[0]], self.prompts[aspect])
 
     def score(self, rows, sources, edits):
         """Judges each edit under its own row's instruction: n rows, n lists of source pictures, n edits -> Scores on CPU.
@@ -323,15 +275,17 @@ class Judge:
         score, mass = (torch.tensor([getattr(a, key) for a in answers]).view(times, n) for key in ("score", "mass"))
         terms = dict(zip(self.aspects, score)) | plain_terms(sources, edits)
         first = lambda key: [next(filter(None, (getattr(a, key) for a in answers[i::n])), "") for i in range(n)]  # noqa: E731
-        return Scores(evaluate_formula(self.formula, terms).clamp(0, 1), mass.amin(0), terms, first("cause"), first("words"))
+        causes, words = first("cause"), first("words")
+        return Scores(evaluate_formula(self.formula, terms).clamp(0, 1), mass.amin(0), terms, causes, words)
 
     def submit(self, row, sources, edits):
         """The Future of one group's Scores: the judge works while the caller goes on."""
-        return self.pool.submit(self.score, [row] * len(edits), [sources] * len(edits), edits)
+        return self.pools[0].submit(self.score, [row] * len(edits), [sources] * len(edits), edits)
 
     def close(self):
         """Forgets what was submitted and has not begun; for a caller that gives up."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self.pools:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def refuse_silent_judge(scores, name, least=0.5):
@@ -339,10 +293,11 @@ def refuse_silent_judge(scores, name, least=0.5):
     causes, words = Counter(filter(None, scores.causes)), next(filter(None, scores.words), "nothing")
     mass = scores.mass[~scores.mass.isnan()]
     if len(mass) and not mass.mean() >= least:
-        raise BadInput(f"{name}: puts {mass.mean():.1%} of its probability on the answers that count and would rather say {words}; "
-                       "take another judge, --judge_strategy, or a --judge_prompt that asks for the answer alone")  # fmt: skip
+        raise BadInput(f"{name}: puts {mass.mean():.1%} of its probability on the answers that count and would rather say "
+                       f"{words}; take another judge, --judge_strategy or --judge_prompt")  # fmt: skip
     if scores.score.isnan().all():
-        raise BadInput(f"{name}: gave no score: {', '.join(f'{n} x {cause}' for cause, n in causes.most_common(3))}; see to it")
+        causes = ", ".join(f"{number} x {cause}" for cause, number in causes.most_common(3))
+        raise BadInput(f"{name}: gave no score: {causes}; see to the judge")
 
 
 def check_judge(judge, name, rows):
@@ -364,37 +319,23 @@ def check_judge(judge, name, rows):
 # ---------------------------------------------------------------- a local judge
 
 
-class PictureProcessor:
-    """Text and pictures to model inputs for judges of Qwen2-VL's kind, where their own processor needs torchvision.
-
-    That one handles videos as well, and transformers cannot build it without torchvision. Pictures need only the image
-    processor and the tokenizer: each placeholder becomes one token for every merge_size x merge_size patches.
-    """
-
-    def __init__(self, model, config):
-        self.image_processor = AutoImageProcessor.from_pretrained(model)
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.image_token_id, self.apply_chat_template = config.image_token_id, self.tokenizer.apply_chat_template
-        self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
-
-    def __call__(self, text, images, **kwargs):
-        made = self.image_processor(images=[picture for shown in images for picture in shown], return_tensors="pt")
-        sizes = iter((made.image_grid_thw.prod(1) // self.image_processor.merge_size**2).tolist())
-        texts = [re.sub(re.escape(self.image_token), lambda mark: mark[0] * next(sizes), words) for words in text]
-        inputs = self.tokenizer(texts, add_special_tokens=False, **kwargs)
-        inputs.update(made, mm_token_type_ids=(inputs["input_ids"] == self.image_token_id).int())
-        return inputs
-
-
-def load_processor(model, config):
+def load_processor(model, config, **options):
+    """The model's own processor; where its part for videos cannot be built, without torchvision, all but that part."""
     try:
-        return AutoProcessor.from_pretrained(model)
+        return AutoProcessor.from_pretrained(model, **options)
     except ImportError as error:
         if "orchvision" not in str(error):
             raise
-    if not hasattr(AutoImageProcessor.from_pretrained(model), "merge_size") or not hasattr(config, "image_token_id"):
-        raise BadInput(f"{model}: its processor needs torchvision; pip install torchvision")
-    return PictureProcessor(model, config)
+
+    class PictureProcessor(PROCESSOR_MAPPING[type(config)]):
+        def check_argument_for_proper_class(self, name, value):
+            return None if name == "video_processor" else super().check_argument_for_proper_class(name, value)
+
+    try:
+        pictures, words = (kind.from_pretrained(model, **options) for kind in (AutoImageProcessor, AutoTokenizer))
+        return PictureProcessor(pictures, words, None, chat_template=words.chat_template)
+    except (ImportError, TypeError):
+        raise BadInput(f"{model}: its processor needs torchvision; pip install torchvision") from None
 
 
 class LocalJudge(Judge):
@@ -406,8 +347,9 @@ class LocalJudge(Judge):
             mend = "run python data_prep.py toy first" if settings.judge == TOY else "name a folder or a hub id owner/name"
             raise BadInput(f"{model}: no such model folder; {mend}")
         try:
-            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
-            self.processor = load_processor(model, self.model.config)
+            options = {"trust_remote_code": settings.trust_remote_code}
+            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **options).to(device).eval()
+            self.processor = load_processor(model, self.model.config, **options)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise BadInput(f"{model}: not a multimodal LLM of transformers ({reason}); name one such as "
@@ -415,33 +357,29 @@ class LocalJudge(Judge):
         self.model.requires_grad_(False)
         self.processor.tokenizer.padding_side = "left"  # the answer's place is the last one in every row
         options = inspect.signature(self.model.forward).parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in options else {}
+        # the last place alone, as an index: a slice of 1 is not contiguous, and would read the vocabulary once an edit
+        self.last_only = {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in options else {}
         self.cache_name = "cache" if "cache" in options else "past_key_values"  # its older name
-        self.lock = threading.RLock()
-        super().__init__(settings, workers=1)
+        self.lock, self._chat = threading.RLock(), functools.lru_cache(1024)(self._chat)
+        super().__init__(settings, 1)
 
     def use(self, strategy):
         super().use(strategy)
-        self.token_ids = answer_token_ids(self.processor.tokenizer, self.texts)
+        self.token_ids = answer_token_ids(self.processor.tokenizer, tuple(self.answers))
         self.shares_prefix = self._prefix_works()
 
     def _chat(self, turns, pictures):
         """The chat-formatted text of what user and judge said in turn: instruction first, then `pictures` pictures."""
-        said = [[{"type": "text", "text": turn}] for turn in turns]
-        said[0] += [{"type": "image"}] * pictures
-        chat = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(said)]
-        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        messages = chat(turns, [{"type": "image"}] * pictures)
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _inputs(self, texts, pictures):
-        mark = getattr(self.processor, "image_token", None)
-        if mark and any(text.count(mark) != len(shown) for text, shown in zip(texts, pictures)):
-            raise ValueError(f"the text holds the picture mark {mark}")
         inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(self.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
 
     def _logits(self, texts, pictures, share):
-        """(B, V) at the first answer position; with `share`, what comes before the last picture is computed once for all."""
+        """(B, V) at the first answer position; with `share`, what comes before the last picture is computed once."""
         heads = [text.rpartition(self.processor.image_token)[0] if share else text for text in texts]
         keys = [(head, *map(id, shown[:-1])) for head, shown in zip(heads, pictures)]
         first = [keys.index(key) for key in dict.fromkeys(keys)]
@@ -450,30 +388,41 @@ class LocalJudge(Judge):
         owner = torch.tensor([first.index(keys.index(key)) for key in keys], device=self.model.device)  # (B,)
         prefix = self._inputs([heads[i] for i in first], [pictures[i][:-1] for i in first])
         rest = self._inputs([text[len(head) :] for text, head in zip(texts, heads)], [shown[-1:] for shown in pictures])
+        three = hasattr(self.model.model, "get_rope_index")  # Qwen's picture tokens have places in three directions
+        count = lambda mask: (mask.cumsum(1) - 1).clamp(min=0)  # noqa: E731
+        prefix.update({} if three else {"position_ids": count(prefix["attention_mask"])})
         cache = self.model(**prefix, **self.last_only, use_cache=True)[self.cache_name]
         cache.reorder_cache(owner)
-        both = {key: torch.cat([prefix[key][owner], rest[key]], 1) for key in rest if rest[key].shape == rest["input_ids"].shape}
-        places = (both["attention_mask"].cumsum(1) - 1).clamp(min=0)  # (B, length)
-        if hasattr(self.model.model, "get_rope_index"):  # Qwen's picture tokens have places in three directions
+        keys = [key for key in rest if rest[key].shape == rest["input_ids"].shape]  # what there is of each token
+        both = {key: torch.cat([prefix[key][owner], rest[key]], 1) for key in keys}
+        places = count(both["attention_mask"])  # (B, length)
+        if three:
+            kinds = [(text, *(picture.size for picture in shown)) for text, shown in zip(texts, pictures)]
+            some = [kinds.index(kind) for kind in dict.fromkeys(kinds)]  # the places of the rest are as one of these
             grids = prefix["image_grid_thw"].split([len(pictures[i]) - 1 for i in first])
-            grids = [grid for i, own in zip(owner.tolist(), rest["image_grid_thw"][:, None]) for grid in (grids[i], own)]
-            places, _ = self.model.model.get_rope_index(**both, image_grid_thw=torch.cat(grids))  # (3, B, length)
+            grids = [grid for i in some for grid in (grids[owner[i]], rest["image_grid_thw"][i : i + 1])]
+            given = {key: both[key][some] for key in both} | {"image_grid_thw": torch.cat(grids)}
+            places, _ = self.model.model.get_rope_index(**given)
+            places = places[:, [some.index(kinds.index(kind)) for kind in kinds]]  # (3, B, length)
         rest.update({"attention_mask": both["attention_mask"], self.cache_name: cache,
                      "position_ids": places[..., prefix["input_ids"].shape[1] :]})  # fmt: skip
         return self.model(**rest, **self.last_only).logits[:, -1]
 
+    def _expected(self, logits):
+        return expected_score(logits, self.token_ids, tuple(self.answers.values()))
+
     @torch.no_grad()
     def _prefix_works(self):
-        """Whether a shared prefix leaves this model's scores as they are: tried on two questions and four noisy pictures."""
-        noise = [Image.effect_noise((64, 64), 64).convert("RGB") for _ in range(4)]
-        texts = [self._chat([self.question({"prompt": prompt}, self.aspects[0])], 2) for prompt in ("a b", "a b", "b", "b")]
-        pictures = [[noise[i // 2], noise[3 - i]] for i in range(4)]
+        """Whether a shared prefix leaves this model's scores as they are, tried on two questions and four pictures."""
+        shown = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime", "white", "black")]
+        asked = [self.question({"prompt": prompt}, self.aspects[0]) for prompt in ("0 1 2", "0 1 2", "5", "5")]
+        texts = [self._chat((question,), 2) for question in asked]
+        pictures = [[shown[i // 2], shown[3 - i]] for i in range(4)]
         try:
-            whole, shared = (expected_score(self._logits(texts, pictures, share), self.token_ids, self.values)[0]
-                             for share in (False, True))  # fmt: skip
+            whole, shared = (self._expected(self._logits(texts, pictures, share))[0] for share in (False, True))
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):
             return False
-        return torch.allclose(whole, shared, atol=1e-4 if self.model.dtype == torch.float32 else 0.02)
+        return torch.allclose(whole, shared, atol=1e-5 if self.model.dtype == torch.float32 else 0.02)
 
     def _generate(self, turns, pictures, max_tokens):
         inputs = self._inputs([self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures)
@@ -487,7 +436,7 @@ class LocalJudge(Judge):
         with self.lock, torch.no_grad():
             for first in range(0, len(order), self.settings.judge_batch):
                 part = order[first : first + self.settings.judge_batch]
-                found |= zip(part, self._safely([[questions[i]] for i in part], [pictures[i] for i in part]))
+                found |= zip(part, self._safely([(questions[i],) for i in part], [pictures[i] for i in part]))
         return [found[i] for i in range(len(questions))]
 
     def _safely(self, turns, pictures):
@@ -495,33 +444,33 @@ class LocalJudge(Judge):
         try:
             if self.thinks and len(turns[0]) == 1:
                 thoughts = self._generate(turns, pictures, self.settings.judge_thought)
-                turns = [[question, thought, self.ending] for (question,), thought in zip(turns, thoughts)]
-            logits = self._logits([self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures, self.shares_prefix)
+                turns = [(question, thought, self.ending) for (question,), thought in zip(turns, thoughts)]
+            texts = [self._chat(said, len(shown)) for said, shown in zip(turns, pictures)]
+            logits = self._logits(texts, pictures, self.shares_prefix)
         except (ValueError, RuntimeError) as error:
             if len(turns) == 1:
-                return [Answer(cause=refusal(error))]
+                return [Answer(cause=f"refused: {error!s:.80}")]
             half = len(turns) // 2
             return self._safely(turns[:half], pictures[:half]) + self._safely(turns[half:], pictures[half:])
-        score, mass = expected_score(logits, self.token_ids, self.values)
+        score, mass = self._expected(logits)
         causes = ["logits that are not finite" if bad else "" for bad in score.isnan().tolist()]
         p, ids = logits.float().softmax(1).topk(min(5, logits.shape[1]))
         said = [self.processor.tokenizer.batch_decode(row[:, None]) for row in ids]
         words = [", ".join(f"{word!r} {share:.0%}" for word, share in zip(*row)) for row in zip(said, p.tolist())]
-        if self.samples:
-            for i, shown in enumerate(pictures):
-                if not causes[i]:
-                    draw = torch.multinomial(logits[i].float().softmax(0).cpu(), 1, generator=seeded(seed_of(shown[-1]))).item()
-                    score[i] = dict(zip(self.token_ids, self.values)).get(draw, torch.nan)
-                    causes[i] = "sampled no digit" if score[i].isnan() else ""
+        for i in range(len(turns) * self.samples):
+            draws = seeded(zlib.crc32(pictures[i][-1].tobytes()))
+            word = torch.multinomial(logits[i].float().nan_to_num().softmax(0).cpu(), 1, generator=draws).item()
+            score[i] = dict(zip(self.token_ids, self.answers.values())).get(word, torch.nan)
+            causes[i] = causes[i] or "sampled no digit" * bool(score[i].isnan())
         return list(map(Answer, score.tolist(), mass.tolist(), causes, words))
 
     def ask(self, text, pictures, max_tokens=1024):
-        """The reply to one user message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
+        """The reply to one message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
         try:
             with self.lock, torch.no_grad():
-                return self._generate([[text]], [pictures], max_tokens)[0]
+                return self._generate([(text,)], [pictures], max_tokens)[0]
         except (ValueError, RuntimeError) as error:
-            raise JudgeFailure(refusal(error)) from error
+            raise JudgeFailure(f"refused: {error!s:.80}") from error
 
 
 # ---------------------------------------------------------------- a served judge
@@ -534,9 +483,8 @@ class ServedJudge(Judge):
     """
 
     def __init__(self, settings):
-        super().__init__(settings, workers=64)
         self.urls = [url.strip().rstrip("/") for url in settings.judge.split(",")]
-        self.workers = ThreadPoolExecutor(settings.judge_in_flight * len(self.urls))
+        super().__init__(settings, 64, settings.judge_in_flight * len(self.urls))
         self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
         self.session = requests.Session()
         self.session.mount("http", requests.adapters.HTTPAdapter(len(self.urls), settings.judge_in_flight))
@@ -551,7 +499,7 @@ class ServedJudge(Judge):
                 raise BadInput(f"judge {url}: {reason}; start the server, or correct the address") from None
             self.name = self.name or (names or [""])[0]
             if self.name not in names:
-                raise BadInput(f"judge {url}: serves {', '.join(names) or 'nothing'}, not {self.name}; see to --judge_model")
+                raise BadInput(f"judge {url}: serves {', '.join(names) or 'nothing'}, not {self.name}; see --judge_model")
 
     def _once(self, url, body=None):
         """One request: the reply's JSON, or a JudgeFailure that knows whether trying again may help."""
@@ -584,14 +532,13 @@ class ServedJudge(Judge):
 
     def _complete(self, turns, urls, **options):
         """The one choice of a chat completion; tries again, ever more slowly, for judge_patience seconds."""
-        said = [[{"type": "text", "text": turn}] for turn in turns]
-        said[0] += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(said)]
+        messages = chat(turns, [{"type": "image_url", "image_url": {"url": url}} for url in urls])
+        body = {"model": self.name, "messages": messages, **options}
         deadline = time.monotonic() + self.settings.judge_patience
         for attempt in itertools.count():
             url = self._take()
             try:
-                reply = self._once(url + "/chat/completions", {"model": self.name, "messages": messages, **options})
+                reply = self._once(url + "/chat/completions", body)
                 break
             except JudgeFailure as failure:
                 wait = max(failure.wait, min(2**attempt, 16) * random.uniform(0.5, 1))
@@ -603,19 +550,21 @@ class ServedJudge(Judge):
                     self.load[url] -= 1
                     self.free.notify()
             time.sleep(wait)
-        choices = reply.get("choices") if isinstance(reply, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise JudgeFailure(f"{len(choices) if isinstance(choices, list) else 'no'} choices instead of 1")
-        return choices[0]
+        match reply:
+            case {"choices": [{"message": {}} as choice]}:
+                return choice
+            case {"choices": [*choices]}:
+                raise JudgeFailure(f"{len(choices)} choices instead of 1" if len(choices) != 1 else "a choice without message")
+        raise JudgeFailure("no choices in the reply")
 
     def _reply(self, turns, urls, max_tokens):
-        choice = self._complete(turns, urls, max_tokens=max_tokens, temperature=0)
-        if not (reply := (choice.get("message") or {}).get("content")):
+        reply = self._complete(turns, urls, max_tokens=max_tokens, temperature=0)["message"].get("content")
+        if not reply:
             raise JudgeFailure("an empty reply")
         return reply
 
     def ask(self, text, pictures, max_tokens=1024):
-        """The reply to one user message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
+        """The reply to one message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
         return self._reply([text], list(map(png_url, pictures)), max_tokens)
 
     def _answers(self, questions, pictures):
@@ -627,18 +576,14 @@ class ServedJudge(Judge):
                 turns, urls = [question], [*(sources[id(picture)] for picture in shown[:-1]), png_url(shown[-1])]
                 if self.thinks:
                     turns += [self._reply(turns, urls, self.settings.judge_thought), self.ending]
-                seed = {"seed": seed_of(shown[-1])} if self.samples else {}
-                return read_choice(self._complete(turns, urls, max_tokens=1, temperature=1, logprobs=True,
-                                                  top_logprobs=self.settings.judge_logprobs, **seed),
-                                   self.strategy)  # fmt: skip
+                seed = {"seed": zlib.crc32(shown[-1].tobytes()) >> 1} if self.samples else {}
+                choice = self._complete(turns, urls, max_tokens=1, temperature=1, logprobs=True,
+                                        top_logprobs=self.settings.judge_logprobs, **seed)  # fmt: skip
+                return read_choice(choice, self.answers, self.samples)
             except JudgeFailure as failure:
                 return Answer(cause=failure.cause)
 
-        return list(self.workers.map(answer, questions, pictures))
-
-    def close(self):
-        super().close()
-        self.workers.shutdown(wait=False, cancel_futures=True)
+        return list(self.pools[1].map(answer, questions, pictures))
 
 
 def png_url(picture):
@@ -647,61 +592,34 @@ def png_url(picture):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def seed_of(picture):
-    return zlib.crc32(picture.tobytes()) >> 1
+def load_judge(settings, device=None, dtype=torch.bfloat16):
+    """The judge that settings.judge names: local:MODEL or http://host:port/v1[,...]. BadInput when it cannot serve.
 
-
-def refusal(error):
-    return f"refused: {' '.join(str(error).split())[:80]}"
-
-
-def load_judge(settings, device="cpu", dtype=torch.float32):
-    """The judge that settings.judge names: local:MODEL or http://host:port/v1[,...]. BadInput when it cannot serve."""
+    device: where a local judge runs unless settings.judge_device says so, None for a GPU if there is one; dtype: its
+    precision there; float32 on a CPU.
+    """
     if settings.judge.startswith(("http://", "https://")):
         return ServedJudge(settings)
     if not settings.judge.startswith("local:") or settings.judge == "local:":
         raise BadInput(f"judge {settings.judge!r}: not of the form local:MODEL or http://host:port/v1; name one such as "
                        "local:Qwen/Qwen2.5-VL-7B-Instruct")  # fmt: skip
-    device = torch.device(settings.judge_device or device)
+    device = torch.device(settings.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return LocalJudge(settings, device, torch.float32 if device.type == "cpu" else dtype)
 
 
 # ---------------------------------------------------------------- does it agree with people?
 
 
-def read_ratings(file):
-    """Edits that people rated, in groups of one source and instruction: a list of (row, edits, labels), pictures opened.
-
-    A line has `prompt`, `image` and either `edit` and `score`, or two `edits` and `preference`: 0 the first is better, 1
-    the second, 0.5 neither. Paths are relative to the file.
-    """
-    groups = {}
-    for row in read_rows(file.parent, file.stem):
-        try:
-            paths = row["edits"] if "edits" in row else [row["edit"]]
-            labels = [1 - row["preference"], float(row["preference"])] if "edits" in row else [float(row["score"])]
-        except (KeyError, TypeError, ValueError):
-            raise BadInput(f"{file}: {row['id']} has neither `edit` and `score` nor `edits` and `preference`; add them") from None
-        _, edits, marks = groups.setdefault((row["prompt"], *row["images"], row["id"] * ("edits" in row)), (row, [], []))
-        edits += [load_image(file.parent / path) for path in paths]
-        marks += labels
-    return list(groups.values())
-
-
-def right_pairs(scores, labels):
-    """1 for every pair of edits that scores order as labels do, 0 for the contrary, 1/2 for equal scores; and the ties."""
-    pairs = [(a - b, x - y) for (a, x), (b, y) in itertools.combinations(zip(scores, labels), 2) if x != y and a == a and b == b]
-    ties = [abs(gap) < 1e-6 for gap, _ in pairs]
-    return [0.5 if tie else float((gap > 0) == (wanted > 0)) for tie, (gap, wanted) in zip(ties, pairs)], sum(ties)
-
-
-def agree(words, settings, judge):
-    """Prints, for each strategy, how far the judge orders edits as people do: the paper's Table 4."""
-    if not words or not words[0].endswith(".jsonl"):
-        raise BadInput("agree: names no file; write python reward_mllm.py agree FILE.jsonl --judge ...")
-    groups = read_ratings(Path(words[0]))
-    print(f"{settings.judge}: {sum(len(edits) for _, edits, _ in groups)} edits in {len(groups)} groups")
-    print("strategy     right pairs (95 %)    Spearman  ties   spread  mass   failed  s/score")
+def agree(file, settings):
+    """Prints, for each strategy, how far the judge orders edits as people do: Table 4 of the paper."""
+    if unknown := set(settings.strategies) - set(STRATEGIES):
+        raise BadInput(f"--strategies {unknown.pop()}: no strategy; take of {', '.join(STRATEGIES)}")
+    groups, judge = read_ratings(file), load_judge(settings)
+    rows, sources, edits = zip(*((row, shown, edit) for row, shown, group, _ in groups for edit in group))
+    labels = torch.tensor([label for *_, marks in groups for label in marks])
+    split = lambda values: values.split([len(marks) for *_, marks in groups])  # noqa: E731
+    print(f"{settings.judge}: {len(edits)} edits in {len(groups)} groups")
+    print("strategy     right pairs  (95 %)         Spearman  ties    spread  mass   failed  s/score")
     for strategy in settings.strategies:
         try:
             judge.use(strategy)
@@ -709,29 +627,15 @@ def agree(words, settings, judge):
             print(f"{strategy:<12} {error}")
             continue
         start = time.perf_counter()
-        asked = [judge.submit(row, [load_image(path) for path in row["images"]], edits) for row, edits, _ in groups]
-        asked = [future.result() for future in asked]
-        seconds, labels = time.perf_counter() - start, [marks for *_, marks in groups]
-        right, ties = zip(*(right_pairs(scores.score.tolist(), marks) for scores, marks in zip(asked, labels)))
-        sums, counts = np.array([[sum(pairs), len(pairs)] for pairs in right]).T
-        draws = np.random.default_rng(0).integers(len(groups), size=(2000, len(groups)))
-        low, high = np.nanquantile(sums[draws].sum(1) / np.maximum(counts[draws].sum(1), 1), (0.025, 0.975))
-        every, mass = (torch.cat([getattr(scores, key) for scores in asked]) for key in ("score", "mass"))
-        rank = spearman(every[~every.isnan()], torch.tensor(sum(labels, []))[~every.isnan()])
-        spread = np.nanmean([scores.score[~scores.score.isnan()].std(unbiased=False) for scores in asked])
-        print(f"{strategy:<12} {sums.sum() / max(counts.sum(), 1):6.1%} ({low:5.1%} to {high:5.1%})  {rank:7.3f}  "
-              f"{sum(ties) / max(counts.sum(), 1):5.1%}  {spread:5.3f}  {mass.nanmean():5.3f}  {every.isnan().float().mean():6.1%}  "
-              f"{seconds / len(every):.3f}")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class AgreeSettings(JudgeSettings):
-    strategies: list[str] = HfArg(default_factory=lambda: ["logits"], help=f"Those to compare, of {', '.join(STRATEGIES)}.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if unknown := set(self.strategies) - set(STRATEGIES):
-            raise BadInput(f"--strategies {unknown.pop()}: no strategy; take of {', '.join(STRATEGIES)}")
+        scores = judge.score(rows, sources, edits)
+        pace, score, good = (time.perf_counter() - start) / len(edits), scores.score, ~scores.score.isnan()
+        counts = np.array([ordered_pairs(a.tolist(), b.tolist()) for a, b in zip(split(score), split(labels))])
+        draws = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
+        total, right, ties = counts.sum(0) / max(counts[:, 0].sum(), 1)
+        low, high = np.quantile(counts[draws, 1].sum(1) / np.maximum(counts[draws, 0].sum(1), 1), (0.025, 0.975))
+        spread = np.nanmean([group[~group.isnan()].std(unbiased=False) for group in split(score)])
+        print(f"{strategy:<12} {right:7.1%}      ({low:.1%} to {high:.1%})  {spearman(score[good], labels[good]):7.3f}  "
+              f"{ties:6.1%}  {spread:6.3f}  {scores.mass.nanmean():5.3f}  {1 - good.float().mean():6.1%}  {pace:.4f}")  # fmt: skip
 
 
 # ---------------------------------------------------------------- the command
@@ -744,25 +648,22 @@ class Settings(JudgeSettings):
     prompt: str = HfArg(default="", help="The instruction.")
     requirement: str = HfArg(default="", help="What a good edit must show.")
     task: str = HfArg(default="", help="The kind of edit, for its default requirement.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, mend in (("source", "name the source picture"), ("edited", "name the edit"), ("prompt", "say what was asked")):
-            if not getattr(self, name):
-                raise BadInput(f"--{name} is missing; {mend}")
+    strategies: list[str] = HfArg(default_factory=lambda: ["logits"], help=f"To compare, of {', '.join(STRATEGIES)}.")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    cuda = torch.cuda.is_available()
-    where = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     if argv[:1] == ["agree"]:
-        settings = parse_settings(AgreeSettings, argv[2:], description="How far a judge agrees with people.", judge=TOY)
-        return agree(argv[1:2], settings, load_judge(settings, *where))
+        if not argv[1:] or not argv[1].endswith(".jsonl"):
+            raise BadInput("agree: names no file; write python reward_mllm.py agree FILE.jsonl --judge ...")
+        return agree(Path(argv[1]), parse_settings(Settings, argv[2:], description=agree.__doc__, judge=TOY))
     settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
+    for name in ("source", "edited", "prompt"):
+        if not getattr(settings, name):
+            raise BadInput(f"--{name} is missing; give the source picture, the edited picture and the instruction")
     sources, edit = [load_image(path) for path in settings.source], load_image(settings.edited)
     row = {"prompt": settings.prompt, "requirement": settings.requirement, "task": settings.task}
-    scores = load_judge(settings, *where).score([row], [sources], [edit])
+    scores = load_judge(settings).score([row], [sources], [edit])
     refuse_silent_judge(scores, settings.judge, least=0)
     print(f"score {scores.score.item():.4f}   mass on answers {scores.mass.item():.4f}   it would say {scores.words[0]}")
     print("   ".join(f"{name} {value.item():.4f}" for name, value in scores.terms.items()))

@@ -162,7 +162,7 @@ class Editor:
     policies: tuple = ()  # names of the LoRA adapters, `new` first
 
 
-def load_pipeline(base, dtype):
+def load_pipeline(base, dtype, trust_remote_code=False):
     """The diffusers pipeline `base`. Where torchvision is missing, processors that need it get a picture-only stand-in."""
     parts, late = {}, {}
     if not is_torchvision_available():
@@ -172,12 +172,13 @@ def load_pipeline(base, dtype):
                 parts[name] = PictureProcessor.from_pretrained(base, subfolder=name)
             elif kind == "PixtralProcessor":  # Flux.2 uses it for text alone
                 parts[name], late[name] = None, AutoTokenizer.from_pretrained(base, subfolder=name)
-    pipe = DiffusionPipeline.from_pretrained(base, dtype=dtype, **parts)
+    pipe = DiffusionPipeline.from_pretrained(base, dtype=dtype, trust_remote_code=trust_remote_code, **parts)
     pipe.register_modules(**late)
     return pipe
 
 
-def load_editor(base, device="cpu", dtype=torch.float32, resolution=None, max_text=None, solver_order=2):
+def load_editor(base, device="cpu", dtype=torch.float32, resolution=None, max_text=None, solver_order=2,
+                trust_remote_code=False):  # fmt: skip
     """The editor in the folder, or of the hub id, `base`: frozen, in eval mode, with the second-order solver.
 
     resolution in pixels, None: what the VAE was made for. max_text in tokens, None: the pipeline's default, or its
@@ -189,7 +190,7 @@ def load_editor(base, device="cpu", dtype=torch.float32, resolution=None, max_te
         mend = "run python data_prep.py toy first" if base == TOY else "name a model folder or a hub id owner/name"
         raise BadInput(f"{base}: no such model folder; {mend}")
     try:
-        pipe = load_pipeline(base, dtype)
+        pipe = load_pipeline(base, dtype, trust_remote_code)
     except (OSError, ValueError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         mend = "name a model folder or a hub id"
@@ -764,6 +765,7 @@ class Settings:
     guidance: float | None = HfArg(default=None, help="Guidance. [2.5 for the toy, else the family's]")
     resolution: int | None = HfArg(default=None, help="Square root of the working pixels. [what the VAE was made for]")
     max_text: int | None = HfArg(default=None, help="Tokens that a prompt may have. [the model's]")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
 
     def __post_init__(self):
         if not self.image:
@@ -782,7 +784,7 @@ def main(argv=None):
     args = parse_settings(Settings, argv, description=__doc__.splitlines()[0])
     images, cuda = [load_image(path) for path in args.image], torch.cuda.is_available()
     editor = load_editor(args.base, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32,
-                         args.resolution, args.max_text)  # fmt: skip
+                         args.resolution, args.max_text, trust_remote_code=args.trust_remote_code)  # fmt: skip
     steps = args.steps or (6 if args.base == TOY else 28)
     guidance = 2.5 if args.guidance is None and args.base == TOY else args.guidance
     if args.lora:

@@ -40,8 +40,8 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from data_prep import (
-    BadInput, ToySettings, build_toy, check_pictures, cut_log, load_image, oracle, paired_gain, parse_settings, read_rows,
-    rows_of_epoch, run_script, seeded, signals_caught,
+    BadInput, ToySettings, build_toy, cut_log, load_image, load_rows, oracle, paired_gain, parse_settings, rows_of_epoch,
+    run_script, seeded, signals_caught,
 )  # fmt: skip
 from reward_mllm import JudgeSettings, check_judge, load_judge
 from sample import (
@@ -191,7 +191,7 @@ def group_advantages(scores, clip=5.0, filter="paper", filter_mean=0.9, filter_s
                for n, d, s in zip(valid, drop, spread)]  # fmt: skip
     kept = torch.tensor([not reason for reason in reasons])  # (G,)
     trained = scores[kept][~scores[kept].isnan()]
-    scale = trained.std(unbiased=False).clamp(min=score_noise) if len(trained) else torch.tensor(1.0)
+    scale = trained.std(unbiased=False) if len(trained) else torch.tensor(1.0)  # at least score_noise, as every kept group's
     advantage = ((scores - mean[:, None]) / scale).clamp(-clip, clip)  # (G, K)
     return (advantage / (2 * clip) + 0.5).masked_fill(~kept[:, None], torch.nan), reasons
 
@@ -350,13 +350,11 @@ def not_finite(out, rows, scores, seen):
 
 def load_all(settings, accelerator):
     """Data, judge and editor with its policies and optimizer, each refused in one line if it cannot serve."""
-    faults = [] if settings.bad_rows == "skip" else None
-    rows = {split: check_pictures(read_rows(settings.data, split, faults), faults) for split in ("train", "test")}
+    rows = load_rows(settings.data, settings.bad_rows == "skip")
     rows["test"] = rows["test"][: settings.eval_rows]
-    accelerator.print("".join(f"skipped: {fault}\n" for fault in faults or []), end="")
     device, dtype = accelerator.device, torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     editor = load_editor(settings.base, "cpu" if settings.shard else device, dtype, settings.resolution,
-                         solver_order=settings.solver_order)  # fmt: skip
+                         solver_order=settings.solver_order, trust_remote_code=settings.trust_remote_code)  # fmt: skip
     add_policies(editor, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed,
                  ("old", "ema") if settings.ema_decay else ("old",), settings.start_lora)  # fmt: skip
     if settings.gradient_checkpointing:
