@@ -175,7 +175,7 @@ def measure(args):
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 1e9 / total))
     meter, edits = Meter(time_and_memory, device), args.groups * COPIES
 
-    def load(base, device, dtype, resolution, solver_order):
+    def load(base, device, dtype, resolution, solver_order, **_):
         return as_editor(meter.listen(build(args.models[0], device, args.tiny)), base, device, resolution, solver_order=solver_order)
 
     train_nft.load_editor, train_nft.load_judge, train_nft.time_and_memory = load, lambda *_: EvenJudge(), meter.lap
