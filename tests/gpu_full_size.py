@@ -219,7 +219,7 @@ def estimate(model):
     transformer, vae = pipe.transformer, pipe.vae.config
     size = {part: 2 * count / 1e9 for part, count in parameters(pipe).items()}
     targets = tuple(f".{target}" for target in FAMILIES[NAMES[model][1]].targets)
-    bound = [layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear) and name.endswith(targets)]
+    bound = [layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear) and f".{name}".endswith(targets)]
     lora = 6 * 4 * sum(RANK * (layer.in_features + layer.out_features) for layer in bound) / 1e9
     blocks = sum(len(layers) for layers in transformer.children() if isinstance(layers, nn.ModuleList))
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
