@@ -51,12 +51,11 @@ def full_size(model, tiny):
     kl = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
               block_out_channels=(128, 256, 512, 512), sample_size=1024)  # fmt: skip
     if model == "kontext":
-        clip = t.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                                projection_dim=768, bos_token_id=0, eos_token_id=2)  # fmt: skip
+        clip = t.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, eos_token_id=2)
         t5 = t.T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu",
                         tie_word_embeddings=False)  # fmt: skip
         return {
-            "transformer": d.FluxTransformer2DModel(num_layers=19, num_single_layers=38, guidance_embeds=True),
+            "transformer": d.FluxTransformer2DModel(guidance_embeds=True),  # its other defaults are the released config
             "text_encoder": t.CLIPTextModel(clip), "text_encoder_2": t.T5EncoderModel(t5),
             "vae": d.AutoencoderKL(**kl, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159,
                                    use_quant_conv=False, use_post_quant_conv=False),
@@ -67,12 +66,11 @@ def full_size(model, tiny):
                     rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})  # fmt: skip
         vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2,
                       temporal_patch_size=2, window_size=112, out_hidden_size=3584, fullatt_block_indexes=[7, 15, 23, 31])  # fmt: skip
-        own = tiny.text_encoder.config
-        ids = {name: getattr(own, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+        ids = {key: value for key, value in tiny.text_encoder.config.to_dict().items() if key.endswith("_token_id")}
         return {
             "transformer": d.QwenImageTransformer2DModel(num_layers=60),
             "text_encoder": t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)),
-            "vae": d.AutoencoderKLQwenImage(),  # its defaults are the released config
+            "vae": d.AutoencoderKLQwenImage(),
         }  # fmt: skip
     qwen3 = t.Qwen3Config(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
                           num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=True,
@@ -87,16 +85,13 @@ def full_size(model, tiny):
 def build(model, device, tiny_size=False):
     """The pipeline: a tiny one of its class, with full-size modules, prompts and pictures of the released lengths."""
     from conftest import tiny_editor
+    from transformers.modeling_utils import local_torch_dtype
 
     pipe = tiny_editor(NAMES[model][1])
     if tiny_size:
         return pipe
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            parts = full_size(model, pipe)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with torch.device(device), local_torch_dtype(torch.bfloat16):
+        parts = full_size(model, pipe)
     pipe.tokenizer.model_max_length = 77 if model == "kontext" else 512
     if model == "kontext":
         pipe.tokenizer_2.model_max_length = 512
@@ -125,10 +120,8 @@ class Meter:
 
     def lap(self, device):
         """In place of time_and_memory in train_nft, which calls it at the start of an epoch and after each of its phases."""
-        after = {"rollout": "reward", "reward": "train", "train": "evaluation"}.get(self.phase, "rollout")
-        reading = self.switch(after)
-        if after == "rollout":
-            self.figures = {}  # of this epoch alone
+        reading = self.switch({"rollout": "reward", "reward": "train", "train": "evaluation"}.get(self.phase, "rollout"))
+        self.figures = {} if self.phase == "rollout" else self.figures  # of one epoch
         return reading
 
     @contextmanager
