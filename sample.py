@@ -197,6 +197,11 @@ def load_editor(base, device="cpu", dtype=torch.float32, resolution=None, max_te
         if any(word in reason for word in ("orchvision", "video processor", "Placeholder")):
             mend = "its processor needs torchvision; pip install torchvision"
         raise BadInput(f"{base}: not a diffusers model ({reason}); {mend}") from error
+    return as_editor(pipe, base, device, resolution, max_text, solver_order)
+
+
+def as_editor(pipe, base, device="cpu", resolution=None, max_text=None, solver_order=2):
+    """The Editor of a pipeline that was built already; `base` is its name. The rest as in load_editor."""
     kind, taken = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     if getattr(pipe, "transformer", None) is None or "image" not in taken:
         raise BadInput(f"{base}: {kind} edits no pictures; name an editor such as FLUX.1-Kontext-dev")
