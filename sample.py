@@ -569,6 +569,12 @@ def parked(editor, park=True):
             part.to(device)
 
 
+def compile_blocks(editor):
+    """Compiles the transformer's blocks in place, each class once for each policy, gradient mode and batch size."""
+    torch._dynamo.config.recompile_limit = 64  # the default of 8 would fall back to eager in silence
+    editor.pipe.transformer.compile_repeated_blocks()
+
+
 def time_and_memory(device):
     """Now in seconds, and peak memory in GB: the GPU's since the last call, or this process's so far."""
     if device.type == "cpu":

@@ -46,8 +46,8 @@ from data_prep import (
 )  # fmt: skip
 from reward_mllm import JudgeSettings, check_judge, load_judge
 from sample import (
-    add_policies, check_editor, comparison_grid, equally_often, load_checkpoint, load_editor, lora_parameters, parked, policy,
-    rollout, save_checkpoint, save_newest, shard_base, soft_update, time_and_memory, velocity,
+    add_policies, check_editor, comparison_grid, compile_blocks, equally_often, load_checkpoint, load_editor, lora_parameters, parked,
+    policy, rollout, save_checkpoint, save_newest, shard_base, soft_update, time_and_memory, velocity,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- settings
@@ -362,8 +362,6 @@ def load_all(settings, accelerator):
                  ("old", "ema") if settings.ema_decay else ("old",), settings.start_lora)  # fmt: skip
     if settings.gradient_checkpointing:
         editor.pipe.transformer.enable_gradient_checkpointing()
-    if settings.compile:
-        editor.pipe.transformer.compile_repeated_blocks()
     if settings.shard:
         shard_base(editor, accelerator)
     judge = load_judge(settings, device, dtype)
@@ -371,6 +369,8 @@ def load_all(settings, accelerator):
                                   betas=(settings.adam_beta1, settings.adam_beta2))  # fmt: skip
     check_editor(editor, rows["train"][0], settings.guidance, optimizer, started=bool(settings.start_lora))
     check_judge(judge, settings.judge, rows["train"])
+    if settings.compile:
+        compile_blocks(editor)
     return rows, editor, judge, optimizer
 
 
