@@ -791,8 +791,9 @@ def new_editor():
     )
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    bpe.train_from_iterator(words, trainers.BpeTrainer(end_of_word_suffix="</w>", special_tokens=special))
+    special = ["<|startoftext|>", "<|endoftext|>", *(letter + "</w>" for letter in sorted(set("".join(words))))]
+    # the trainer numbers word ends in random order, which decides ties, unless they have their numbers before
+    bpe.train_from_iterator(words, trainers.BpeTrainer(end_of_word_suffix="</w>", special_tokens=special, show_progress=False))
     parts = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in parts["merges"]]
     clip_tokenizer = CLIPTokenizer(vocab=parts["vocab"], merges=merges, model_max_length=TEXT_TOKENS + 2)

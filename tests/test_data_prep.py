@@ -455,6 +455,18 @@ def test_pictures_survive_being_written(world, tmp_path):
     assert (back - picture).abs().max() < 1 / 255
 
 
+def test_the_toys_editor_is_the_same_at_every_build():
+    def build():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            pipe = data_prep.new_editor()
+        return pipe.tokenizer.get_vocab(), pipe.tokenizer.backend_tokenizer.to_str(), pipe.transformer.state_dict()
+
+    first, *others = [build() for _ in range(3)]
+    for vocabulary, tokenizer, weights in others:
+        assert (vocabulary, tokenizer) == first[:2] and all(torch.equal(first[2][key], weights[key]) for key in weights)
+
+
 def test_importing_does_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data_prep"],
                           capture_output=True, text=True, cwd=tmp_path, env=os.environ)  # fmt: skip
