@@ -467,7 +467,7 @@ def test_with_torchvision_the_standard_processors_are_loaded(editor_folder, monk
     passed, pipe = [], plain_pipeline(editor_folder(name))
     monkeypatch.setattr(sample, "is_torchvision_available", lambda: True)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda base, **kwargs: passed.append(kwargs) or pipe)
-    assert sample.load_pipeline(str(editor_folder(name)), torch.float32) is pipe and passed == [{"dtype": torch.float32}]
+    assert sample.load_pipeline(str(editor_folder(name)), torch.float32) is pipe and passed == [{"dtype": torch.float32, "trust_remote_code": False}]
 
 
 def test_a_processor_that_cannot_be_had_without_torchvision_is_one_clear_line(editor_folder, tmp_path):
