@@ -1,53 +1,50 @@
 """The data: JSONL rows in, checked examples out; and the toy world with its two tiny models.
 
-    python data_prep.py toy            # builds data/toy: rows, pictures, a tiny editor, a tiny judge
-    python data_prep.py check DIR      # lists every fault of a dataset; --against BENCH finds a benchmark's pictures
-    python data_prep.py requirements DIR --judge ...    # a judge writes what a good edit of each row must show
+python data_prep.py toy            # builds data/toy: rows, pictures, a tiny editor, a tiny judge
+python data_prep.py check DIR      # lists every fault of a dataset folder
+python data_prep.py check DIR --against BENCH    # and a benchmark's pictures in it
 """
 
-import ast
 import difflib
 import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
+import textwrap
+import threading
 import time
 import zlib
-from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image, ImageDraw, ImageOps
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor, T5Config, T5EncoderModel, T5TokenizerFast,
-)  # fmt: skip
-from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from tqdm import tqdm
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 # ---------------------------------------------------------------- what every script uses
 
 
 class BadInput(Exception):
-    """A mistake in what the user gave: one line that names the file, line or value, and the mend."""
+    """A mistake in what the user gave: one line that names the file, line or value, and the fix."""
 
 
-def run_script(main):
-    """Calls a script's `main`; a `BadInput`, or a GPU that is too small, ends it as one line on stderr and exit code 2."""
+def run_script(main) -> None:
+    """Calls a script's `main`. BadInput, or a GPU that is too small, ends it in one line, code 2."""
     try:
         main()
     except BadInput as error:
@@ -55,58 +52,36 @@ def run_script(main):
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". GPU ")[0]
-        print(f"error: the GPU is too small ({reason}); lower --rollout_batch, --train_batch or --judge_batch, put the judge "
-              "elsewhere (--judge_device or a server), or spread the base over several GPUs with --shard", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: the GPU is too small ({reason}); lower --rollout_batch, --train_batch or "
+            "--judge_batch, put the judge elsewhere (--judge_device or a server), or spread the "
+            "base over several GPUs with --shard",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
-def signals_caught():
-    """A list that the first SIGTERM or Ctrl-C fills, so that a loop can end well; the next one ends the program at once."""
-    caught = []
+def catch_signals() -> threading.Event:
+    """An event that SIGTERM, SIGHUP or Ctrl-C sets, so that loops and waits can end well.
+
+    A second Ctrl-C ends the program at once. A second SIGTERM does not: launchers send it to the
+    group and then to each worker.
+    """
+    stop = threading.Event()
 
     def catch(number, frame):
-        print(f"\n{signal.Signals(number).name}: finishing this step; once more ends it at once", file=sys.stderr)
-        signal.signal(number, signal.SIG_DFL)
-        caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, catch)
-    return caught
-
-
-def cut_log(file, epoch):
-    """Leaves the whole lines up to `epoch` in a log.jsonl and returns them: a kill may have cut the last one short."""
-    kept = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        kept += [record] * (record["epoch"] <= epoch)
-    if file.exists():
-        part = file.with_suffix(".part")
-        part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        part.replace(file)
-    return kept
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), catch)
+    return stop
 
 
-def parse_settings(cls, argv=None, description=None, **defaults):
-    """The command line as an instance of the dataclass `cls`: `--name value` for each field; BadInput for other names.
-
-    `defaults` replace the dataclass's own; argv None means sys.argv[1:].
-    """
-
-    def refuse(message):
-        raise BadInput(f"{message}; --help lists what there is")
-
-    parser = HfArgumentParser(cls, description=description, allow_abbrev=False)
-    parser.error = refuse  # one line instead of the whole usage
-    parser.set_defaults(**defaults)
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def seeded(*key):
-    """A CPU torch.Generator whose seed is a hash of `key`: every random draw names itself, so randomness has no state.
+def seeded(*key) -> torch.Generator:
+    """A CPU generator seeded by a hash of `key`: each draw names itself, so randomness has no state.
 
     key: anything whose repr is stable, as in seeded(seed, "noise", epoch, group, copy).
     """
@@ -114,12 +89,247 @@ def seeded(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+# ---------------------------------------------------------------- settings
+
+
+def setting(
+    default: Any,
+    help: str,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> Field:
+    """A field of a settings dataclass: default, help, and the range of its number or numbers."""
+    limits = {"at least": at_least, "above": above, "at most": at_most}
+    limits = {words: limit for words, limit in limits.items() if limit is not None}
+    told = " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
+    options = {"help": f"{help} ({told})" if told else help, "metadata": {"limits": limits}}
+    if isinstance(default, list):
+        return HfArg(default_factory=default.copy, **options)
+    return HfArg(default=default, **options)
+
+
+@dataclass(frozen=True)
+class CheckedSettings:
+    """Settings whose numbers are finite and lie in the ranges that their fields name."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, list) else [value]:
+                if type(number) in (int, float):
+                    check_range(field, number)
+
+
+def check_range(field: Field, number: float) -> None:
+    """BadInput for a number outside the limits of its setting, or not finite."""
+    limits = field.metadata.get("limits", {})
+    outside = (
+        not math.isfinite(number)
+        or number < limits.get("at least", -math.inf)
+        or number <= limits.get("above", -math.inf)
+        or number > limits.get("at most", math.inf)
+    )
+    if outside:
+        wanted = " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
+        raise BadInput(f"--{field.name} {number}: give a number {wanted or 'that is finite'}")
+
+
+class SettingsParser(HfArgumentParser):
+    """transformers' parser of dataclasses; a mistake is one line, and fields may carry limits."""
+
+    def add_argument(self, *names, limits=None, **options):
+        return super().add_argument(*names, **options)
+
+    def error(self, message):
+        raise BadInput(f"{message}; --help lists what there is")
+
+
+def parse_settings(cls, argv: list[str] | None = None, description: str = "", **defaults):
+    """The command line as an instance of the dataclass `cls`, `--name value` for each field.
+
+    argv: None means sys.argv[1:]; defaults: in place of the dataclass's own. BadInput for a name
+    that is none, or a value of another type or outside its range.
+    """
+    parser = SettingsParser(cls, description=description, allow_abbrev=False)
+    parser.set_defaults(**defaults)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+# ---------------------------------------------------------------- files, whole or not at all
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yields a path beside `path` to be written; it becomes `path` when the block ends.
+
+    An error leaves what was there, and nothing else. BadInput for one of the disk or the folder.
+    """
+    path = Path(path)
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")  # its ending tells Pillow the format
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error}); make room or name another") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Yields a new folder beside `folder` to be filled; it becomes `folder` when the block ends.
+
+    It then also holds hashes.json, a hash of every file, by which `is_whole` knows it. Replaces
+    only a folder that holds nothing but what an earlier call wrote; any other is moved aside.
+    """
+    folder = Path(folder)
+    part = folder.with_name(f".part-{folder.name}")
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # left by a kill
+        part.mkdir(parents=True)
+        yield part
+        (part / "hashes.json").write_text(json.dumps(file_hashes(part), indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    except OSError as error:
+        raise BadInput(
+            f"{folder}: cannot be written ({error}); make room or name another"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """{relative path: sha256} of all files below a folder but its own hashes.json."""
+    hashes = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != "hashes.json":
+            name = file.relative_to(folder).as_posix()
+            hashes[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashes
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether all files of a folder are there as whole_folder wrote them; others do not matter."""
+    try:
+        wanted = json.loads(Path(folder, "hashes.json").read_text())
+        return wanted.items() <= file_hashes(Path(folder)).items()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Within, no other process holds this folder; BadInput if one does. Ends with the process."""
+    import fcntl  # not on Windows
+
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder, ".lock"), "w")
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written ({error}); name another folder") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(f"{folder}: another run is at work there; name another folder") from None
+        yield
+
+
+def read_json_lines(path: str | Path, faults: list | None = None) -> list[tuple[int, dict]]:
+    """(line number, object) of each line of a JSON lines file; lines end at b"\\n" alone.
+
+    utf-8 with or without BOM; empty lines are passed over. The first line that is no JSON object
+    raises BadInput; with a list as `faults` it is left out and the message appended.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error}); name another file") from None
+    objects = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            if line.strip():
+                objects.append((number, parse_json_object(line, f"{path}:{number}")))
+        except BadInput as fault:
+            if faults is None:
+                raise
+            faults.append(str(fault))
+    return objects
+
+
+def parse_json_object(line: bytes, where: str) -> dict:
+    """The JSON object in a line; BadInput, naming `where` it stands, if there is none."""
+    try:
+        value = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON ({error}); write one object a line") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: not an object; write one object a line")
+    return value
+
+
+def write_json_lines(path: str | Path, objects: list[dict]) -> None:
+    """Writes a JSON lines file anew, whole or not at all."""
+    with whole_file(path) as part:
+        lines = [json.dumps(value, ensure_ascii=False) + "\n" for value in objects]
+        part.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+# ---------------------------------------------------------------- models without torchvision
+
+
+def load_processor(kind: type, place: str | Path, **options):
+    """A multimodal processor of the class `kind`; without torchvision, all of it but its videos.
+
+    place: folder or hub id; options: as from_pretrained takes them. BadInput where its pictures
+    need torchvision, too.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        return kind.from_pretrained(place, **options)
+    try:
+        pictures = AutoImageProcessor.from_pretrained(place, **options)
+        words = AutoTokenizer.from_pretrained(place, **options)
+        return without_videos(kind)(pictures, words, None, chat_template=words.chat_template)
+    except (ImportError, TypeError):
+        raise BadInput(
+            f"{place}: its processor needs torchvision; pip install torchvision"
+        ) from None
+
+
+def without_videos(kind: type) -> type:
+    """A processor class that may have None for its video part, which torchvision alone can build."""
+
+    class PictureProcessor(kind):
+        def check_argument_for_proper_class(self, name, value):
+            if name != "video_processor":
+                super().check_argument_for_proper_class(name, value)
+
+    return PictureProcessor
+
+
 # ---------------------------------------------------------------- rows and pictures
 
 
-MAX_PIXELS, MIN_SIDE = 2**26, 16  # a picture above the first is never decoded; one with a shorter side is a fault
+MAX_PIXELS, MIN_SIDE = (
+    2**26,
+    16,
+)  # a picture above the first is never decoded; one with a shorter side is a fault
 NEAR = 0.05  # root mean square difference of two 16 x 16 thumbnails in [0, 1] below which they show one picture
-KEYS = ("prompt", "image", "requirement", "task", "target")  # what a row may hold beside its id; others are kept
+KEYS = (
+    "prompt",
+    "image",
+    "requirement",
+    "task",
+    "target",
+)  # what a row may hold beside its id; others are kept
 
 
 def load_image(path):
@@ -131,19 +341,29 @@ def load_image(path):
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadInput(f"{name}: {image.width} x {image.height} pixels, above {MAX_PIXELS:,}; make it smaller")
+                raise BadInput(
+                    f"{name}: {image.width} x {image.height} pixels, above {MAX_PIXELS:,}; make it smaller"
+                )
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise BadInput(f"{name}: holds floats of no known range; save it with 8 bits")
             if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+                image = Image.fromarray(
+                    (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
+                )
             if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                image = Image.alpha_composite(
+                    Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+                )
             return image.convert("RGB")
     except FileNotFoundError:
-        raise BadInput(f"{name}: no such picture; correct the path in the row, or add the file") from None
+        raise BadInput(
+            f"{name}: no such picture; correct the path in the row, or add the file"
+        ) from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{name}: not a readable picture ({error}); replace it or remove its row") from None
+        raise BadInput(
+            f"{name}: not a readable picture ({error}); replace it or remove its row"
+        ) from None
 
 
 def read_rows(folder, split, faults=None):
@@ -188,18 +408,31 @@ def _read_row(line, folder, where, name, seen):
         raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
     content = json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True)
     images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image")
-    if not images or not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise BadInput(f"{where}: the row has no `image`; add a path, or a list of paths, relative to {folder}")
+    if (
+        not images
+        or not isinstance(images, list)
+        or not all(isinstance(name, str) for name in images)
+    ):
+        raise BadInput(
+            f"{where}: the row has no `image`; add a path, or a list of paths, relative to {folder}"
+        )
     for key in ("requirement", "task", "target"):
         if not isinstance(row.get(key, ""), str):
-            raise BadInput(f"{where}: `{key}` is {row[key]!r}, not text; write it in quotes or leave it out")
+            raise BadInput(
+                f"{where}: `{key}` is {row[key]!r}, not text; write it in quotes or leave it out"
+            )
     row["images"] = [inside(folder, name, where) for name in images]
     if "target" in row:
         row["target"] = inside(folder, row["target"], where)
     row["id"] = str(row.get("id", name))
-    for mark, mend in (("id " + row["id"], f"the id {row['id']!r} again"), (content, "the row again")):
+    for mark, mend in (
+        ("id " + row["id"], f"the id {row['id']!r} again"),
+        (content, "the row again"),
+    ):
         if seen.setdefault(mark, where) != where:
-            raise BadInput(f"{where}: {mend} that {Path(seen[mark]).name} has; remove or change one")
+            raise BadInput(
+                f"{where}: {mend} that {Path(seen[mark]).name} has; remove or change one"
+            )
     return row
 
 
@@ -210,7 +443,9 @@ def inside(folder, name, where):
     except (ValueError, RuntimeError) as error:
         raise BadInput(f"{where}: picture {name!r} is no path ({error}); correct it") from None
     if not path.is_relative_to(folder):
-        raise BadInput(f"{where}: picture {name} leaves the dataset folder; move it inside {folder}")
+        raise BadInput(
+            f"{where}: picture {name} leaves the dataset folder; move it inside {folder}"
+        )
     return str(path)
 
 
@@ -219,7 +454,9 @@ def look_at(path):
     try:
         image = load_image(path)
         if min(image.size) < MIN_SIDE:
-            raise BadInput(f"{path}: {image.width} x {image.height} pixels, below {MIN_SIDE}; replace it or remove its row")
+            raise BadInput(
+                f"{path}: {image.width} x {image.height} pixels, below {MIN_SIDE}; replace it or remove its row"
+            )
     except BadInput as fault:
         return fault
     small = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32) / 255
@@ -245,7 +482,11 @@ def check_pictures(rows, faults=None, looks=None):
                 raise look
             if isinstance(look, BadInput):
                 faults.append(str(look))
-    return [row for row in rows if not any(isinstance(looks[path], BadInput) for path in row_pictures(row))]
+    return [
+        row
+        for row in rows
+        if not any(isinstance(looks[path], BadInput) for path in row_pictures(row))
+    ]
 
 
 def load_rows(folder, skip=False):
@@ -257,7 +498,9 @@ def load_rows(folder, skip=False):
     for split in ("train", "test"):
         rows[split] = check_pictures(read_rows(folder, split, faults), faults)
         if not rows[split]:
-            raise BadInput(f"{folder}: no faultless row is left in {split}; python data_prep.py check {folder} lists what to mend")
+            raise BadInput(
+                f"{folder}: no faultless row is left in {split}; python data_prep.py check {folder} lists what to mend"
+            )
     print("".join(f"skipped: {fault}\n" for fault in faults or []), end="", file=sys.stderr)
     return rows
 
@@ -269,16 +512,6 @@ def rows_of_epoch(number, rows, seed, epoch):
         yield torch.randperm(rows, generator=seeded(seed, "rows", turn))[place].item()
 
 
-class PictureProcessor(Qwen2VLProcessor):
-    """The processor of Qwen2-VL's and Qwen2.5-VL's kind for text and pictures, where torchvision is missing.
-
-    The library's own is the same but for a video processor, which cannot be built without torchvision.
-    """
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
-
-
 # ---------------------------------------------------------------- the check
 
 
@@ -287,7 +520,9 @@ class CheckSettings:
     """What `data_prep.py check DIR` is told."""
 
     dataset: str = HfArg(default="", help="The dataset folder; also the first word after check.")
-    against: str = HfArg(default="", help="A benchmark's folder: its pictures must not be in the dataset.")
+    against: str = HfArg(
+        default="", help="A benchmark's folder: its pictures must not be in the dataset."
+    )
 
 
 def read_table(folder):
@@ -304,7 +539,11 @@ def read_table(folder):
     except ImportError:
         raise BadInput(f"{files[0]}: reading it needs pyarrow; pip install pyarrow") from None
     for file in files:
-        stream = ParquetFile(file).iter_batches(16) if file.suffix == ".parquet" else pyarrow.ipc.open_stream(file)
+        stream = (
+            ParquetFile(file).iter_batches(16)
+            if file.suffix == ".parquet"
+            else pyarrow.ipc.open_stream(file)
+        )
         for batch in stream:
             yield from batch.to_pylist()
 
@@ -324,7 +563,10 @@ def benchmark_pictures(folder):
 def copies_of(looks, folder):
     """Which looked-at pictures show one of the benchmark in `folder`: (path, words) pairs, exact and near copies."""
     paths = [path for path, look in looks.items() if not isinstance(look, BadInput)]
-    hashes, own = [looks[path][0] for path in paths], torch.tensor(np.array([looks[path][1] for path in paths]))
+    hashes, own = (
+        [looks[path][0] for path in paths],
+        torch.tensor(np.array([looks[path][1] for path in paths])),
+    )
     found, number = {}, 0
     for name, picture in benchmark_pictures(folder):
         look, number = look_at(picture), number + 1
@@ -333,7 +575,11 @@ def copies_of(looks, folder):
         distance = (own - torch.from_numpy(look[1])).square().mean(1).sqrt()  # (paths,)
         for i in torch.nonzero(distance < NEAR).flatten().tolist():
             exact = hashes[i] == look[0]
-            said = f"an exact copy of {name}" if exact else f"a near copy of {name} (difference {distance[i]:.3f})"
+            said = (
+                f"an exact copy of {name}"
+                if exact
+                else f"a near copy of {name} (difference {distance[i]:.3f})"
+            )
             if exact or paths[i] not in found:
                 found[paths[i]] = said
     if not number:
@@ -347,7 +593,9 @@ def check_dataset(settings):
     Rows that are alike though their files differ are no fault of the data, training takes them: they are notes.
     """
     if not settings.dataset:
-        raise BadInput("check: no dataset is named; python data_prep.py check DIR [--against BENCH]")
+        raise BadInput(
+            "check: no dataset is named; python data_prep.py check DIR [--against BENCH]"
+        )
     folder, faults, looks, rows = Path(settings.dataset).resolve(), [], {}, []
     splits = [split for split in ("train", "test") if list(folder.glob(f"{split}*.jsonl"))]
     for split in splits or ["train"]:
@@ -357,185 +605,21 @@ def check_dataset(settings):
     for row in rows:
         mark = (row["prompt"], *(looks[path][0] for path in row["images"]))
         if seen.setdefault(mark, row["id"]) != row["id"]:
-            notes.append(f"note: row {row['id']} has the prompt and the very pictures of row {seen[mark]}")
+            notes.append(
+                f"note: row {row['id']} has the prompt and the very pictures of row {seen[mark]}"
+            )
     if settings.against:
-        faults += [f"{path}: {said}; remove its rows" for path, said in copies_of(looks, settings.against)]
+        faults += [
+            f"{path}: {said}; remove its rows" for path, said in copies_of(looks, settings.against)
+        ]
     print("".join(f"{line}\n" for line in notes + faults), end="")
     counts = f"{len(rows)} good rows in {' and '.join(splits)}, {len(looks)} pictures"
     if faults:
         raise BadInput(f"{folder}: {len(faults)} faults, one a line above; {counts}")
-    print(f"{folder}: no faults; {counts}" + f"; nothing of {settings.against}" * bool(settings.against))
-
-
-# ---------------------------------------------------------------- the benchmarks
-
-BENCHMARK_TASKS = {
-    "imgedit": ("add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action"),
-    "gedit": ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
-              "subject-remove", "subject-replace", "text_change", "tone_transfer"),
-}  # fmt: skip
-
-
-def read_imgedit(folder, prompts_file):
-    """ImgEdit-Bench, single turn, in `folder`: (rows, judge's prompts by task, sha256 of the metadata).
-
-    The metadata is {key: {id, prompt, edit_type}}, a row's picture is its id. Rows are as evaluate.load_benchmark tells.
-    prompts_file: the judge's prompts where they are not in the folder.
-    """
-    file = find_file("", (folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"))
-    asked = find_file(prompts_file, (file.parent, file.parent.parent), ("judge_prompt.json", "prompts.json"))
-    texts, rows, prompts, keys = read_json(asked), [], {}, ("id", "prompt", "edit_type")
-    for key, entry in read_json(file).items():
-        where = f"{file}: row {key}"
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in keys):
-            raise BadInput(f"{where} has no id, prompt and edit_type; take ImgEdit-Bench's single-turn metadata")
-        kind = entry["edit_type"]
-        task = "adjust" if kind == "alter" else kind  # two versions circulate
-        if task not in BENCHMARK_TASKS["imgedit"]:
-            raise BadInput(f"{where}: unknown task {kind!r}; ImgEdit-Bench has {', '.join(BENCHMARK_TASKS['imgedit'])}")
-        prompts[task] = texts.get(kind) or texts.get(task) or (texts.get("alter") if task == "adjust" else None)
-        if not isinstance(prompts[task], str):
-            raise BadInput(f"{asked}: has no prompt for the task {kind!r} of row {key}; take both files of one version")
-        picture, _ = (inside(file.parent, name, where) for name in (entry["id"], f"{key}.png"))
-        rows.append({"row": key, "prompt": entry["prompt"], "images": [picture], "task": task, "source": entry["id"],
-                     "file": f"{key}.png"})  # fmt: skip
-    return rows, prompts, hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def read_gedit(folder, prompts_file, languages, out):
-    """GEdit-Bench in `folder`: (rows of some languages, {"SC", "PQ"} the judge's prompts, "").
-
-    Parquet or arrow files, whose pictures are written below `out`, or metadata.jsonl with `file_name` beside pictures; and
-    vie_prompts.py, or prompts_file. Rows are as evaluate.load_benchmark tells.
-    """
-    places = (folder, folder / "viescore", folder.parent / "viescore")
-    prompts = read_vie_prompts(find_file(prompts_file, places, ("vie_prompts.py",)))
-    rows, times, listed = [], {}, folder / "metadata.jsonl"
-    try:
-        lines = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
-        entries = [json.loads(line) for line in lines if line.strip()] or read_table(folder)
-    except ValueError as error:
-        raise BadInput(f"{listed}: not JSON ({error}); write one object a line") from None
-    for number, entry in enumerate(entries, 1):
-        where, keys = f"{folder}: row {number}", ("key", "task_type", "instruction_language", "instruction")
-        if not all(isinstance(entry.get(name), str) for name in keys):
-            raise BadInput(f"{where} lacks {', '.join(keys[:3])} or {keys[3]}; name GEdit-Bench's folder")
-        key, task, language, text = (entry[name] for name in keys)
-        if task not in BENCHMARK_TASKS["gedit"] or language not in ("en", "cn"):
-            known = f"{', '.join(BENCHMARK_TASKS['gedit'])}, in en and cn"
-            raise BadInput(f"{where}: unknown task {task!r} in {language!r}; GEdit-Bench has {known}")
-        if language not in languages:
-            continue
-        place = f"{task}/{language}/{key}"
-        times[place] = times.get(place, 0) + 1
-        name = place if times[place] == 1 else f"{place}-{times[place]}"  # a few keys repeat, with another instruction
-        path = Path(inside(Path(out).resolve(), f"sources/{name}.png", where))
-        if stored := (entry.get("input_image_raw") or entry.get("input_image") or {}).get("bytes"):
-            path.is_file() or write_whole(path, lambda part: part.write_bytes(stored))
-        elif isinstance(entry.get("file_name"), str):
-            path = Path(inside(folder, entry["file_name"], where))
-        else:
-            raise BadInput(f"{where} holds no picture: neither the bytes of input_image_raw nor a file_name")
-        picture = short_hash(path.read_bytes()) if path.is_file() else ""
-        rows.append({"row": name, "prompt": text, "images": [str(path)], "task": task, "source": picture,
-                     "language": language, "intersection": bool(entry.get("Intersection_exist")),
-                     "file": f"fullset/{name}.png", "shared file": f"fullset/{place}.png"})  # fmt: skip
-    if not rows:
-        raise BadInput(f"{folder}: holds no rows in {' or '.join(languages)}, in parquet, arrow or metadata.jsonl; name "
-                       "GEdit-Bench's folder")  # fmt: skip
-    return rows, prompts, ""
-
-
-def read_vie_prompts(file):
-    """{"SC": ..., "PQ": ...}, put together as VIEScore does, from a Python file whose constants are read as literals."""
-    texts = {}
-    try:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-                texts[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
-        parts = [texts[name] for name in ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
-                                          "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ")]  # fmt: skip
-        return {"SC": "\n".join(parts[:3]), "PQ": "\n".join([parts[0], parts[3]])}
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
-        raise BadInput(f"{file}: has not the texts of VIEScore ({error}); take GEdit-Bench's vie_prompts.py") from None
-
-
-def find_file(given, folders, names):
-    """The file that was given, else the first of `names` in `folders`."""
-    for path in [Path(given)] if given else [Path(folder, name) for folder in folders for name in names]:
-        if path.is_file():
-            return path
-    raise BadInput(f"{given or folders[0]}: holds no {' or '.join(names)}; name the benchmark's folder, or --prompts FILE")
-
-
-def read_json(file):
-    """The object in a JSON file, not an empty one."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{file}: not JSON ({error}); take the benchmark's own file") from None
-    if isinstance(value, dict) and value:
-        return value
-    raise BadInput(f"{file}: holds no entries; take the benchmark's own file")
-
-
-def write_whole(path, write):
-    """Has `write` fill a file beside `path` and renames it: at no moment is there half a file at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    write(part)
-    part.replace(path)
-
-
-def short_hash(content):
-    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:8]
-
-
-def read_ratings(file):
-    """Edits that people rated: (row, source pictures, edits, labels) of each line, a group of edits of one source.
-
-    A line has `prompt`, `image`, `edits` and `scores`, a number for each edit, the higher the better; for two edits also
-    `preference` in place of scores: 0 the first is better, 1 the second, 0.5 neither. Paths are relative to the file.
-    """
-    groups, load = [], functools.cache(load_image)
-    for row in read_rows(file.parent, file.stem):
-        try:
-            labels = row["scores"] if "scores" in row else [1 - row["preference"], row["preference"]]
-            labels, edits = [float(label) for label in labels], [load_image(file.parent / path) for path in row["edits"]]
-        except (KeyError, TypeError, ValueError):
-            raise BadInput(f"{file}: {row['id']} lacks `edits` with `scores` or a `preference`; add them") from None
-        if len(labels) != len(edits):
-            raise BadInput(f"{file}: {row['id']} has {len(edits)} edits and {len(labels)} scores; give one for each")
-        groups.append((row, [load(path) for path in row["images"]], edits, labels))
-    return groups
-
-
-REQUIREMENTS = {  # what a good edit must show, by the names of its task in ImgEdit, GEdit and training sets
-    "add subject_add": "the new thing, once, where it was asked for, in fitting size and light, hiding nothing without need.",
-    "remove subject_remove": "the thing gone with its shadow and reflection; in its place what would plausibly be behind it.",
-    "replace subject_replace": "the new thing where the old one was, in fitting size, pose and light, and no trace of the old.",
-    "adjust alter": "the named property changed as asked, on all of the named thing and on nothing else; its shape is the same.",
-    "color_alter recolour": "the new colour on all of the named thing, its shading and texture kept, and on nothing else.",
-    "material_alter": "the named thing plainly made of the new material, with fitting sheen and texture; its shape is the same.",
-    "background background_change": "the new background all around, meeting an unchanged foreground at clean edges.",
-    "style style_change": "the new style in every part of the picture; the scene, its things and places are still the same.",
-    "tone_transfer": "the new light, weather, season or mood over the whole picture; things and places are the same.",
-    "action motion_change": "the new pose, movement or expression, with sound anatomy; the same person or animal as before.",
-    "ps_human": "the person changed as asked and still plainly the same person, with natural skin, face and hands.",
-    "text text_change": "the new text, spelled exactly as asked, in the old one's place and manner; other text is the same.",
-    "hybrid compose": "every one of the changes that were asked for, each of them complete, and no other.",
-    "extract": "the named thing alone, whole and unaltered, on a plain background.",
-    "reference": "what was asked for of the reference picture, recognisably the same; the rest is that of the edited picture.",
-    "red_box": "the change made to what the red box marks and nowhere else, and the box itself gone.",
-    "": "the change that was asked for, complete and natural, and no other change.",
-}  # fmt: skip
-
-
-def requirement_of(row):
-    """What a good edit of a row must show: the row's own `requirement`, or the default text of its `task`."""
-    task = str(row.get("task") or "").strip().lower().replace("-", "_").replace(" ", "_")
-    own = next((text for names, text in REQUIREMENTS.items() if task in names.split()), REQUIREMENTS[""])
-    return row.get("requirement") or own
+    print(
+        f"{folder}: no faults; {counts}"
+        + f"; nothing of {settings.against}" * bool(settings.against)
+    )
 
 
 # ---------------------------------------------------------------- statistics
@@ -553,7 +637,9 @@ def bootstrap(values, groups, clusters, draws=2000, seed=0):
     totals, counts = np.zeros((2, len(known), len(names)))  # (clusters, T) each
     np.add.at(totals, (cluster, group), values)
     np.add.at(counts, (cluster, group), 1)
-    times = np.random.default_rng(seed).multinomial(len(known), np.full(len(known), 1 / len(known)), draws)
+    times = np.random.default_rng(seed).multinomial(
+        len(known), np.full(len(known), 1 / len(known)), draws
+    )
     with np.errstate(all="ignore"):
         return names.tolist(), (times @ totals) / (times @ counts)
 
@@ -563,12 +649,24 @@ def paired_gain(base, now, key):
 
     base, now: lists of dicts for the same edits in the same order, each with `row` and `key`; NaN is left out.
     """
-    before, after = (np.array([result[key] for result in results], float) for results in (base, now))
+    before, after = (
+        np.array([result[key] for result in results], float) for results in (base, now)
+    )
     gains, kept = after - before, ~np.isnan(after - before)
-    draws = bootstrap(gains[kept], ["all"] * kept.sum(), [result["row"] for result, keep in zip(base, kept) if keep])[1]
+    draws = bootstrap(
+        gains[kept],
+        ["all"] * kept.sum(),
+        [result["row"] for result, keep in zip(base, kept) if keep],
+    )[1]
     low, high = np.nanquantile(draws, (0.025, 0.975)) if draws.size else (np.nan, np.nan)
-    return {"base": np.nanmean(before), "now": np.nanmean(after), "gain": gains[kept].mean(), "low": low, "high": high,
-            "missing": int((~kept).sum())}  # fmt: skip
+    return {
+        "base": np.nanmean(before),
+        "now": np.nanmean(after),
+        "gain": gains[kept].mean(),
+        "low": low,
+        "high": high,
+        "missing": int((~kept).sum()),
+    }
 
 
 def spearman(a, b):
@@ -580,50 +678,84 @@ def spearman(a, b):
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def ordered_pairs(scores, labels):
-    """Of a group's pairs of edits that labels tell apart: how many, how many scores order alike (equal: half), how many tie."""
-    gaps = [(a - b) * (1 if x > y else -1) for (a, x), (b, y) in itertools.combinations(zip(scores, labels), 2) if x != y]
-    gaps = [0.0 if abs(gap) < 1e-6 else gap for gap in gaps if gap == gap]
-    return len(gaps), sum(gap > 0 for gap in gaps) + gaps.count(0.0) / 2, gaps.count(0.0)
+# ---------------------------------------------------------------- pictures of results
 
 
-PLAIN_TERMS = {"pixel_distance": (0, 1), "brightness_drift": (-1, 1), "sharpness_drift": (-1, 1)}  # and their ranges
+def picture_grid(rows, captions=None, title="", cell=96):
+    """One picture out of rows of pictures (list of lists of PIL.Image, None for a gap), under `title`.
 
-
-def plain_terms(sources, edits):
-    """Terms that need no judge, to watch for copying, blur and drift: a dict name -> (n,), all 0 for an untouched source.
-
-    pixel_distance: mean absolute difference in [0, 1]; brightness_drift: edit's mean minus source's; sharpness_drift:
-    (edit - source) / (edit + source) of the mean absolute Laplacian, -1 all blurred. Of a row's first source picture.
+    captions: texts of the same layout, written below the pictures. Pictures smaller than `cell` pixels are enlarged by
+    a whole factor without smoothing.
     """
 
-    @functools.lru_cache(4)  # a group's source is looked at once
-    def seen(number, size):
-        picture = pictures[number].convert("RGB")
-        pixels = np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS), np.float32)
-        light = pixels.mean(2) / 255
-        bend = 4 * light[1:-1, 1:-1] - light[2:, 1:-1] - light[:-2, 1:-1] - light[1:-1, 2:] - light[1:-1, :-2]
-        return pixels / 255, light.mean(), np.abs(bend).mean() + 1e-6
+    def enlarged(image):
+        factor = max(1, -(-cell // max(image.size)))
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
-    pictures, rows = {id(picture): picture for picture in (*edits, *(shown[0] for shown in sources))}, []
-    for shown, edit in zip(sources, edits):
-        (before, dark, dull), (after, light, sharp) = (seen(id(picture), edit.size) for picture in (shown[0], edit))
-        rows.append((np.abs(after - before).mean(), light - dark, (sharp - dull) / (sharp + dull)))
-    return dict(zip(PLAIN_TERMS, torch.tensor(np.array(rows, np.float32).reshape(-1, len(PLAIN_TERMS))).T))
+    rows = [[image and enlarged(image) for image in row] for row in rows]
+    width, height = (
+        max(image.size[axis] for row in rows for image in row if image) for axis in (0, 1)
+    )
+    width, columns, line, gap = (
+        max(width, cell),
+        max(map(len, rows)),
+        12,
+        4,
+    )  # pixels but for columns
+
+    def wrapped(text, pixels):
+        return [
+            piece for part in str(text).splitlines() for piece in textwrap.wrap(part, pixels // 6)
+        ]
+
+    texts = [[wrapped(text, width) for text in row] for row in captions or [[]]]
+    depth = height + gap + line * max((len(text) for row in texts for text in row), default=0)
+    head = wrapped(title, columns * (width + gap))
+    top = gap + line * len(head)
+    sheet = Image.new(
+        "RGB", (gap + columns * (width + gap), top + gap + len(rows) * (depth + gap)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((gap, gap // 2), "\n".join(head), fill="black", spacing=0)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            x, y = gap + j * (width + gap), top + i * (depth + gap)
+            if image:
+                sheet.paste(image, (x, y))
+            if i < len(texts) and j < len(texts[i]):
+                draw.multiline_text(
+                    (x, y + height + 1), "\n".join(texts[i][j]), fill="black", spacing=0
+                )
+    return sheet
 
 
 # ---------------------------------------------------------------- the toy world: 2 x 2 cells of coloured shapes
 
 SIZE, CELL = 32, 16  # pixels
-COLOURS = {"red": (220, 40, 40), "green": (30, 170, 50), "blue": (50, 80, 220), "yellow": (240, 200, 40),
-           "purple": (150, 40, 190)}  # fmt: skip
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (30, 170, 50),
+    "blue": (50, 80, 220),
+    "yellow": (240, 200, 40),
+    "purple": (150, 40, 190),
+}
 SHAPES = ("circle", "square", "triangle")
-BACKGROUNDS = {"white": (245, 245, 245), "gray": (140, 140, 140), "black": (25, 25, 25),
-               "cyan": (130, 210, 220), "pink": (250, 180, 200)}  # fmt: skip
+BACKGROUNDS = {
+    "white": (245, 245, 245),
+    "gray": (140, 140, 140),
+    "black": (25, 25, 25),
+    "cyan": (130, 210, 220),
+    "pink": (250, 180, 200),
+}
 CELLS = ("top left", "top right", "bottom left", "bottom right")
-OBJECTS = (None, *((colour, shape) for shape in SHAPES for colour in COLOURS))  # object 0 is an empty cell
+OBJECTS = (
+    None,
+    *((colour, shape) for shape in SHAPES for colour in COLOURS),
+)  # object 0 is an empty cell
 TASKS = ("recolour", "remove", "add", "replace", "background")
-TOY_JUDGE_PROMPT = "{prompt}"  # the tiny judge knows a few dozen words: it gets the instruction alone
+TOY_JUDGE_PROMPT = (
+    "{prompt}"  # the tiny judge knows a few dozen words: it gets the instruction alone
+)
 
 # A scene is five integers: background, then the object in each cell, row by row.
 
@@ -634,7 +766,9 @@ def cell_templates():
     table = torch.empty(len(BACKGROUNDS), len(OBJECTS), 3, CELL, CELL)
     for b, background in enumerate(BACKGROUNDS.values()):
         for o, thing in enumerate(OBJECTS):
-            big = Image.new("RGB", (8 * CELL, 8 * CELL), background)  # drawn large, then averaged: smooth edges
+            big = Image.new(
+                "RGB", (8 * CELL, 8 * CELL), background
+            )  # drawn large, then averaged: smooth edges
             if thing:
                 colour, draw = COLOURS[thing[0]], ImageDraw.Draw(big)
                 if thing[1] == "circle":
@@ -664,10 +798,14 @@ def to_pil(picture):
 def instructions():
     """Every instruction: {text: (task, change)}, and the set of held-out texts; change: (cell or None, old, new)."""
     texts = {task: {} for task in TASKS}
-    for (colour, shape) in OBJECTS[1:]:
+    for colour, shape in OBJECTS[1:]:
         this = OBJECTS.index((colour, shape))
         for other in (other for other in COLOURS if other != colour):
-            texts["recolour"][f"make the {colour} {shape} {other}"] = (None, this, OBJECTS.index((other, shape)))
+            texts["recolour"][f"make the {colour} {shape} {other}"] = (
+                None,
+                this,
+                OBJECTS.index((other, shape)),
+            )
         for other in OBJECTS[1:]:
             if other != (colour, shape):
                 text = f"replace the {colour} {shape} with a {' '.join(other)}"
@@ -677,13 +815,21 @@ def instructions():
             texts["remove"][f"remove the {colour} {shape} at the {name}"] = (cell, this, 0)
     for old, new in itertools.permutations(range(len(BACKGROUNDS)), 2):
         names = list(BACKGROUNDS)
-        texts["background"][f"change the {names[old]} background to {names[new]}"] = (None, old, new)
+        texts["background"][f"change the {names[old]} background to {names[new]}"] = (
+            None,
+            old,
+            new,
+        )
     held_out = set()
     for task in TASKS:
         names = sorted(texts[task])
-        order = torch.randperm(len(names), generator=seeded("toy held-out instructions", task)).tolist()
+        order = torch.randperm(
+            len(names), generator=seeded("toy held-out instructions", task)
+        ).tolist()
         held_out |= {names[i] for i in order[: max(1, len(names) // 8)]}
-    return {text: (task, change) for task in TASKS for text, change in texts[task].items()}, held_out
+    return {
+        text: (task, change) for task in TASKS for text, change in texts[task].items()
+    }, held_out
 
 
 def is_test_scene(scene):
@@ -707,7 +853,10 @@ def apply_change(scene, task, change):
 def toy_examples(number, split, *key):
     """Seeded (source scene, target scene, task, text) tuples of one split; tasks take turns, objects are distinct."""
     texts, held_out = instructions()
-    by_task = {t: sorted(x for x in texts if texts[x][0] == t and (x in held_out) == (split == "test")) for t in TASKS}
+    by_task = {
+        t: sorted(x for x in texts if texts[x][0] == t and (x in held_out) == (split == "test"))
+        for t in TASKS
+    }
     rng, examples = random.Random(seeded("toy", split, *key).initial_seed()), []
     while len(examples) < number:
         cells = (rng.sample(range(1, len(OBJECTS)), rng.choice((1, 2, 2, 3, 3))) + [0] * 3)[:4]
@@ -715,7 +864,11 @@ def toy_examples(number, split, *key):
         scene, task = (rng.randrange(len(BACKGROUNDS)), *cells), TASKS[len(examples) % len(TASKS)]
         text = rng.choice(by_task[task])
         target = apply_change(scene, task, texts[text][1])
-        if target is None or is_test_scene(scene) != (split == "test") or (split == "train" and is_test_scene(target)):
+        if (
+            target is None
+            or is_test_scene(scene) != (split == "test")
+            or (split == "train" and is_test_scene(target))
+        ):
             continue
         examples.append((scene, target, task, text))
     return examples
@@ -727,7 +880,9 @@ def object_credit():
     credit = torch.zeros(len(OBJECTS), len(OBJECTS), len(OBJECTS))
     for source, target, seen in itertools.product(range(len(OBJECTS)), repeat=3):
         if OBJECTS[target] and OBJECTS[seen]:
-            credit[source, target, seen] = 0.3 * sum(a == b for a, b in zip(OBJECTS[target], OBJECTS[seen]))
+            credit[source, target, seen] = 0.3 * sum(
+                a == b for a, b in zip(OBJECTS[target], OBJECTS[seen])
+            )
         if seen == target:
             credit[source, target, seen] = 1.0
         elif seen == source:
@@ -750,12 +905,20 @@ def oracle_scores(pictures, sources, targets):
     what should change and of what should not. Success: every cell is nearest to its target, and near it.
     """
     distance = cell_distances(pictures)  # (B, 4, 80)
-    seen = (-distance / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))  # (B, 4, 5, 16)
-    ground = seen.sum(3).gather(2, targets[:, None, :1].expand(-1, 4, -1)).squeeze(2)  # (B, 4) right background
-    thing = (seen.sum(2) * object_credit()[sources[:, 1:], targets[:, 1:]]).sum(2)  # (B, 4) right object
+    seen = (
+        (-distance / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))
+    )  # (B, 4, 5, 16)
+    ground = (
+        seen.sum(3).gather(2, targets[:, None, :1].expand(-1, 4, -1)).squeeze(2)
+    )  # (B, 4) right background
+    thing = (seen.sum(2) * object_credit()[sources[:, 1:], targets[:, 1:]]).sum(
+        2
+    )  # (B, 4) right object
     changed = sources[:, 1:] != targets[:, 1:]  # (B, 4)
     recolours_ground = (sources[:, 0] != targets[:, 0])[:, None]  # (B, 1)
-    done = torch.where(recolours_ground, ground, thing * changed).sum(1) / torch.where(recolours_ground, 4, 1).squeeze(1)
+    done = torch.where(recolours_ground, ground, thing * changed).sum(1) / torch.where(
+        recolours_ground, 4, 1
+    ).squeeze(1)
     kept_things = (thing * ~changed).sum(1) / (~changed).sum(1)
     kept = torch.where(recolours_ground, 1.0, ground).mean(1) * kept_things
     wanted = targets[:, :1] * len(OBJECTS) + targets[:, 1:]  # (B, 4)
@@ -767,7 +930,12 @@ def oracle(row, image):
     """(score in [0, 1], success) of an edit of a toy row by program; None for any other row."""
     if "target_scene" not in row:
         return None
-    picture = torch.from_numpy(np.asarray(image.convert("RGB").resize((SIZE, SIZE))).copy()).permute(2, 0, 1) / 255
+    picture = (
+        torch.from_numpy(np.asarray(image.convert("RGB").resize((SIZE, SIZE))).copy()).permute(
+            2, 0, 1
+        )
+        / 255
+    )
     scenes = [torch.tensor([row[key]]) for key in ("source_scene", "target_scene")]
     score, success = oracle_scores(picture[None], *scenes)
     return score.item(), success.item()
@@ -784,43 +952,107 @@ def toy_words():
 
 def new_editor():
     """An untrained FluxKontextPipeline of the real classes, 1.6 M parameters, 32 x 32 pixels as 4 picture tokens."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxKontextPipeline,
+        FluxTransformer2DModel,
+    )
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5TokenizerFast,
+    )
+
     words = toy_words()
     t5_tokenizer = T5TokenizerFast(
-        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + word, -1.0) for word in words)], extra_ids=0,
+        vocab=[
+            ("<pad>", 0.0),
+            ("</s>", 0.0),
+            ("<unk>", 0.0),
+            *(("▁" + word, -1.0) for word in words),
+        ],
+        extra_ids=0,
         model_max_length=TEXT_TOKENS,
     )
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<|startoftext|>", "<|endoftext|>", *(letter + "</w>" for letter in sorted(set("".join(words))))]
+    special = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *(letter + "</w>" for letter in sorted(set("".join(words)))),
+    ]
     # the trainer numbers word ends in random order, which decides ties, unless they have their numbers before
-    bpe.train_from_iterator(words, trainers.BpeTrainer(end_of_word_suffix="</w>", special_tokens=special, show_progress=False))
+    bpe.train_from_iterator(
+        words,
+        trainers.BpeTrainer(end_of_word_suffix="</w>", special_tokens=special, show_progress=False),
+    )
     parts = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in parts["merges"]]
-    clip_tokenizer = CLIPTokenizer(vocab=parts["vocab"], merges=merges, model_max_length=TEXT_TOKENS + 2)
+    clip_tokenizer = CLIPTokenizer(
+        vocab=parts["vocab"], merges=merges, model_max_length=TEXT_TOKENS + 2
+    )
     clip = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=TEXT_TOKENS + 2, eos_token_id=clip_tokenizer.eos_token_id,
-        bos_token_id=clip_tokenizer.bos_token_id, pad_token_id=clip_tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(clip_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_TOKENS + 2,
+        eos_token_id=clip_tokenizer.eos_token_id,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        pad_token_id=clip_tokenizer.pad_token_id,
+    )
     t5 = T5Config(
-        vocab_size=len(t5_tokenizer), d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(t5_tokenizer),
+        d_model=64,
+        d_kv=32,
+        d_ff=128,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=16, norm_num_groups=4, sample_size=SIZE,
-        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
-        scaling_factor=1.0, shift_factor=0.0,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
     transformer = FluxTransformer2DModel(
-        in_channels=4 * vae.config.latent_channels, num_layers=1, num_single_layers=2, attention_head_dim=32,
-        num_attention_heads=3, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True,
+        in_channels=4 * vae.config.latent_channels,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
         axes_dims_rope=(4, 14, 14),
-    )  # fmt: skip
+    )
     return FluxKontextPipeline(
-        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae, CLIPTextModel(clip),
-        clip_tokenizer, T5EncoderModel(t5), t5_tokenizer, transformer,
-    )  # fmt: skip
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae,
+        CLIPTextModel(clip),
+        clip_tokenizer,
+        T5EncoderModel(t5),
+        t5_tokenizer,
+        transformer,
+    )
 
 
 def fit(name, parameters, loss, steps, lr, position=0):
@@ -829,7 +1061,9 @@ def fit(name, parameters, loss, steps, lr, position=0):
     parameters: (name, Parameter) pairs; position: the line of the progress bar, which tells the time left.
     """
     wide = [p for key, p in parameters if p.ndim > 1 and "embed" not in key and "shared" not in key]
-    flat = [torch.nn.Parameter(p.data.view(len(p), -1)) for p in wide]  # views: Muon takes two dimensions
+    flat = [
+        torch.nn.Parameter(p.data.view(len(p), -1)) for p in wide
+    ]  # views: Muon takes two dimensions
     rest = [p for _, p in parameters if all(p is not other for other in wide)]
     muon = torch.optim.Muon(flat, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     optimizers = [muon, torch.optim.AdamW(rest, 2e-3, weight_decay=0.0)]
@@ -870,7 +1104,13 @@ def spoil(example, rng):
 
 def random_scenes(number):
     """Scenes with all four cells drawn freely, none of them a test scene: int (number, 5)."""
-    scenes = torch.cat([torch.randint(len(BACKGROUNDS), (2 * number, 1)), torch.randint(len(OBJECTS), (2 * number, 4))], 1)
+    scenes = torch.cat(
+        [
+            torch.randint(len(BACKGROUNDS), (2 * number, 1)),
+            torch.randint(len(OBJECTS), (2 * number, 4)),
+        ],
+        1,
+    )
     return torch.tensor([scene for scene in scenes.tolist() if not is_test_scene(scene)][:number])
 
 
@@ -900,34 +1140,55 @@ def train_editor(pipe, steps, rows, wrong_share, seed):
     scenes = [[e[0] for e in examples], [e[1] for e in examples], [spoil(e, rng) for e in examples]]
     unique, index = torch.tensor(scenes).flatten(0, 1).unique(dim=0, return_inverse=True)
     with torch.no_grad():
-        codes = torch.cat([vae.encode(render(part) * 2 - 1).latent_dist.mean for part in unique.split(256)])
+        codes = torch.cat(
+            [vae.encode(render(part) * 2 - 1).latent_dist.mean for part in unique.split(256)]
+        )
     codes = (codes - vae.config.shift_factor) * vae.config.scaling_factor
     codes = pipe._pack_latents(codes, len(codes), *codes.shape[1:])  # (scenes, 4, 64)
     source_of, target_of, wrong_of = index.view(3, -1)
     texts = [e[3] for e in examples]
-    ids = [tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
-           for tokenizer, length in ((pipe.tokenizer, TEXT_TOKENS + 2), (pipe.tokenizer_2, TEXT_TOKENS))]  # fmt: skip
+    ids = [
+        tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
+        for tokenizer, length in (
+            (pipe.tokenizer, TEXT_TOKENS + 2),
+            (pipe.tokenizer_2, TEXT_TOKENS),
+        )
+    ]
     places = pipe._prepare_latent_image_ids(1, 2, 2, "cpu", torch.float32)  # (4, 3)
-    places = torch.cat([places, places + torch.tensor([1.0, 0.0, 0.0])])  # the source's differ in the first number
+    places = torch.cat(
+        [places, places + torch.tensor([1.0, 0.0, 0.0])]
+    )  # the source's differ in the first number
 
     def loss(step):
         rows = torch.randint(len(examples), (128,))
         x_0, source = codes[target_of[rows]], codes[source_of[rows]]  # (B, 4, 64)
         if step > 0.7 * steps:
             x_0 = torch.where(torch.rand(len(rows), 1, 1) < wrong_share, codes[wrong_of[rows]], x_0)
-        t = 1 - torch.rand(len(rows), 1, 1) ** 2.5  # more noise than not: that is where the edit is decided
+        t = (
+            1 - torch.rand(len(rows), 1, 1) ** 2.5
+        )  # more noise than not: that is where the edit is decided
         noise = torch.randn_like(x_0)
         v = transformer(
-            hidden_states=torch.cat([(1 - t) * x_0 + t * noise, source], 1), timestep=t[:, 0, 0],
-            guidance=1 + 3 * torch.rand(len(rows)), pooled_projections=pipe.text_encoder(ids[0][rows]).pooler_output,
-            encoder_hidden_states=pipe.text_encoder_2(ids[1][rows])[0], txt_ids=torch.zeros(TEXT_TOKENS, 3),
-            img_ids=places, return_dict=False,
-        )[0][:, :4]  # fmt: skip
+            hidden_states=torch.cat([(1 - t) * x_0 + t * noise, source], 1),
+            timestep=t[:, 0, 0],
+            guidance=1 + 3 * torch.rand(len(rows)),
+            pooled_projections=pipe.text_encoder(ids[0][rows]).pooler_output,
+            encoder_hidden_states=pipe.text_encoder_2(ids[1][rows])[0],
+            txt_ids=torch.zeros(TEXT_TOKENS, 3),
+            img_ids=places,
+            return_dict=False,
+        )[0][:, :4]
         changes = ((x_0 - source).abs().amax(-1, keepdim=True) > 0.3).float()  # (B, 4, 1)
         return ((1 + 4 * changes) * (v - (noise - x_0)).square()).mean()
 
     trained = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
-    fit("editor", [pair for model in trained for pair in model.named_parameters()], loss, steps, lr=0.02)
+    fit(
+        "editor",
+        [pair for model in trained for pair in model.named_parameters()],
+        loss,
+        steps,
+        lr=0.02,
+    )
 
 
 @torch.no_grad()
@@ -936,11 +1197,21 @@ def draw_edits(pipe, examples, *key):
     pictures = []
     for first in tqdm(range(0, len(examples), 128), desc="editor's own edits", leave=False):
         part = examples[first : first + 128]
-        pictures.append(pipe(
-            image=render(scenes_of(part)[0]), prompt=[e[3] for e in part], height=SIZE, width=SIZE,
-            max_area=SIZE * SIZE, _auto_resize=False, num_inference_steps=6, max_sequence_length=TEXT_TOKENS,
-            guidance_scale=2.5, output_type="pt", generator=[seeded(*key, first + i) for i in range(len(part))],
-        ).images)  # fmt: skip
+        pictures.append(
+            pipe(
+                image=render(scenes_of(part)[0]),
+                prompt=[e[3] for e in part],
+                height=SIZE,
+                width=SIZE,
+                max_area=SIZE * SIZE,
+                _auto_resize=False,
+                num_inference_steps=6,
+                max_sequence_length=TEXT_TOKENS,
+                guidance_scale=2.5,
+                output_type="pt",
+                generator=[seeded(*key, first + i) for i in range(len(part))],
+            ).images
+        )
     return (torch.cat(pictures) * 255).round() / 255
 
 
@@ -960,42 +1231,87 @@ CHAT_TEMPLATE = (
 
 def new_judge_tokenizer():
     """A word-level tokenizer with Qwen's special tokens, one token a digit, padding on the left."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-               "<|video_pad|>"]  # fmt: skip
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
     vocabulary = {word: i for i, word in enumerate(special + list("012345") + toy_words())}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<|endoftext|>", unk_token="<|endoftext|>", eos_token="<|im_end|>",
-        additional_special_tokens=special[1:], padding_side="left", chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        tokenizer_object=words,
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=special[1:],
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def new_judge(tokenizer):
     """An untrained Qwen2_5_VLForConditionalGeneration, 0.5 M parameters: a cell of the picture is one token."""
-    ids = {word: tokenizer.convert_tokens_to_ids(f"<|{word}|>") for word in
-           ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    ids = {
+        word: tokenizer.convert_tokens_to_ids(f"<|{word}|>")
+        for word in ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")
+    }
     # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
     text = dict(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=3,
-        num_key_value_heads=3, max_position_embeddings=256, bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"],
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=256,
+        bos_token_id=ids["endoftext"],
+        eos_token_id=ids["im_end"],
         pad_token_id=ids["endoftext"],
         rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 3.0},
-    )  # fmt: skip
+    )
     vision = dict(
-        depth=1, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=8, spatial_merge_size=2,
-        temporal_patch_size=2, window_size=32, out_hidden_size=96, fullatt_block_indexes=[0],
-    )  # fmt: skip
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-    ))  # fmt: skip
+        depth=1,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=2,
+        patch_size=8,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=32,
+        out_hidden_size=96,
+        fullatt_block_indexes=[0],
+    )
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            tie_word_embeddings=True,
+            image_token_id=ids["image_pad"],
+            video_token_id=ids["video_pad"],
+            vision_start_token_id=ids["vision_start"],
+            vision_end_token_id=ids["vision_end"],
+        )
+    )
 
 
 def judge_patches(pictures):
     """What the judge's image processor makes of 32 x 32 pictures: (B, 3, 32, 32) in [0, 1] -> (16 B, 384)."""
-    grid = (pictures * 2 - 1).unflatten(3, (2, 2, 8)).unflatten(2, (2, 2, 8))  # (B, 3, row, sub, 8, column, sub, 8)
-    grid = grid.permute(0, 2, 5, 3, 6, 1, 4, 7)[..., None, :, :]  # (B, row, column, sub, sub, 3, 1, 8, 8)
+    grid = (
+        (pictures * 2 - 1).unflatten(3, (2, 2, 8)).unflatten(2, (2, 2, 8))
+    )  # (B, 3, row, sub, 8, column, sub, 8)
+    grid = grid.permute(0, 2, 5, 3, 6, 1, 4, 7)[
+        ..., None, :, :
+    ]  # (B, row, column, sub, sub, 3, 1, 8, 8)
     return grid.expand(*grid.shape[:6], 2, 8, 8).reshape(-1, 3 * 2 * 8 * 8)
 
 
@@ -1003,22 +1319,43 @@ def judge_inputs(model, tokenizer):
     """The token ids, masks and places of every instruction's question, once: a function texts, pictures -> arguments."""
     texts = sorted(instructions()[0])
     picture = {"type": "image"}
-    chats = [[{"role": "user", "content": [{"type": "text", "text": TOY_JUDGE_PROMPT.replace("{prompt}", text)},
-                                           picture, picture]}] for text in texts]  # fmt: skip
+    chats = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": TOY_JUDGE_PROMPT.replace("{prompt}", text)},
+                    picture,
+                    picture,
+                ],
+            }
+        ]
+        for text in texts
+    ]
     written = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    written = [text.replace("<|image_pad|>", 4 * "<|image_pad|>") for text in written]  # four cells, four tokens
+    written = [
+        text.replace("<|image_pad|>", 4 * "<|image_pad|>") for text in written
+    ]  # four cells, four tokens
     fixed = tokenizer(written, padding=True, return_tensors="pt", add_special_tokens=False)
     kind = (fixed.input_ids == model.config.image_token_id).int()
     grids = torch.tensor([[1, 4, 4]] * (2 * len(texts)))
-    places, _ = model.model.get_rope_index(fixed.input_ids, kind, grids, attention_mask=fixed.attention_mask)
+    places, _ = model.model.get_rope_index(
+        fixed.input_ids, kind, grids, attention_mask=fixed.attention_mask
+    )
     index = {text: i for i, text in enumerate(texts)}
 
     def arguments(asked, sources, edits):
         rows = torch.tensor([index[text] for text in asked])
         pairs = torch.stack([sources, edits], 1).flatten(0, 1)  # source, edit, source, edit ...
-        return dict(input_ids=fixed.input_ids[rows], attention_mask=fixed.attention_mask[rows], mm_token_type_ids=kind[rows],
-                    position_ids=places[:, rows], pixel_values=judge_patches(pairs), use_cache=False,
-                    image_grid_thw=grids[:1].expand(len(pairs), -1))  # fmt: skip
+        return dict(
+            input_ids=fixed.input_ids[rows],
+            attention_mask=fixed.attention_mask[rows],
+            mm_token_type_ids=kind[rows],
+            position_ids=places[:, rows],
+            pixel_values=judge_patches(pairs),
+            use_cache=False,
+            image_grid_thw=grids[:1].expand(len(pairs), -1),
+        )
 
     return arguments
 
@@ -1026,7 +1363,9 @@ def judge_inputs(model, tokenizer):
 def worn(pictures, others, rng):
     """Pictures as an imperfect editor leaves them: cells blended with `others`, blurred, noisy, tinted."""
     share = lambda *shape: torch.rand(len(pictures), *shape, generator=rng)  # noqa: E731
-    cells = 0.7 * share(4) * (share(4) < 0.25) * (share(1) < 0.6)  # (B, 4) how much of the other picture
+    cells = (
+        0.7 * share(4) * (share(4) < 0.25) * (share(1) < 0.6)
+    )  # (B, 4) how much of the other picture
     cells = cells.view(-1, 1, 2, 1, 2, 1).expand(-1, 1, 2, CELL, 2, CELL).reshape(-1, 1, SIZE, SIZE)
     pictures = torch.lerp(pictures, others, cells)
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -1039,8 +1378,12 @@ def worn(pictures, others, rng):
 def graded_corruptions(examples, *key):
     """Edits of every quality: float (n, 3, 32, 32) in [0, 1]; a third of them right, the rest spoiled, many worn."""
     rng, draws = random.Random(repr(key)), seeded("corruptions", *key)
-    seen = torch.tensor([example[1] if rng.random() < 0.33 else spoil(example, rng) for example in examples])
-    return worn(render(seen), render(torch.tensor([rng.choice(example[:2]) for example in examples])), draws)
+    seen = torch.tensor(
+        [example[1] if rng.random() < 0.33 else spoil(example, rng) for example in examples]
+    )
+    return worn(
+        render(seen), render(torch.tensor([rng.choice(example[:2]) for example in examples])), draws
+    )
 
 
 def train_judge(model, tokenizer, batches, steps, lr, name, position=0):
@@ -1062,12 +1405,19 @@ def train_judge(model, tokenizer, batches, steps, lr, name, position=0):
         output = model.model(**inputs, output_hidden_states=True)
         logits = model.lm_head(output.last_hidden_state[:, -1]).log_softmax(-1)[:, digits]  # (B, 6)
         mark = 5 * oracle_scores(edits, sources, targets)[0][:, None]  # (B, 1)
-        answer = -(logits * (1 - (mark - torch.arange(6)).abs()).clamp(min=0)).sum(1).mean()  # between two digits
+        answer = (
+            -(logits * (1 - (mark - torch.arange(6)).abs()).clamp(min=0)).sum(1).mean()
+        )  # between two digits
         where = inputs["mm_token_type_ids"].bool()
-        hidden = [model.model.language_model.norm(output.hidden_states[layer])[where].view(-1, 8, width) for layer in (2, 3)]
+        hidden = [
+            model.model.language_model.norm(output.hidden_states[layer])[where].view(-1, 8, width)
+            for layer in (2, 3)
+        ]
         seen = cell_distances(edits).argmin(2)  # (B, 4)
         wanted = targets[:, :1] * len(OBJECTS) + targets[:, 1:]  # (B, 4)
-        right = torch.stack([seen // len(OBJECTS) == targets[:, :1], seen % len(OBJECTS) == targets[:, 1:]], 2).float()
+        right = torch.stack(
+            [seen // len(OBJECTS) == targets[:, :1], seen % len(OBJECTS) == targets[:, 1:]], 2
+        ).float()
         return (
             answer
             + F.cross_entropy(heads["wanted"](hidden[0][:, :4]).flatten(0, 1), wanted.flatten())
@@ -1101,14 +1451,20 @@ class ToySettings:
 
     out: str = HfArg(default="data/toy", help="The folder that holds it.")
     seed: int = HfArg(default=0, help="Seed of rows, pictures and models.")
-    train_rows: int = HfArg(default=480, help="Rows of train.jsonl, for the reinforcement learning.")
-    test_rows: int = HfArg(default=240, help="Rows of test.jsonl: other scenes, other instructions.")
+    train_rows: int = HfArg(
+        default=480, help="Rows of train.jsonl, for the reinforcement learning."
+    )
+    test_rows: int = HfArg(
+        default=240, help="Rows of test.jsonl: other scenes, other instructions."
+    )
     pool: int = HfArg(default=8000, help="Examples that the two models are trained on.")
     vae_steps: int = HfArg(default=360, help="Training steps of the autoencoder.")
     editor_steps: int = HfArg(default=900, help="Training steps of the editor.")
     wrong_share: float = HfArg(default=0.6, help="Share of wrong targets in the last 30 % of them.")
     judge_steps: int = HfArg(default=700, help="Training steps of the judge on graded corruptions.")
-    check: bool = HfArg(default=True, help="Stop if editor or judge is not what the reinforcement learning needs.")
+    check: bool = HfArg(
+        default=True, help="Stop if editor or judge is not what the reinforcement learning needs."
+    )
 
 
 def write_rows(folder, settings):
@@ -1120,9 +1476,20 @@ def write_rows(folder, settings):
             for i, picture in enumerate(pictures):
                 to_pil(picture).save(folder / "pictures" / f"{split}-{i:04}-{kind}.png")
         for i, (source, target, task, text) in enumerate(examples):
-            names = {key: f"pictures/{split}-{i:04}-{kind}.png" for key, kind in (("image", "source"), ("target", "target"))}
-            lines.append({"id": f"{split}-{i:04}", "prompt": text, **names, "task": task, "source_scene": source,
-                          "target_scene": target})  # fmt: skip
+            names = {
+                key: f"pictures/{split}-{i:04}-{kind}.png"
+                for key, kind in (("image", "source"), ("target", "target"))
+            }
+            lines.append(
+                {
+                    "id": f"{split}-{i:04}",
+                    "prompt": text,
+                    **names,
+                    "task": task,
+                    "source_scene": source,
+                    "target_scene": target,
+                }
+            )
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -1143,34 +1510,64 @@ def build_judge(folder, settings):
     torch.manual_seed(settings.seed)
     tokenizer = new_judge_tokenizer()
     model = new_judge(tokenizer)
-    train_judge(model, tokenizer, corrupted_batches(settings, 128), settings.judge_steps, 0.01, "judge ", position=1)
+    train_judge(
+        model,
+        tokenizer,
+        corrupted_batches(settings, 128),
+        settings.judge_steps,
+        0.01,
+        "judge ",
+        position=1,
+    )
     save_judge(model, tokenizer, folder / "judge")
 
 
 def save_judge(model, tokenizer, folder):
     """Writes the judge so that it loads like one from the hub, with the image processor and the prompt it was taught."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(
-        patch_size=8, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        patch_size=8,
+        merge_size=2,
+        temporal_patch_size=2,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
         size={"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024},
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     (folder / "judge_prompt.txt").write_text(TOY_JUDGE_PROMPT)
 
 
 def check_toy(pipe, judge, settings):
     """Success of the base editor and rank correlation of judge and oracle on held-out edits; prints and checks both."""
-    examples = [e for e in toy_examples(settings.test_rows, "test", settings.seed, "rows") for _ in range(4)]
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+    examples = [
+        e for e in toy_examples(settings.test_rows, "test", settings.seed, "rows") for _ in range(4)
+    ]
     edits = draw_edits(pipe, examples, settings.seed, "check")
-    model, tokenizer = (kind.from_pretrained(judge) for kind in (Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast))
+    model, tokenizer = (
+        kind.from_pretrained(judge)
+        for kind in (Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast)
+    )
     scores, successes = oracle_scores(edits, *scenes_of(examples))
-    success, agreement = successes.float().mean().item(), spearman(judge_scores(model, tokenizer, examples, edits), scores)
-    print(f"toy: the base editor succeeds on {success:.1%} of {len(edits)} held-out edits with 6 steps (wanted 25-60 %); "
-          f"Spearman correlation of judge and oracle on them {agreement:.3f} (wanted 0.75)")  # fmt: skip
+    success, agreement = (
+        successes.float().mean().item(),
+        spearman(judge_scores(model, tokenizer, examples, edits), scores),
+    )
+    print(
+        f"toy: the base editor succeeds on {success:.1%} of {len(edits)} held-out edits with 6 steps (wanted 25-60 %); "
+        f"Spearman correlation of judge and oracle on them {agreement:.3f} (wanted 0.75)"
+    )
     if settings.check and not 0.25 <= success <= 0.60:
-        raise RuntimeError(f"toy: the base editor's success {success:.1%} is not in 25-60 %; change --wrong_share")
+        raise RuntimeError(
+            f"toy: the base editor's success {success:.1%} is not in 25-60 %; change --wrong_share"
+        )
     if settings.check and agreement < 0.75:
-        raise RuntimeError(f"toy: the judge's correlation {agreement:.3f} is below 0.75; raise --judge_steps")
+        raise RuntimeError(
+            f"toy: the judge's correlation {agreement:.3f} is below 0.75; raise --judge_steps"
+        )
 
 
 def build_toy(settings):
@@ -1183,7 +1580,10 @@ def build_toy(settings):
     if folder.exists() and any(folder.iterdir()) and not made.is_file():
         raise BadInput(f"{folder}: is not empty and holds no toy; name another folder")
     start, threads = time.time(), torch.get_num_threads()
-    print(f"toy: building {folder} once: rows, a tiny editor and a tiny judge; some minutes on two cores", flush=True)
+    print(
+        f"toy: building {folder} once: rows, a tiny editor and a tiny judge; some minutes on two cores",
+        flush=True,
+    )
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     write_rows(part, settings)
@@ -1196,7 +1596,9 @@ def build_toy(settings):
             pipe = new_editor()
             pipe.set_progress_bar_config(disable=True)
             train_vae(pipe.vae, settings.vae_steps)
-            train_editor(pipe, settings.editor_steps, settings.pool, settings.wrong_share, settings.seed)
+            train_editor(
+                pipe, settings.editor_steps, settings.pool, settings.wrong_share, settings.seed
+            )
             pipe.save_pretrained(part / "editor")
             judge.join()
             if judge.exitcode:
@@ -1214,58 +1616,27 @@ def build_toy(settings):
 
 # ---------------------------------------------------------------- the command
 
-ASK_REQUIREMENT = """A picture is to be edited by this instruction: {prompt}
-In one or two sentences, say what a good edit of this very picture must show and what must stay as it is, so that somebody
-who compares the two pictures can check it. Write these sentences alone."""
-
-
-def write_requirements(argv, part=32):
-    """Lets a judge write the `requirement` of every row that has none; what is there stays, so a killed call is resumed."""
-    sys.modules.setdefault("data_prep", sys.modules[__name__])  # one BadInput, not two, when this file is the script
-    from reward_mllm import JudgeFailure, JudgeSettings, load_judge  # the one import against the order of the files
-
-    if not argv or argv[0].startswith("--"):
-        raise BadInput("requirements: names no folder; write python data_prep.py requirements DIR --judge ...")
-    folder, judge = Path(argv[0]), load_judge(parse_settings(JudgeSettings, argv[1:], description=write_requirements.__doc__))
-
-    def ask(row):
-        try:
-            pictures = [load_image(path) for path in row["images"]]
-            reply = judge.ask(ASK_REQUIREMENT.replace("{prompt}", row["prompt"]), pictures, 1024)
-            return " ".join(reply.rpartition("</think>")[2].split()), "an empty reply"
-        except JudgeFailure as failure:
-            return "", failure.cause
-
-    for split in ("train", "test"):
-        file = next((folder / f"{split}{end}.jsonl" for end in ("", "_metadata") if (folder / f"{split}{end}.jsonl").is_file()), None)
-        if file is None:
-            continue
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        todo, causes = [(i, row) for i, row in enumerate(read_rows(folder, split)) if not row.get("requirement")], Counter()
-        with ThreadPoolExecutor(part) as pool:
-            for first in tqdm(range(0, len(todo), part), desc=file.name):
-                for (i, _), (text, cause) in zip(todo[first:], pool.map(ask, [row for _, row in todo[first : first + part]])):
-                    causes.update([] if text else [cause])
-                    lines[i] = json.dumps(json.loads(lines[i]) | {"requirement": text}, ensure_ascii=False) if text else lines[i]
-                whole = file.with_name(f".{file.name}.part")
-                whole.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-                whole.replace(file)
-        print(f"{file}: {len(todo) - causes.total()} requirements written, {len(lines) - len(todo)} kept"
-              + "".join(f", {number} failed: {cause}" for cause, number in causes.items()))  # fmt: skip
-
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["requirements"]:
-        write_requirements(argv[1:])
-    elif argv[:1] == ["check"]:
+    if argv[:1] == ["check"]:
         words = ["--dataset"] * (argv[1:2] != [] and not argv[1].startswith("-")) + argv[1:]
-        check_dataset(parse_settings(CheckSettings, words, description="Lists every fault of a dataset folder."))
+        check_dataset(
+            parse_settings(
+                CheckSettings, words, description="Lists every fault of a dataset folder."
+            )
+        )
     elif argv[:1] == ["toy"]:
-        build_toy(parse_settings(ToySettings, argv[1:], description="Builds the toy world and its two tiny models."))
+        build_toy(
+            parse_settings(
+                ToySettings, argv[1:], description="Builds the toy world and its two tiny models."
+            )
+        )
     else:
-        raise BadInput(f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR], "
-                       "check DIR [--against BENCH], or requirements DIR")  # fmt: skip
+        raise BadInput(
+            f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR], "
+            "or check DIR [--against BENCH]"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The judge: an untrained multimodal LLM, local or served, that scores an edit by the logits of its answer.
 
     python reward_mllm.py --source a.png --edited b.png --prompt "remove the red circle" [--judge local:MODEL]
-    python reward_mllm.py agree FILE.jsonl --judge http://localhost:8000/v1 --strategies logits sampled
+    python reward_mllm.py requirements DIR --judge ...   # writes what a good edit of each row must show
 
 It sees instruction, source and edit and is told to answer with one digit. The score is the mean of the digits under
 their probabilities at the first answer position, over 5 (UniWorld-V2, arXiv:2510.16888); the paper's other strategies,
@@ -23,6 +23,7 @@ import functools
 import inspect
 import io
 import itertools
+import json
 import operator
 import os
 import random
@@ -41,14 +42,20 @@ import numpy as np
 import requests
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText
 from transformers.hf_argparser import HfArg
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from data_prep import (
-    PLAIN_TERMS, BadInput, load_image, ordered_pairs, parse_settings, plain_terms, read_ratings, requirement_of, run_script,
-    seeded, spearman,
-)  # fmt: skip
+    BadInput,
+    load_image,
+    load_processor,
+    parse_settings,
+    read_rows,
+    run_script,
+    seeded,
+)
 
 TOY = "local:data/toy/judge"
 STRATEGIES = ("logits", "sampled", "yes_no", "logits_cot", "sampled_cot", "yes_no_cot")
@@ -58,23 +65,44 @@ STRATEGIES = ("logits", "sampled", "yes_no", "logits_cot", "sampled_cot", "yes_n
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    judge: str = HfArg(default="local:Qwen/Qwen2.5-VL-7B-Instruct", help="local:MODEL or http://HOST:PORT/v1[,...].")
-    judge_model: str = HfArg(default="", help="A served judge's name. [the first one that the server lists]")
+    judge: str = HfArg(
+        default="local:Qwen/Qwen2.5-VL-7B-Instruct",
+        help="local:MODEL or http://HOST:PORT/v1[,...].",
+    )
+    judge_model: str = HfArg(
+        default="", help="A served judge's name. [the first one that the server lists]"
+    )
     judge_strategy: Literal[STRATEGIES] = HfArg(
-        default="logits", help="Expected digit, a sampled digit, yes against no; _cot: thinks first.")  # fmt: skip
-    judge_formula: str = HfArg(default="execution", help="The reward: execution * (0.6 + 0.4 * consistency), ...")
-    judge_prompt: list[str] = HfArg(default_factory=list, help="FILE or ASPECT=FILE: texts in place of ours.")
+        default="logits",
+        help="Expected digit, a sampled digit, yes against no; _cot: thinks first.",
+    )
+    judge_formula: str = HfArg(
+        default="execution", help="The reward: execution * (0.6 + 0.4 * consistency), ..."
+    )
+    judge_prompt: list[str] = HfArg(
+        default_factory=list, help="FILE or ASPECT=FILE: texts in place of ours."
+    )
     judge_thought: int = HfArg(default=512, help="Tokens of a chain of thought, at most.")
-    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a model, judge or editor.")
+    trust_remote_code: bool = HfArg(
+        default=False, help="Run code that comes with a model, judge or editor."
+    )
     judge_device: str = HfArg(default="", help="Where a local judge runs. [beside the editor]")
     judge_batch: int = HfArg(default=16, help="Edits in one forward of a local judge.")
     judge_in_flight: int = HfArg(default=16, help="Requests at a time to each server.")
     judge_logprobs: int = HfArg(default=20, help="Likeliest words that a server is asked for.")
     judge_timeout: float = HfArg(default=60.0, help="Seconds that a server may take for an answer.")
-    judge_patience: float = HfArg(default=120.0, help="Seconds to go on trying, where that may help.")
+    judge_patience: float = HfArg(
+        default=120.0, help="Seconds to go on trying, where that may help."
+    )
 
     def __post_init__(self):
-        for name in ("judge_thought", "judge_batch", "judge_in_flight", "judge_logprobs", "judge_timeout"):
+        for name in (
+            "judge_thought",
+            "judge_batch",
+            "judge_in_flight",
+            "judge_logprobs",
+            "judge_timeout",
+        ):
             if getattr(self, name) <= 0:
                 raise BadInput(f"--{name} {getattr(self, name)}: give a value above 0")
 
@@ -84,18 +112,28 @@ class JudgeSettings:
 THINK = "Do not rate it yet. First say in a few sentences what was asked, what changed, and what should have stayed."
 DIGIT = "Rate it from 0 (not at all, or the picture is spoiled) to 5 (completely). Answer with one digit, nothing else."
 YES_NO = "Is it so, completely? Answer yes or no, nothing else."
-DIGITS = {"0": 0.0, "1": 0.2, "2": 0.4, "3": 0.6, "4": 0.8, "5": 1.0}  # the answers that count, and what they are worth
+DIGITS = {
+    "0": 0.0,
+    "1": 0.2,
+    "2": 0.4,
+    "3": 0.6,
+    "4": 0.8,
+    "5": 1.0,
+}  # the answers that count, and what they are worth
 WORDS = {"yes": 1.0, "Yes": 1.0, "no": 0.0, "No": 0.0}
 LAYOUT = "You check edits of pictures. The last picture is an edited version of those before.\nInstruction: {prompt}\n"
 ASIDE = LAYOUT + "Leave aside whether the instruction was carried out. "
 PROMPTS = {
-    "execution": LAYOUT + "A good edit shows: {requirement}\nThe question is how well the instruction was carried out "
+    "execution": LAYOUT
+    + "A good edit shows: {requirement}\nThe question is how well the instruction was carried out "
     "while everything it does not mention stayed as it was. {answer}",
-    "consistency": ASIDE + "The question is how far all that it does not ask to change, such as other objects, faces, "
+    "consistency": ASIDE
+    + "The question is how far all that it does not ask to change, such as other objects, faces, "
     "background, layout and style, is the same as before. {answer}",
-    "quality": ASIDE + "The question is how natural the last picture looks: sharp, well lit, free of seams, smears and "
+    "quality": ASIDE
+    + "The question is how natural the last picture looks: sharp, well lit, free of seams, smears and "
     "noise, with no broken shapes, hands or letters. {answer}",
-}  # fmt: skip
+}
 
 
 def read_prompts(settings):
@@ -115,12 +153,93 @@ def read_prompts(settings):
     return prompts
 
 
+# ---------------------------------------------------------------- what a good edit shows
+
+REQUIREMENTS = {  # what a good edit must show, by the names of its task in ImgEdit, GEdit and training sets
+    "add subject_add": "the new thing, once, where it was asked for, in fitting size and light, hiding nothing without need.",
+    "remove subject_remove": "the thing gone with its shadow and reflection; in its place what would plausibly be behind it.",
+    "replace subject_replace": "the new thing where the old one was, in fitting size, pose and light, and no trace of the old.",
+    "adjust alter": "the named property changed as asked, on all of the named thing and on nothing else; its shape is the same.",
+    "color_alter recolour": "the new colour on all of the named thing, its shading and texture kept, and on nothing else.",
+    "material_alter": "the named thing plainly made of the new material, with fitting sheen and texture; its shape is the same.",
+    "background background_change": "the new background all around, meeting an unchanged foreground at clean edges.",
+    "style style_change": "the new style in every part of the picture; the scene, its things and places are still the same.",
+    "tone_transfer": "the new light, weather, season or mood over the whole picture; things and places are the same.",
+    "action motion_change": "the new pose, movement or expression, with sound anatomy; the same person or animal as before.",
+    "ps_human": "the person changed as asked and still plainly the same person, with natural skin, face and hands.",
+    "text text_change": "the new text, spelled exactly as asked, in the old one's place and manner; other text is the same.",
+    "hybrid compose": "every one of the changes that were asked for, each of them complete, and no other.",
+    "extract": "the named thing alone, whole and unaltered, on a plain background.",
+    "reference": "what was asked for of the reference picture, recognisably the same; the rest is that of the edited picture.",
+    "red_box": "the change made to what the red box marks and nowhere else, and the box itself gone.",
+    "": "the change that was asked for, complete and natural, and no other change.",
+}
+
+
+def requirement_of(row):
+    """What a good edit of a row must show: the row's own `requirement`, or the default text of its `task`."""
+    task = str(row.get("task") or "").strip().lower().replace("-", "_").replace(" ", "_")
+    own = next(
+        (text for names, text in REQUIREMENTS.items() if task in names.split()), REQUIREMENTS[""]
+    )
+    return row.get("requirement") or own
+
+
+# ---------------------------------------------------------------- terms that need no judge
+
+PLAIN_TERMS = {
+    "pixel_distance": (0, 1),
+    "brightness_drift": (-1, 1),
+    "sharpness_drift": (-1, 1),
+}  # and their ranges
+
+
+def plain_terms(sources, edits):
+    """Terms that need no judge, to watch for copying, blur and drift: a dict name -> (n,), all 0 for an untouched source.
+
+    pixel_distance: mean absolute difference in [0, 1]; brightness_drift: edit's mean minus source's; sharpness_drift:
+    (edit - source) / (edit + source) of the mean absolute Laplacian, -1 all blurred. Of a row's first source picture.
+    """
+
+    @functools.lru_cache(4)  # a group's source is looked at once
+    def seen(number, size):
+        picture = pictures[number].convert("RGB")
+        pixels = np.asarray(
+            picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS),
+            np.float32,
+        )
+        light = pixels.mean(2) / 255
+        bend = (
+            4 * light[1:-1, 1:-1]
+            - light[2:, 1:-1]
+            - light[:-2, 1:-1]
+            - light[1:-1, 2:]
+            - light[1:-1, :-2]
+        )
+        return pixels / 255, light.mean(), np.abs(bend).mean() + 1e-6
+
+    pictures, rows = (
+        {id(picture): picture for picture in (*edits, *(shown[0] for shown in sources))},
+        [],
+    )
+    for shown, edit in zip(sources, edits):
+        (before, dark, dull), (after, light, sharp) = (
+            seen(id(picture), edit.size) for picture in (shown[0], edit)
+        )
+        rows.append((np.abs(after - before).mean(), light - dark, (sharp - dull) / (sharp + dull)))
+    return dict(
+        zip(PLAIN_TERMS, torch.tensor(np.array(rows, np.float32).reshape(-1, len(PLAIN_TERMS))).T)
+    )
+
+
 # ---------------------------------------------------------------- the score
 
 
 class Scores(NamedTuple):
     score: torch.Tensor  # (n,) in [0, 1], NaN where the judge gave none
-    mass: torch.Tensor  # (n,) probability of all answers that count, the least over the aspects; NaN where not known
+    mass: (
+        torch.Tensor
+    )  # (n,) probability of all answers that count, the least over the aspects; NaN where not known
     terms: dict = {}  # name -> (n,): each aspect's score, and the plain terms
     causes: list = ()  # n strings: why there is no score; "" where there is one
     words: list = ()  # n strings: what the judge would most likely say; "" where not known
@@ -140,7 +259,11 @@ class JudgeFailure(Exception):
 
     def __init__(self, cause, may_help=False, wait=0.0):
         super().__init__(cause)
-        self.cause, self.may_help, self.wait = cause, may_help, wait  # may_help: trying again, after `wait` seconds
+        self.cause, self.may_help, self.wait = (
+            cause,
+            may_help,
+            wait,
+        )  # may_help: trying again, after `wait` seconds
 
 
 def expected_score(logits, token_ids, values=tuple(DIGITS.values())):
@@ -153,7 +276,9 @@ def expected_score(logits, token_ids, values=tuple(DIGITS.values())):
     assert logits.ndim == 2, f"logits are (B, V), not {tuple(logits.shape)}"
     assert len(token_ids) == len(values), f"{len(values)} answers are scored, not {len(token_ids)}"
     logits = logits.float()
-    logits = logits.masked_fill(~logits.isfinite().all(1, keepdim=True), torch.nan)  # spoils its own row alone
+    logits = logits.masked_fill(
+        ~logits.isfinite().all(1, keepdim=True), torch.nan
+    )  # spoils its own row alone
     answers = logits[:, torch.as_tensor(token_ids, device=logits.device)]  # (B, answers)
     mass = (answers.logsumexp(1) - logits.logsumexp(1)).exp()
     return answers.softmax(1) @ torch.tensor(values, device=logits.device), mass
@@ -164,8 +289,10 @@ def answer_token_ids(tokenizer, texts=tuple(DIGITS)):
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     for text, pieces in zip(texts, ids):
         if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id or ids.count(pieces) > 1:
-            raise BadInput(f"{tokenizer.name_or_path}: the answer {text} is not one token of its own ({pieces}); take "
-                           "a judge whose tokenizer keeps it apart, or another --judge_strategy")  # fmt: skip
+            raise BadInput(
+                f"{tokenizer.name_or_path}: the answer {text} is not one token of its own ({pieces}); take "
+                "a judge whose tokenizer keeps it apart, or another --judge_strategy"
+            )
     return [pieces[0] for pieces in ids]
 
 
@@ -173,23 +300,42 @@ def read_choice(choice, answers=DIGITS, sampled=False):
     """The Answer in one choice of a chat completion; answers are found by their text among the likeliest first words."""
     try:
         message, first = choice["message"], choice["logprobs"]["content"][0]
-        p = {str(word["token"]): float(np.exp(float(word["logprob"]))) for word in (first, *first["top_logprobs"])}
+        p = {
+            str(word["token"]): float(np.exp(float(word["logprob"])))
+            for word in (first, *first["top_logprobs"])
+        }
     except (KeyError, TypeError, IndexError, ValueError):
         return Answer(cause="no logprobs in the reply")
     words = ", ".join(f"{word!r} {p[word]:.0%}" for word in sorted(p, key=p.get, reverse=True)[:5])
-    if not all(0 <= value < 1.01 for value in p.values()):  # NaN is neither; e to the minus infinity is a sound 0
+    if not all(
+        0 <= value < 1.01 for value in p.values()
+    ):  # NaN is neither; e to the minus infinity is a sound 0
         return Answer(cause="logprobs that are not finite", words=words)
-    if message.get("reasoning_content") or message.get("reasoning") or str(first["token"]).strip().startswith("<think"):
+    if (
+        message.get("reasoning_content")
+        or message.get("reasoning")
+        or str(first["token"]).strip().startswith("<think")
+    ):
         return Answer(torch.nan, 0.0, "the judge thinks before it answers", words)
     mass = sum(p.get(text, 0.0) for text in answers)
     if sampled:
         said = str(message.get("content")).strip()
-        return Answer(answers.get(said, torch.nan), mass, "" if said in answers else "sampled no digit", words)
-    unseen = min(p.values()) * sum(text not in p for text in answers)  # what unlisted answers may hold at most
+        return Answer(
+            answers.get(said, torch.nan), mass, "" if said in answers else "sampled no digit", words
+        )
+    unseen = min(p.values()) * sum(
+        text not in p for text in answers
+    )  # what unlisted answers may hold at most
     if mass == 0 or unseen > 1e-3 * mass:
         return Answer(torch.nan, mass, "answers missing from top_logprobs", words)
     shares = tuple(p.get(text, 0.0) / mass for text in answers)
-    return Answer(sum(share * value for share, value in zip(shares, answers.values())), mass, "", words, shares)
+    return Answer(
+        sum(share * value for share, value in zip(shares, answers.values())),
+        mass,
+        "",
+        words,
+        shares,
+    )
 
 
 # ---------------------------------------------------------------- the formula
@@ -208,28 +354,47 @@ def evaluate_formula(node, terms):
         case ast.UnaryOp(op=ast.USub()):
             return -evaluate_formula(node.operand, terms)
         case ast.BinOp(op=op) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](*(evaluate_formula(side, terms) for side in (node.left, node.right)))
-        case ast.Call(func=ast.Name(id=name), keywords=[]) if name in FUNCTIONS and len(node.args) == 2 - (name == "abs"):
+            return OPERATORS[type(op)](
+                *(evaluate_formula(side, terms) for side in (node.left, node.right))
+            )
+        case ast.Call(func=ast.Name(id=name), keywords=[]) if name in FUNCTIONS and len(
+            node.args
+        ) == 2 - (name == "abs"):
             return FUNCTIONS[name](*(evaluate_formula(inner, terms) for inner in node.args))
-    raise BadInput(f"--judge_formula: {ast.unparse(node)[:80]!r} is not + - * min max abs, a number or a name")
+    raise BadInput(
+        f"--judge_formula: {ast.unparse(node)[:80]!r} is not + - * min max abs, a number or a name"
+    )
 
 
 def read_formula(text, prompts):
     """A formula's syntax tree and the aspects it names; BadInput unless it stays within 0 and 1 for all their values."""
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-        names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(FUNCTIONS))
+        names = sorted(
+            {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(FUNCTIONS)
+        )
         if unknown := [name for name in names if name not in prompts and name not in PLAIN_TERMS]:
-            raise BadInput(f"--judge_formula: {unknown[0]} is neither an aspect ({', '.join(prompts)}) nor a plain term "
-                           f"({', '.join(PLAIN_TERMS)}); give it a prompt, --judge_prompt {unknown[0]}=FILE")  # fmt: skip
-        ends, draws = torch.tensor([PLAIN_TERMS.get(name, (0, 1)) for name in names]).float(), seeded("formula")
-        place = torch.randint(3, (len(names), 4096), generator=draws) / 2  # of each name's range: low, middle, high
+            raise BadInput(
+                f"--judge_formula: {unknown[0]} is neither an aspect ({', '.join(prompts)}) nor a plain term "
+                f"({', '.join(PLAIN_TERMS)}); give it a prompt, --judge_prompt {unknown[0]}=FILE"
+            )
+        ends, draws = (
+            torch.tensor([PLAIN_TERMS.get(name, (0, 1)) for name in names]).float(),
+            seeded("formula"),
+        )
+        place = (
+            torch.randint(3, (len(names), 4096), generator=draws) / 2
+        )  # of each name's range: low, middle, high
         tried = torch.lerp(ends[:, :1], ends[:, 1:], place)
         values = evaluate_formula(tree, dict(zip(names, tried)))
     except (SyntaxError, ValueError, RecursionError, MemoryError, IndexError):
-        raise BadInput(f"--judge_formula {text!r}: no formula; write one such as execution * (0.6 + 0.4 * consistency)") from None
+        raise BadInput(
+            f"--judge_formula {text!r}: no formula; write one such as execution * (0.6 + 0.4 * consistency)"
+        ) from None
     if not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):
-        raise BadInput(f"--judge_formula {text}: goes from {values.min():.2f} to {values.max():.2f}; keep it within 0 and 1")
+        raise BadInput(
+            f"--judge_formula {text}: goes from {values.min():.2f} to {values.max():.2f}; keep it within 0 and 1"
+        )
     return tree, [name for name in names if name not in PLAIN_TERMS]
 
 
@@ -239,7 +404,10 @@ def read_formula(text, prompts):
 def chat(turns, pictures):
     """What user and judge said in turn, as messages; `pictures`, parts of a message, stand after the first text."""
     said = [[{"type": "text", "text": turn}] for turn in turns]
-    return [{"role": ("user", "assistant")[i % 2], "content": said[i] + pictures * (i == 0)} for i in range(len(said))]
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": said[i] + pictures * (i == 0)}
+        for i in range(len(said))
+    ]
 
 
 class Judge:
@@ -248,22 +416,34 @@ class Judge:
     def __init__(self, settings, *workers):
         self.settings, self.prompts = settings, read_prompts(settings)
         self.formula, self.aspects = read_formula(settings.judge_formula, self.prompts)
-        self.pools = [ThreadPoolExecutor(number) for number in workers]  # the first for what is submitted
+        self.pools = [
+            ThreadPoolExecutor(number) for number in workers
+        ]  # the first for what is submitted
         self.use(settings.judge_strategy)
 
     def use(self, strategy):
         """Turns to a strategy; BadInput when this judge cannot follow it."""
-        self.strategy, self.thinks, self.samples = strategy, strategy.endswith("_cot"), strategy.startswith("sampled")
-        self.ending, self.answers = (YES_NO, WORDS) if strategy.startswith("yes_no") else (DIGIT, DIGITS)
+        self.strategy, self.thinks, self.samples = (
+            strategy,
+            strategy.endswith("_cot"),
+            strategy.startswith("sampled"),
+        )
+        self.ending, self.answers = (
+            (YES_NO, WORDS) if strategy.startswith("yes_no") else (DIGIT, DIGITS)
+        )
         for aspect in self.aspects:
             if self.ending == YES_NO and "{answer}" not in self.prompts[aspect]:
-                raise BadInput(f"{aspect}'s prompt: has no {{answer}} for --judge_strategy {strategy} to fill; write one")
+                raise BadInput(
+                    f"{aspect}'s prompt: has no {{answer}} for --judge_strategy {strategy} to fill; write one"
+                )
 
     def question(self, row, aspect="execution"):
         """The text of an aspect's question about a row: instruction, requirement, and how to answer."""
         filled = {"{prompt}": row["prompt"], "{requirement}": requirement_of(row)}
         filled["{answer}"] = THINK if self.thinks else self.ending
-        return re.sub("|".join(map(re.escape, filled)), lambda mark: filled[mark[0]], self.prompts[aspect])
+        return re.sub(
+            "|".join(map(re.escape, filled)), lambda mark: filled[mark[0]], self.prompts[aspect]
+        )
 
     def score(self, rows, sources, edits):
         """Judges each edit under its own row's instruction: n rows, n lists of source pictures, n edits -> Scores on CPU.
@@ -271,16 +451,27 @@ class Judge:
         rows: dicts with `prompt` and perhaps `requirement` and `task`; pictures are PIL.Images. Neighbours with the same
         question and source objects share their forward up to the edit.
         """
-        assert len(rows) == len(sources) == len(edits), "one row and one list of sources for each edit"
+        assert len(rows) == len(sources) == len(edits), (
+            "one row and one list of sources for each edit"
+        )
         n, times = len(edits), len(self.aspects)
-        answers = self._answers([self.question(row, aspect) for aspect in self.aspects for row in rows],
-                                [[*shown, edit] for shown, edit in zip(sources, edits)] * times)  # fmt: skip
-        score, mass = (torch.tensor([getattr(a, key) for a in answers]).view(times, n) for key in ("score", "mass"))
+        answers = self._answers(
+            [self.question(row, aspect) for aspect in self.aspects for row in rows],
+            [[*shown, edit] for shown, edit in zip(sources, edits)] * times,
+        )
+        score, mass = (
+            torch.tensor([getattr(a, key) for a in answers]).view(times, n)
+            for key in ("score", "mass")
+        )
         terms = dict(zip(self.aspects, score)) | plain_terms(sources, edits)
-        first = lambda key: [next(filter(None, (getattr(a, key) for a in answers[i::n])), "") for i in range(n)]  # noqa: E731
+        first = lambda key: [
+            next(filter(None, (getattr(a, key) for a in answers[i::n])), "") for i in range(n)
+        ]  # noqa: E731
         causes, words = first("cause"), first("words")
         score = evaluate_formula(self.formula, terms).clamp(0, 1)
-        return Scores(score, mass.amin(0), terms, causes, words, [answer.shares for answer in answers[:n]])
+        return Scores(
+            score, mass.amin(0), terms, causes, words, [answer.shares for answer in answers[:n]]
+        )
 
     def submit(self, row, sources, edits):
         """The Future of one group's Scores: the judge works while the caller goes on."""
@@ -294,11 +485,16 @@ class Judge:
 
 def refuse_silent_judge(scores, name, least=0.5):
     """BadInput for a judge that gave no score at all, or whose mass on answers is below `least` on average."""
-    causes, words = Counter(filter(None, scores.causes)), next(filter(None, scores.words), "nothing")
+    causes, words = (
+        Counter(filter(None, scores.causes)),
+        next(filter(None, scores.words), "nothing"),
+    )
     mass = scores.mass[~scores.mass.isnan()]
     if len(mass) and not mass.mean() >= least:
-        raise BadInput(f"{name}: puts {mass.mean():.1%} of its probability on the answers that count and would rather say "
-                       f"{words}; take another judge, --judge_strategy or --judge_prompt")  # fmt: skip
+        raise BadInput(
+            f"{name}: puts {mass.mean():.1%} of its probability on the answers that count and would rather say "
+            f"{words}; take another judge, --judge_strategy or --judge_prompt"
+        )
     if scores.score.isnan().all():
         causes = ", ".join(f"{number} x {cause}" for cause, number in causes.most_common(3))
         raise BadInput(f"{name}: gave no score: {causes}; see to the judge")
@@ -316,30 +512,13 @@ def check_judge(judge, name, rows):
     if "target" in asked[0]:
         right = judge.score(asked, sources, [load_image(row["target"]) for row in asked])
         if not right.score.nanmean() > untouched.score.nanmean():
-            raise BadInput(f"{name}: scores right edits {right.score.nanmean():.2f} and untouched sources "
-                           f"{untouched.score.nanmean():.2f}; take another judge or another --judge_prompt")  # fmt: skip
+            raise BadInput(
+                f"{name}: scores right edits {right.score.nanmean():.2f} and untouched sources "
+                f"{untouched.score.nanmean():.2f}; take another judge or another --judge_prompt"
+            )
 
 
 # ---------------------------------------------------------------- a local judge
-
-
-def load_processor(model, config, **options):
-    """The model's own processor; where its part for videos cannot be built, without torchvision, all but that part."""
-    try:
-        return AutoProcessor.from_pretrained(model, **options)
-    except ImportError as error:
-        if "orchvision" not in str(error):
-            raise
-
-    class PictureProcessor(PROCESSOR_MAPPING[type(config)]):
-        def check_argument_for_proper_class(self, name, value):
-            return None if name == "video_processor" else super().check_argument_for_proper_class(name, value)
-
-    try:
-        pictures, words = (kind.from_pretrained(model, **options) for kind in (AutoImageProcessor, AutoTokenizer))
-        return PictureProcessor(pictures, words, None, chat_template=words.chat_template)
-    except (ImportError, TypeError):
-        raise BadInput(f"{model}: its processor needs torchvision; pip install torchvision") from None
 
 
 class LocalJudge(Judge):
@@ -347,22 +526,40 @@ class LocalJudge(Judge):
 
     def __init__(self, settings, device="cpu", dtype=torch.float32):
         model = settings.judge.removeprefix("local:")
-        if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
-            mend = "run python data_prep.py toy first" if settings.judge == TOY else "name a folder or a hub id owner/name"
+        if not Path(model).is_dir() and (
+            model.count("/") != 1 or model.startswith((".", "/", "~"))
+        ):
+            mend = (
+                "run python data_prep.py toy first"
+                if settings.judge == TOY
+                else "name a folder or a hub id owner/name"
+            )
             raise BadInput(f"{model}: no such model folder; {mend}")
         try:
             options = {"trust_remote_code": settings.trust_remote_code}
-            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **options).to(device).eval()
-            self.processor = load_processor(model, self.model.config, **options)
+            self.model = (
+                AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **options)
+                .to(device)
+                .eval()
+            )
+            self.processor = load_processor(
+                PROCESSOR_MAPPING[type(self.model.config)], model, **options
+            )
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"{model}: not a multimodal LLM of transformers ({reason}); name one such as "
-                           "Qwen/Qwen2.5-VL-7B-Instruct") from error  # fmt: skip
+            raise BadInput(
+                f"{model}: not a multimodal LLM of transformers ({reason}); name one such as "
+                "Qwen/Qwen2.5-VL-7B-Instruct"
+            ) from error
         self.model.requires_grad_(False)
-        self.processor.tokenizer.padding_side = "left"  # the answer's place is the last one in every row
+        self.processor.tokenizer.padding_side = (
+            "left"  # the answer's place is the last one in every row
+        )
         options = inspect.signature(self.model.forward).parameters
         # the last place alone, as an index: a slice of 1 is not contiguous, and would read the vocabulary once an edit
-        self.last_only = {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in options else {}
+        self.last_only = (
+            {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in options else {}
+        )
         self.cache_name = "cache" if "cache" in options else "past_key_values"  # its older name
         self.lock, self._chat = threading.RLock(), functools.lru_cache(1024)(self._chat)
         super().__init__(settings, 1)
@@ -375,41 +572,69 @@ class LocalJudge(Judge):
     def _chat(self, turns, pictures):
         """The chat-formatted text of what user and judge said in turn: instruction first, then `pictures` pictures."""
         messages = chat(turns, [{"type": "image"}] * pictures)
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
 
     def _inputs(self, texts, pictures):
-        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(self.model.device)
+        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(
+            self.model.device
+        )
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
 
     def _logits(self, texts, pictures, share):
         """(B, V) at the first answer position; with `share`, what comes before the last picture is computed once."""
-        heads = [text.rpartition(self.processor.image_token)[0] if share else text for text in texts]
+        heads = [
+            text.rpartition(self.processor.image_token)[0] if share else text for text in texts
+        ]
         keys = [(head, *map(id, shown[:-1])) for head, shown in zip(heads, pictures)]
         first = [keys.index(key) for key in dict.fromkeys(keys)]
         if not share or len(first) == len(texts):
-            return self.model(**self._inputs(texts, pictures), **self.last_only, use_cache=False).logits[:, -1]
-        owner = torch.tensor([first.index(keys.index(key)) for key in keys], device=self.model.device)  # (B,)
+            return self.model(
+                **self._inputs(texts, pictures), **self.last_only, use_cache=False
+            ).logits[:, -1]
+        owner = torch.tensor(
+            [first.index(keys.index(key)) for key in keys], device=self.model.device
+        )  # (B,)
         prefix = self._inputs([heads[i] for i in first], [pictures[i][:-1] for i in first])
-        rest = self._inputs([text[len(head) :] for text, head in zip(texts, heads)], [shown[-1:] for shown in pictures])
-        three = hasattr(self.model.model, "get_rope_index")  # Qwen's picture tokens have places in three directions
+        rest = self._inputs(
+            [text[len(head) :] for text, head in zip(texts, heads)],
+            [shown[-1:] for shown in pictures],
+        )
+        three = hasattr(
+            self.model.model, "get_rope_index"
+        )  # Qwen's picture tokens have places in three directions
         count = lambda mask: (mask.cumsum(1) - 1).clamp(min=0)  # noqa: E731
         prefix.update({} if three else {"position_ids": count(prefix["attention_mask"])})
         cache = self.model(**prefix, **self.last_only, use_cache=True)[self.cache_name]
         cache.reorder_cache(owner)
-        keys = [key for key in rest if rest[key].shape == rest["input_ids"].shape]  # what there is of each token
+        keys = [
+            key for key in rest if rest[key].shape == rest["input_ids"].shape
+        ]  # what there is of each token
         both = {key: torch.cat([prefix[key][owner], rest[key]], 1) for key in keys}
         places = count(both["attention_mask"])  # (B, length)
         if three:
-            kinds = [(text, *(picture.size for picture in shown)) for text, shown in zip(texts, pictures)]
-            some = [kinds.index(kind) for kind in dict.fromkeys(kinds)]  # the places of the rest are as one of these
+            kinds = [
+                (text, *(picture.size for picture in shown)) for text, shown in zip(texts, pictures)
+            ]
+            some = [
+                kinds.index(kind) for kind in dict.fromkeys(kinds)
+            ]  # the places of the rest are as one of these
             grids = prefix["image_grid_thw"].split([len(pictures[i]) - 1 for i in first])
-            grids = [grid for i in some for grid in (grids[owner[i]], rest["image_grid_thw"][i : i + 1])]
+            grids = [
+                grid for i in some for grid in (grids[owner[i]], rest["image_grid_thw"][i : i + 1])
+            ]
             given = {key: both[key][some] for key in both} | {"image_grid_thw": torch.cat(grids)}
             places, _ = self.model.model.get_rope_index(**given)
             places = places[:, [some.index(kinds.index(kind)) for kind in kinds]]  # (3, B, length)
-        rest.update({"attention_mask": both["attention_mask"], self.cache_name: cache,
-                     "position_ids": places[..., prefix["input_ids"].shape[1] :]})  # fmt: skip
+        rest.update(
+            {
+                "attention_mask": both["attention_mask"],
+                self.cache_name: cache,
+                "position_ids": places[..., prefix["input_ids"].shape[1] :],
+            }
+        )
         return self.model(**rest, **self.last_only).logits[:, -1]
 
     def _expected(self, logits):
@@ -419,18 +644,29 @@ class LocalJudge(Judge):
     def _prefix_works(self):
         """Whether a shared prefix leaves this model's scores as they are, tried on two questions and four pictures."""
         shown = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime", "white", "black")]
-        asked = [self.question({"prompt": prompt}, self.aspects[0]) for prompt in ("0 1 2", "0 1 2", "5", "5")]
+        asked = [
+            self.question({"prompt": prompt}, self.aspects[0])
+            for prompt in ("0 1 2", "0 1 2", "5", "5")
+        ]
         texts = [self._chat((question,), 2) for question in asked]
         pictures = [[shown[i // 2], shown[3 - i]] for i in range(4)]
         try:
-            whole, shared = (self._expected(self._logits(texts, pictures, share))[0] for share in (False, True))
+            whole, shared = (
+                self._expected(self._logits(texts, pictures, share))[0] for share in (False, True)
+            )
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):
             return False
-        return torch.allclose(whole, shared, atol=1e-5 if self.model.dtype == torch.float32 else 0.02)
+        return torch.allclose(
+            whole, shared, atol=1e-5 if self.model.dtype == torch.float32 else 0.02
+        )
 
     def _generate(self, turns, pictures, max_tokens):
-        inputs = self._inputs([self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures)
-        made = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        inputs = self._inputs(
+            [self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures
+        )
+        made = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[
+            :, inputs["input_ids"].shape[1] :
+        ]
         return self.processor.tokenizer.batch_decode(made, skip_special_tokens=True)
 
     def _answers(self, questions, pictures):
@@ -440,7 +676,9 @@ class LocalJudge(Judge):
         with self.lock, torch.no_grad():
             for first in range(0, len(order), self.settings.judge_batch):
                 part = order[first : first + self.settings.judge_batch]
-                found |= zip(part, self._safely([(questions[i],) for i in part], [pictures[i] for i in part]))
+                found |= zip(
+                    part, self._safely([(questions[i],) for i in part], [pictures[i] for i in part])
+                )
         return [found[i] for i in range(len(questions))]
 
     def _safely(self, turns, pictures):
@@ -448,22 +686,32 @@ class LocalJudge(Judge):
         try:
             if self.thinks and len(turns[0]) == 1:
                 thoughts = self._generate(turns, pictures, self.settings.judge_thought)
-                turns = [(question, thought, self.ending) for (question,), thought in zip(turns, thoughts)]
+                turns = [
+                    (question, thought, self.ending)
+                    for (question,), thought in zip(turns, thoughts)
+                ]
             texts = [self._chat(said, len(shown)) for said, shown in zip(turns, pictures)]
             logits = self._logits(texts, pictures, self.shares_prefix)
         except (ValueError, RuntimeError) as error:
             if len(turns) == 1:
                 return [Answer(cause=f"refused: {error!s:.80}")]
             half = len(turns) // 2
-            return self._safely(turns[:half], pictures[:half]) + self._safely(turns[half:], pictures[half:])
+            return self._safely(turns[:half], pictures[:half]) + self._safely(
+                turns[half:], pictures[half:]
+            )
         score, mass = self._expected(logits)
         causes = ["logits that are not finite" if bad else "" for bad in score.isnan().tolist()]
         p, ids = logits.float().softmax(1).topk(min(5, logits.shape[1]))
         said = [self.processor.tokenizer.batch_decode(row[:, None]) for row in ids]
-        words = [", ".join(f"{word!r} {share:.0%}" for word, share in zip(*row)) for row in zip(said, p.tolist())]
+        words = [
+            ", ".join(f"{word!r} {share:.0%}" for word, share in zip(*row))
+            for row in zip(said, p.tolist())
+        ]
         for i in range(len(turns) * self.samples):
             draws = seeded(zlib.crc32(pictures[i][-1].tobytes()))
-            word = torch.multinomial(logits[i].float().nan_to_num().softmax(0).cpu(), 1, generator=draws).item()
+            word = torch.multinomial(
+                logits[i].float().nan_to_num().softmax(0).cpu(), 1, generator=draws
+            ).item()
             score[i] = dict(zip(self.token_ids, self.answers.values())).get(word, torch.nan)
             causes[i] = causes[i] or "sampled no digit" * bool(score[i].isnan())
         shares = map(tuple, logits[:, self.token_ids].float().softmax(1).tolist())
@@ -492,33 +740,53 @@ class ServedJudge(Judge):
         super().__init__(settings, 64, settings.judge_in_flight * len(self.urls))
         self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
         self.session = requests.Session()
-        self.session.mount("http", requests.adapters.HTTPAdapter(len(self.urls), settings.judge_in_flight))
+        self.session.mount(
+            "http", requests.adapters.HTTPAdapter(len(self.urls), settings.judge_in_flight)
+        )
         self.session.headers.update({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        self.load, self.rest, self.free = dict.fromkeys(self.urls, 0), dict.fromkeys(self.urls, 0.0), threading.Condition()
+        self.load, self.rest, self.free = (
+            dict.fromkeys(self.urls, 0),
+            dict.fromkeys(self.urls, 0.0),
+            threading.Condition(),
+        )
         self.name = settings.judge_model
         for url in self.urls:
             try:
                 names = [model["id"] for model in self._once(url + "/models")["data"]]
             except (JudgeFailure, KeyError, TypeError) as failure:
                 reason = getattr(failure, "cause", "it lists no models")
-                raise BadInput(f"judge {url}: {reason}; start the server, or correct the address") from None
+                raise BadInput(
+                    f"judge {url}: {reason}; start the server, or correct the address"
+                ) from None
             self.name = self.name or (names or [""])[0]
             if self.name not in names:
-                raise BadInput(f"judge {url}: serves {', '.join(names) or 'nothing'}, not {self.name}; see --judge_model")
+                raise BadInput(
+                    f"judge {url}: serves {', '.join(names) or 'nothing'}, not {self.name}; see --judge_model"
+                )
 
     def _once(self, url, body=None):
         """One request: the reply's JSON, or a JudgeFailure that knows whether trying again may help."""
         try:
-            reply = self.session.request("POST" if body else "GET", url, json=body, timeout=self.settings.judge_timeout)
+            reply = self.session.request(
+                "POST" if body else "GET", url, json=body, timeout=self.settings.judge_timeout
+            )
         except requests.RequestException as error:
             kinds = {requests.Timeout: "timeout", requests.ConnectionError: "no connection"}
-            cause = next((kinds[kind] for kind in kinds if isinstance(error, kind)), "a broken reply")
+            cause = next(
+                (kinds[kind] for kind in kinds if isinstance(error, kind)), "a broken reply"
+            )
             raise JudgeFailure(cause, may_help=True) from None
         if reply.status_code != 200:
             again = reply.status_code in (408, 425, 429) or reply.status_code >= 500
-            said = "" if again else " " + " ".join(reply.text.split())[:120].replace(self.key or "\0", "***")
+            said = (
+                ""
+                if again
+                else " " + " ".join(reply.text.split())[:120].replace(self.key or "\0", "***")
+            )
             wait = reply.headers.get("Retry-After", "")
-            raise JudgeFailure(f"HTTP {reply.status_code}{said}", again, float(wait) if wait.isdigit() else 0.0)
+            raise JudgeFailure(
+                f"HTTP {reply.status_code}{said}", again, float(wait) if wait.isdigit() else 0.0
+            )
         try:
             return reply.json()
         except ValueError:
@@ -528,7 +796,9 @@ class ServedJudge(Judge):
         """The least loaded server that did not just fail, as soon as it has room."""
         with self.free:
             while True:
-                awake = [url for url in self.urls if self.rest[url] <= time.monotonic()] or self.urls
+                awake = [
+                    url for url in self.urls if self.rest[url] <= time.monotonic()
+                ] or self.urls
                 url = min(awake, key=self.load.get)
                 if self.load[url] < self.settings.judge_in_flight:
                     self.load[url] += 1
@@ -559,11 +829,17 @@ class ServedJudge(Judge):
             case {"choices": [{"message": {}} as choice]}:
                 return choice
             case {"choices": [*choices]}:
-                raise JudgeFailure(f"{len(choices)} choices instead of 1" if len(choices) != 1 else "a choice without message")
+                raise JudgeFailure(
+                    f"{len(choices)} choices instead of 1"
+                    if len(choices) != 1
+                    else "a choice without message"
+                )
         raise JudgeFailure("no choices in the reply")
 
     def _reply(self, turns, urls, max_tokens):
-        reply = self._complete(turns, urls, max_tokens=max_tokens, temperature=0)["message"].get("content")
+        reply = self._complete(turns, urls, max_tokens=max_tokens, temperature=0)["message"].get(
+            "content"
+        )
         if not reply:
             raise JudgeFailure("an empty reply")
         return reply
@@ -578,12 +854,22 @@ class ServedJudge(Judge):
 
         def answer(question, shown):
             try:
-                turns, urls = [question], [*(sources[id(picture)] for picture in shown[:-1]), png_url(shown[-1])]
+                turns, urls = (
+                    [question],
+                    [*(sources[id(picture)] for picture in shown[:-1]), png_url(shown[-1])],
+                )
                 if self.thinks:
                     turns += [self._reply(turns, urls, self.settings.judge_thought), self.ending]
                 seed = {"seed": zlib.crc32(shown[-1].tobytes()) >> 1} if self.samples else {}
-                choice = self._complete(turns, urls, max_tokens=1, temperature=1, logprobs=True,
-                                        top_logprobs=self.settings.judge_logprobs, **seed)  # fmt: skip
+                choice = self._complete(
+                    turns,
+                    urls,
+                    max_tokens=1,
+                    temperature=1,
+                    logprobs=True,
+                    top_logprobs=self.settings.judge_logprobs,
+                    **seed,
+                )
                 return read_choice(choice, self.answers, self.samples)
             except JudgeFailure as failure:
                 return Answer(cause=failure.cause)
@@ -606,41 +892,83 @@ def load_judge(settings, device=None, dtype=torch.bfloat16):
     if settings.judge.startswith(("http://", "https://")):
         return ServedJudge(settings)
     if not settings.judge.startswith("local:") or settings.judge == "local:":
-        raise BadInput(f"judge {settings.judge!r}: not of the form local:MODEL or http://host:port/v1; name one such as "
-                       "local:Qwen/Qwen2.5-VL-7B-Instruct")  # fmt: skip
-    device = torch.device(settings.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        raise BadInput(
+            f"judge {settings.judge!r}: not of the form local:MODEL or http://host:port/v1; name one such as "
+            "local:Qwen/Qwen2.5-VL-7B-Instruct"
+        )
+    device = torch.device(
+        settings.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
     return LocalJudge(settings, device, torch.float32 if device.type == "cpu" else dtype)
 
 
 # ---------------------------------------------------------------- does it agree with people?
 
 
-def agree(file, settings):
-    """Prints, for each strategy, how far the judge orders edits as people do: Table 4 of the paper."""
-    if unknown := set(settings.strategies) - set(STRATEGIES):
-        raise BadInput(f"--strategies {unknown.pop()}: no strategy; take of {', '.join(STRATEGIES)}")
-    groups, judge = read_ratings(file), load_judge(settings)
-    rows, sources, edits = zip(*((row, shown, edit) for row, shown, group, _ in groups for edit in group))
-    labels = torch.tensor([label for *_, marks in groups for label in marks])
-    split = lambda values: values.split([len(marks) for *_, marks in groups])  # noqa: E731
-    print(f"{settings.judge}: {len(edits)} edits in {len(groups)} groups")
-    print("strategy     right pairs  (95 %)         Spearman  ties    spread  mass   failed  s/score")
-    for strategy in settings.strategies:
+# ---------------------------------------------------------------- what a judge writes for a dataset
+
+ASK_REQUIREMENT = """A picture is to be edited by this instruction: {prompt}
+In one or two sentences, say what a good edit of this very picture must show and what must stay as it is, so that somebody
+who compares the two pictures can check it. Write these sentences alone."""
+
+
+def write_requirements(argv, part=32):
+    """Lets a judge write the `requirement` of every row that has none; what is there stays, so a killed call is resumed."""
+    if not argv or argv[0].startswith("--"):
+        raise BadInput(
+            "requirements: names no folder; write python reward_mllm.py requirements DIR --judge ..."
+        )
+    folder, judge = (
+        Path(argv[0]),
+        load_judge(parse_settings(JudgeSettings, argv[1:], description=write_requirements.__doc__)),
+    )
+
+    def ask(row):
         try:
-            judge.use(strategy)
-        except BadInput as error:
-            print(f"{strategy:<12} {error}")
+            pictures = [load_image(path) for path in row["images"]]
+            reply = judge.ask(ASK_REQUIREMENT.replace("{prompt}", row["prompt"]), pictures, 1024)
+            return " ".join(reply.rpartition("</think>")[2].split()), "an empty reply"
+        except JudgeFailure as failure:
+            return "", failure.cause
+
+    for split in ("train", "test"):
+        file = next(
+            (
+                folder / f"{split}{end}.jsonl"
+                for end in ("", "_metadata")
+                if (folder / f"{split}{end}.jsonl").is_file()
+            ),
+            None,
+        )
+        if file is None:
             continue
-        start = time.perf_counter()
-        scores = judge.score(rows, sources, edits)
-        pace, score, good = (time.perf_counter() - start) / len(edits), scores.score, ~scores.score.isnan()
-        counts = np.array([ordered_pairs(a.tolist(), b.tolist()) for a, b in zip(split(score), split(labels))])
-        draws = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
-        total, right, ties = counts.sum(0) / max(counts[:, 0].sum(), 1)
-        low, high = np.quantile(counts[draws, 1].sum(1) / np.maximum(counts[draws, 0].sum(1), 1), (0.025, 0.975))
-        spread = np.nanmean([group[~group.isnan()].std(unbiased=False) for group in split(score)])
-        print(f"{strategy:<12} {right:7.1%}      ({low:.1%} to {high:.1%})  {spearman(score[good], labels[good]):7.3f}  "
-              f"{ties:6.1%}  {spread:6.3f}  {scores.mass.nanmean():5.3f}  {1 - good.float().mean():6.1%}  {pace:.4f}")  # fmt: skip
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        todo, causes = (
+            [
+                (i, row)
+                for i, row in enumerate(read_rows(folder, split))
+                if not row.get("requirement")
+            ],
+            Counter(),
+        )
+        with ThreadPoolExecutor(part) as pool:
+            for first in tqdm(range(0, len(todo), part), desc=file.name):
+                for (i, _), (text, cause) in zip(
+                    todo[first:], pool.map(ask, [row for _, row in todo[first : first + part]])
+                ):
+                    causes.update([] if text else [cause])
+                    lines[i] = (
+                        json.dumps(json.loads(lines[i]) | {"requirement": text}, ensure_ascii=False)
+                        if text
+                        else lines[i]
+                    )
+                whole = file.with_name(f".{file.name}.part")
+                whole.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+                whole.replace(file)
+        print(
+            f"{file}: {len(todo) - causes.total()} requirements written, {len(lines) - len(todo)} kept"
+            + "".join(f", {number} failed: {cause}" for cause, number in causes.items())
+        )
 
 
 # ---------------------------------------------------------------- the command
@@ -653,26 +981,29 @@ class Settings(JudgeSettings):
     prompt: str = HfArg(default="", help="The instruction.")
     requirement: str = HfArg(default="", help="What a good edit must show.")
     task: str = HfArg(default="", help="The kind of edit, for its default requirement.")
-    strategies: list[str] = HfArg(default_factory=lambda: ["logits"], help=f"To compare, of {', '.join(STRATEGIES)}.")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["agree"]:
-        if not argv[1:] or not argv[1].endswith(".jsonl"):
-            raise BadInput("agree: names no file; write python reward_mllm.py agree FILE.jsonl --judge ...")
-        return agree(Path(argv[1]), parse_settings(Settings, argv[2:], description=agree.__doc__, judge=TOY))
+    if argv[:1] == ["requirements"]:
+        return write_requirements(argv[1:])
     settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
     for name in ("source", "edited", "prompt"):
         if not getattr(settings, name):
-            raise BadInput(f"--{name} is missing; give the source picture, the edited picture and the instruction")
+            raise BadInput(
+                f"--{name} is missing; give the source picture, the edited picture and the instruction"
+            )
     sources, edit = [load_image(path) for path in settings.source], load_image(settings.edited)
     row = {"prompt": settings.prompt, "requirement": settings.requirement, "task": settings.task}
     judge = load_judge(settings)
     scores = judge.score([row], [sources], [edit])
     refuse_silent_judge(scores, settings.judge, least=0)
-    print(f"score {scores.score.item():.4f}   mass on answers {scores.mass.item():.4f}   it would say {scores.words[0]}")
-    print("   ".join(f"p({text}) {share:.4f}" for text, share in zip(judge.answers, scores.shares[0])))
+    print(
+        f"score {scores.score.item():.4f}   mass on answers {scores.mass.item():.4f}   it would say {scores.words[0]}"
+    )
+    print(
+        "   ".join(f"p({text}) {share:.4f}" for text, share in zip(judge.answers, scores.shares[0]))
+    )
     print("   ".join(f"{name} {value.item():.4f}" for name, value in scores.terms.items()))
 
 

@@ -34,14 +34,21 @@ def tiny_tokenizers():
             left += right
     vocab = {piece: i for i, piece in enumerate(pieces + ["<|startoftext|>", "<|endoftext|>"])}
     clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
-    entries = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)] + [("▁" + word, -1.0) for word in WORDS]
+    entries = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)] + [
+        ("▁" + word, -1.0) for word in WORDS
+    ]
     t5 = T5TokenizerFast(vocab=entries, extra_ids=0, model_max_length=12)
     return clip, t5, len(vocab)
 
 
 def tiny_kontext(seed=0):
     """A random FluxKontextPipeline of the real classes: x4 VAE, 8 latent channels, 1 double and 1 single block."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxKontextPipeline,
+        FluxTransformer2DModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
@@ -49,22 +56,57 @@ def tiny_kontext(seed=0):
     return FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=8, sample_size=32,
-            shift_factor=0.1, scaling_factor=0.9, mid_block_add_attention=False, use_quant_conv=False,
-            use_post_quant_conv=False),
-        text_encoder=CLIPTextModel(CLIPTextConfig(
-            vocab_size=size, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=16, projection_dim=32, eos_token_id=size - 1, bos_token_id=size - 2)),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8),
+            norm_num_groups=4,
+            layers_per_block=1,
+            latent_channels=8,
+            sample_size=32,
+            shift_factor=0.1,
+            scaling_factor=0.9,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=size,
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=16,
+                projection_dim=32,
+                eos_token_id=size - 1,
+                bos_token_id=size - 2,
+            )
+        ),
         tokenizer=clip,
-        text_encoder_2=T5EncoderModel(T5Config(
-            vocab_size=len(t5), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2,
-            feed_forward_proj="gated-gelu")),
+        text_encoder_2=T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5),
+                d_model=32,
+                d_kv=16,
+                d_ff=32,
+                num_layers=1,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+            )
+        ),
         tokenizer_2=t5,
         transformer=FluxTransformer2DModel(
-            in_channels=32, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 6, 6)),
-    )  # fmt: skip
+            in_channels=32,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +114,9 @@ def kontext_folder(tmp_path_factory):
     """The folder of a tiny random FLUX-Kontext editor for 32 x 32 pictures."""
     folder = tmp_path_factory.mktemp("kontext")
     pipe = tiny_kontext()
-    pipe.vae.decoder.conv_out.weight.data *= 4  # a random decoder paints one grey: make its pictures differ
+    pipe.vae.decoder.conv_out.weight.data *= (
+        4  # a random decoder paints one grey: make its pictures differ
+    )
     pipe.save_pretrained(folder)
     return folder
 
@@ -106,7 +150,15 @@ def run(kontext_folder, dataset, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- the other families
 
-MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+MARKS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 MISTRAL_CHAT = "{% for m in messages %}[{{ m.role }}]{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
 
@@ -121,11 +173,18 @@ def tiny_qwen_tokenizer(chat=CHAT, longest=40):
 
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    known = [inspect.getsource(m) for m in (pipeline_qwenimage_edit_plus, pipeline_longcat_image_edit, system_messages)]
-    trainer = trainers.BpeTrainer(vocab_size=3000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    known = [
+        inspect.getsource(m)
+        for m in (pipeline_qwenimage_edit_plus, pipeline_longcat_image_edit, system_messages)
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     pieces.train_from_iterator(known + [" ".join(WORDS)] * 3, trainer)
     model = json.loads(pieces.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], chat_template=chat)
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], chat_template=chat
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS[1:]})
     tokenizer.model_max_length = longest
     return tokenizer
@@ -133,30 +192,71 @@ def tiny_qwen_tokenizer(chat=CHAT, longest=40):
 
 def tiny_qwen_vl(tokenizer):
     """A random Qwen2_5_VLForConditionalGeneration and the picture half of its processor."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+    )
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from data_prep import PictureProcessor
+    from data_prep import without_videos
 
     ids = {mark.strip("<|>"): tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
-    text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                num_key_value_heads=2, max_position_embeddings=512, pad_token_id=ids["endoftext"],
-                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 100.0})  # fmt: skip
-    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, patch_size=8, spatial_merge_size=2,
-                  temporal_patch_size=2, window_size=32, out_hidden_size=32, fullatt_block_indexes=[0])  # fmt: skip
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"]))  # fmt: skip
-    pictures = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2,
-                                        size={"shortest_edge": 256, "longest_edge": 4096})  # fmt: skip
-    return model, PictureProcessor(pictures, tokenizer)
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=ids["endoftext"],
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 100.0},
+    )
+    vision = dict(
+        depth=1,
+        hidden_size=32,
+        intermediate_size=32,
+        num_heads=2,
+        patch_size=8,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=32,
+        out_hidden_size=32,
+        fullatt_block_indexes=[0],
+    )
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=ids["image_pad"],
+            video_token_id=ids["video_pad"],
+            vision_start_token_id=ids["vision_start"],
+            vision_end_token_id=ids["vision_end"],
+        )
+    )
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=8,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 256, "longest_edge": 4096},
+    )
+    return model, without_videos(Qwen2_5_VLProcessor)(pictures, tokenizer)
 
 
 def tiny_vae(cls, latent_channels=8, **kwargs):
     """A random convolutional VAE, x4; its decoder is made louder, or it would paint one grey."""
-    vae = cls(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-              block_out_channels=(8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=latent_channels,
-              sample_size=64, mid_block_add_attention=False, **kwargs)  # fmt: skip
+    vae = cls(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        sample_size=64,
+        mid_block_add_attention=False,
+        **kwargs,
+    )
     vae.decoder.conv_out.weight.data *= 4
     return vae
 
@@ -173,14 +273,34 @@ def tiny_qwen_edit(cls, zero_cond_t=False):
 
     tokenizer = tiny_qwen_tokenizer(longest=512)
     model, processor = tiny_qwen_vl(tokenizer)
-    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
-                                 latents_mean=[0.1] * 8, latents_std=[0.9] * 8)  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=8,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1] * 8,
+        latents_std=[0.9] * 8,
+    )
     vae.decoder.conv_out.weight.data *= 4
-    transformer = QwenImageTransformer2DModel(in_channels=32, out_channels=8, num_layers=2, attention_head_dim=16,
-                                              num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
-                                              zero_cond_t=zero_cond_t)  # fmt: skip
-    return cls(scheduler=flow_scheduler(), vae=vae, text_encoder=model, tokenizer=tokenizer, processor=processor,
-               transformer=transformer)  # fmt: skip
+    transformer = QwenImageTransformer2DModel(
+        in_channels=32,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        zero_cond_t=zero_cond_t,
+    )
+    return cls(
+        scheduler=flow_scheduler(),
+        vae=vae,
+        text_encoder=model,
+        tokenizer=tokenizer,
+        processor=processor,
+        transformer=transformer,
+    )
 
 
 def tiny_longcat(cls):
@@ -189,36 +309,96 @@ def tiny_longcat(cls):
 
     tokenizer = tiny_qwen_tokenizer()
     model, processor = tiny_qwen_vl(tokenizer)
-    vae = tiny_vae(AutoencoderKL, 16, shift_factor=0.1, scaling_factor=0.9, use_quant_conv=False, use_post_quant_conv=False)
-    transformer = LongCatImageTransformer2DModel(in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16,
-                                                 num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-                                                 axes_dims_rope=[4, 6, 6])  # fmt: skip
-    return cls(scheduler=flow_scheduler(), vae=vae, text_encoder=model, tokenizer=tokenizer, text_processor=processor,
-               transformer=transformer)  # fmt: skip
+    vae = tiny_vae(
+        AutoencoderKL,
+        16,
+        shift_factor=0.1,
+        scaling_factor=0.9,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    transformer = LongCatImageTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 6, 6],
+    )
+    return cls(
+        scheduler=flow_scheduler(),
+        vae=vae,
+        text_encoder=model,
+        tokenizer=tokenizer,
+        text_processor=processor,
+        transformer=transformer,
+    )
 
 
 def tiny_flux2(cls, **kwargs):
     """A random Flux2Pipeline or Flux2KleinPipeline; they read hidden layers up to the 30th or 27th of their encoders."""
     from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     klein = cls.__name__ == "Flux2KleinPipeline"
     tokenizer = tiny_qwen_tokenizer(*((CHAT, 40) if klein else (MISTRAL_CHAT, 80)))
-    text = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_attention_heads=2, head_dim=8,
-                num_key_value_heads=1, max_position_embeddings=512)  # fmt: skip
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        head_dim=8,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+    )
     if klein:
         encoder = Qwen3ForCausalLM(Qwen3Config(**text, num_hidden_layers=27))
     else:
-        vision = dict(model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                      head_dim=8, image_size=32, patch_size=8)  # fmt: skip
+        vision = dict(
+            model_type="pixtral",
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            head_dim=8,
+            image_size=32,
+            patch_size=8,
+        )
         text |= {"model_type": "mistral", "num_hidden_layers": 30}
-        encoder = Mistral3ForConditionalGeneration(Mistral3Config(
-            text_config=text, vision_config=vision, image_token_index=tokenizer.convert_tokens_to_ids(MARKS[5])))  # fmt: skip
-    transformer = Flux2Transformer2DModel(in_channels=32, num_layers=1, num_single_layers=1, attention_head_dim=16,
-                                          num_attention_heads=2, joint_attention_dim=48, timestep_guidance_channels=16,
-                                          mlp_ratio=1.0, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=not klein)  # fmt: skip
-    return cls(scheduler=flow_scheduler(), vae=tiny_vae(AutoencoderKLFlux2), text_encoder=encoder, tokenizer=tokenizer,
-               transformer=transformer, **kwargs)  # fmt: skip
+        encoder = Mistral3ForConditionalGeneration(
+            Mistral3Config(
+                text_config=text,
+                vision_config=vision,
+                image_token_index=tokenizer.convert_tokens_to_ids(MARKS[5]),
+            )
+        )
+    transformer = Flux2Transformer2DModel(
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        mlp_ratio=1.0,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=not klein,
+    )
+    return cls(
+        scheduler=flow_scheduler(),
+        vae=tiny_vae(AutoencoderKLFlux2),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        **kwargs,
+    )
 
 
 def tiny_editor(name):
@@ -235,7 +415,9 @@ def tiny_editor(name):
     if kind.startswith("Qwen"):
         return tiny_qwen_edit(cls, zero_cond_t=variant == "2511")
     if kind.startswith("Flux2"):
-        return tiny_flux2(cls, **({"is_distilled": variant == "distilled"} if "Klein" in kind else {}))
+        return tiny_flux2(
+            cls, **({"is_distilled": variant == "distilled"} if "Klein" in kind else {})
+        )
     return tiny_longcat(cls)
 
 

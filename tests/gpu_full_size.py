@@ -32,7 +32,11 @@ NAMES = {  # the editor and its pipeline's class
 }
 PHASES = ("encode", "rollout", "decode", "train")
 COPIES, SIDE, BATCH, RANK = 12, 512, 12, 32  # train_nft's defaults
-TEXT = {"kontext": 512, "qwen": 230, "klein": 512}  # text tokens; Qwen's are 196 of the picture and the prompt's own
+TEXT = {
+    "kontext": 512,
+    "qwen": 230,
+    "klein": 512,
+}  # text tokens; Qwen's are 196 of the picture and the prompt's own
 # what one block with LoRA saves for backward, in units of its input; counted with saved_tensors_hooks at full width, with
 # q, k, v and the output in place of the score matrix that a fused attention does not keep
 SAVED = {"kontext": 22, "qwen": 24, "klein": 31}
@@ -48,38 +52,108 @@ def full_size(model, tiny):
     import diffusers as d
     import transformers as t
 
-    kl = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
-              block_out_channels=(128, 256, 512, 512), sample_size=1024)  # fmt: skip
+    kl = dict(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        block_out_channels=(128, 256, 512, 512),
+        sample_size=1024,
+    )
     if model == "kontext":
-        clip = t.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, eos_token_id=2)
-        t5 = t.T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu",
-                        tie_word_embeddings=False)  # fmt: skip
+        clip = t.CLIPTextConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_attention_heads=12,
+            projection_dim=768,
+            eos_token_id=2,
+        )
+        t5 = t.T5Config(
+            d_model=4096,
+            d_kv=64,
+            d_ff=10240,
+            num_layers=24,
+            num_heads=64,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        )
         return {
-            "transformer": d.FluxTransformer2DModel(guidance_embeds=True),  # its other defaults are the released config
-            "text_encoder": t.CLIPTextModel(clip), "text_encoder_2": t.T5EncoderModel(t5),
-            "vae": d.AutoencoderKL(**kl, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159,
-                                   use_quant_conv=False, use_post_quant_conv=False),
-        }  # fmt: skip
+            "transformer": d.FluxTransformer2DModel(
+                guidance_embeds=True
+            ),  # its other defaults are the released config
+            "text_encoder": t.CLIPTextModel(clip),
+            "text_encoder_2": t.T5EncoderModel(t5),
+            "vae": d.AutoencoderKL(
+                **kl,
+                latent_channels=16,
+                scaling_factor=0.3611,
+                shift_factor=0.1159,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+        }
     if model == "qwen":
-        text = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                    num_key_value_heads=4, rms_norm_eps=1e-6, max_position_embeddings=128000,
-                    rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})  # fmt: skip
-        vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2,
-                      temporal_patch_size=2, window_size=112, out_hidden_size=3584, fullatt_block_indexes=[7, 15, 23, 31])  # fmt: skip
-        ids = {key: value for key, value in tiny.text_encoder.config.to_dict().items() if key.endswith("_token_id")}
+        text = dict(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=128000,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16, 24, 24],
+            },
+        )
+        vision = dict(
+            depth=32,
+            hidden_size=1280,
+            intermediate_size=3420,
+            num_heads=16,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            window_size=112,
+            out_hidden_size=3584,
+            fullatt_block_indexes=[7, 15, 23, 31],
+        )
+        ids = {
+            key: value
+            for key, value in tiny.text_encoder.config.to_dict().items()
+            if key.endswith("_token_id")
+        }
         return {
             "transformer": d.QwenImageTransformer2DModel(num_layers=60),
-            "text_encoder": t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)),
+            "text_encoder": t.Qwen2_5_VLForConditionalGeneration(
+                t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+            ),
             "vae": d.AutoencoderKLQwenImage(),
-        }  # fmt: skip
-    qwen3 = t.Qwen3Config(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-                          num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=True,
-                          rope_parameters={"rope_type": "default", "rope_theta": 1e6})  # fmt: skip
+        }
+    qwen3 = t.Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
     return {
-        "transformer": d.Flux2Transformer2DModel(num_layers=5, num_single_layers=20, num_attention_heads=24,
-                                                 joint_attention_dim=3 * 2560, guidance_embeds=False),
-        "text_encoder": t.Qwen3ForCausalLM(qwen3), "vae": d.AutoencoderKLFlux2(**kl, latent_channels=32),
-    }  # fmt: skip
+        "transformer": d.Flux2Transformer2DModel(
+            num_layers=5,
+            num_single_layers=20,
+            num_attention_heads=24,
+            joint_attention_dim=3 * 2560,
+            guidance_embeds=False,
+        ),
+        "text_encoder": t.Qwen3ForCausalLM(qwen3),
+        "vae": d.AutoencoderKLFlux2(**kl, latent_channels=32),
+    }
 
 
 def build(model, device, tiny_size=False):
@@ -108,7 +182,13 @@ class Meter:
     """Seconds and peak GB by phase. At any moment one phase runs, and a change of phase is an entry in `figures`."""
 
     def __init__(self, read, device):
-        self.read, self.device, self.phase, self.since, self.figures = read, device, "loading", 0.0, {}
+        self.read, self.device, self.phase, self.since, self.figures = (
+            read,
+            device,
+            "loading",
+            0.0,
+            {},
+        )
 
     def switch(self, phase):
         """Ends the running phase, begins another; returns what time_and_memory does."""
@@ -120,7 +200,11 @@ class Meter:
 
     def lap(self, device):
         """In place of time_and_memory in train_nft, which calls it at the start of an epoch and after each of its phases."""
-        reading = self.switch({"rollout": "reward", "reward": "train", "train": "evaluation"}.get(self.phase, "rollout"))
+        reading = self.switch(
+            {"rollout": "reward", "reward": "train", "train": "evaluation"}.get(
+                self.phase, "rollout"
+            )
+        )
         self.figures = {} if self.phase == "rollout" else self.figures  # of one epoch
         return reading
 
@@ -136,16 +220,21 @@ class Meter:
 
     def listen(self, pipe):
         """Times the pipeline's text encoders and VAE wherever they are called."""
+
         def timed(call, phase):
             @functools.wraps(call)
             def wrapper(*args, **kwargs):
                 with self.within(phase):
                     return call(*args, **kwargs)
+
             return wrapper
 
         for part in {"text_encoder", "text_encoder_2"} & set(pipe.components):
             getattr(pipe, part).forward = timed(getattr(pipe, part).forward, "encode")
-        pipe.vae.encode, pipe.vae.decode = timed(pipe.vae.encode, "encode"), timed(pipe.vae.decode, "decode")
+        pipe.vae.encode, pipe.vae.decode = (
+            timed(pipe.vae.encode, "encode"),
+            timed(pipe.vae.decode, "decode"),
+        )
         return pipe
 
 
@@ -169,24 +258,51 @@ def measure(args):
     meter, edits = Meter(time_and_memory, device), args.groups * COPIES
 
     def load(base, device, dtype, resolution, solver_order, **_):
-        return as_editor(meter.listen(build(args.models[0], device, args.tiny)), base, device, resolution, solver_order=solver_order)
+        return as_editor(
+            meter.listen(build(args.models[0], device, args.tiny)),
+            base,
+            device,
+            resolution,
+            solver_order=solver_order,
+        )
 
-    train_nft.load_editor, train_nft.load_judge, train_nft.time_and_memory = load, lambda *_: EvenJudge(), meter.lap
+    train_nft.load_editor, train_nft.load_judge, train_nft.time_and_memory = (
+        load,
+        lambda *_: EvenJudge(),
+        meter.lap,
+    )
     with tempfile.TemporaryDirectory() as folder:
         data, side = write_dataset(Path(folder) / "data"), 64 if args.tiny else SIDE
         for path in data.glob("*.png"):
             Image.open(path).resize((side, side)).save(path)
-        settings = {"base": NAMES[args.models[0]][0], "data": data, "out": Path(folder) / "run", "judge": "local:none", "epochs": 2,
-                    "groups": args.groups, "resolution": side, "eval_rows": 1, "eval_steps": 1, "compile": args.compile == "yes"}  # fmt: skip
+        settings = {
+            "base": NAMES[args.models[0]][0],
+            "data": data,
+            "out": Path(folder) / "run",
+            "judge": "local:none",
+            "epochs": 2,
+            "groups": args.groups,
+            "resolution": side,
+            "eval_rows": 1,
+            "eval_steps": 1,
+            "compile": args.compile == "yes",
+        }
         try:
-            train_nft.main([word for key, value in settings.items() for word in (f"--{key}", str(value))])
+            train_nft.main(
+                [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+            )
         except torch.OutOfMemoryError as error:
             print(error, file=sys.stderr)
-            return {"row": f"does not fit ({args.cap or total / 1e9:.0f} GB), ran out in phase {meter.phase}"}
+            return {
+                "row": f"does not fit ({args.cap or total / 1e9:.0f} GB), ran out in phase {meter.phase}"
+            }
         last = log(settings["out"])[-1]
     assert last["epoch"] == 2 and last["optimizer steps"] == 1 and last["groups kept"] == 1, last
     cells = [(meter.figures[phase][1], edits / meter.figures[phase][0]) for phase in PHASES]
-    whole = (max(peak for peak, _ in cells), edits / sum(meter.figures[phase][0] for phase in PHASES))
+    whole = (
+        max(peak for peak, _ in cells),
+        edits / sum(meter.figures[phase][0] for phase in PHASES),
+    )
     return {"row": " | ".join(f"{peak:.1f} GB, {speed:.2f}/s" for peak, speed in [*cells, whole])}
 
 
@@ -195,7 +311,11 @@ def measure(args):
 
 def parameters(pipe):
     """{part: its number of parameters} of a pipeline."""
-    return {part: sum(p.numel() for p in module.parameters()) for part, module in pipe.components.items() if isinstance(module, nn.Module)}
+    return {
+        part: sum(p.numel() for p in module.parameters())
+        for part, module in pipe.components.items()
+        if isinstance(module, nn.Module)
+    }
 
 
 def estimate(model):
@@ -212,16 +332,34 @@ def estimate(model):
     transformer, vae = pipe.transformer, pipe.vae.config
     size = {part: 2 * count / 1e9 for part, count in parameters(pipe).items()}
     targets = tuple(f".{target}" for target in FAMILIES[NAMES[model][1]].targets)
-    bound = [layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear) and f".{name}".endswith(targets)]
+    bound = [
+        layer
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear) and f".{name}".endswith(targets)
+    ]
     lora = 6 * 4 * sum(RANK * (layer.in_features + layer.out_features) for layer in bound) / 1e9
-    blocks = sum(len(layers) for layers in transformer.children() if isinstance(layers, nn.ModuleList))
+    blocks = sum(
+        len(layers) for layers in transformer.children() if isinstance(layers, nn.ModuleList)
+    )
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     one = 2 * BATCH * (2 * (SIDE // 16) ** 2 + TEXT[model]) * width / 1e9
-    decode = 3 * 2 * COPIES * SIDE**2 * (2 * vae.base_dim if model == "qwen" else vae.block_out_channels[1]) / 1e9
+    decode = (
+        3
+        * 2
+        * COPIES
+        * SIDE**2
+        * (2 * vae.base_dim if model == "qwen" else vae.block_out_channels[1])
+        / 1e9
+    )
     text = sum(value for part, value in size.items() if part.startswith("text"))
-    return {"transformer": size["transformer"], "text encoders": text, "VAE": size["vae"], "LoRA": lora,
-            "peak, drawing": sum(size.values()) + lora + max(16 * one, decode),
-            "peak, training": size["transformer"] + lora + one * (blocks + SAVED[model] + 6)}  # fmt: skip
+    return {
+        "transformer": size["transformer"],
+        "text encoders": text,
+        "VAE": size["vae"],
+        "LoRA": lora,
+        "peak, drawing": sum(size.values()) + lora + max(16 * one, decode),
+        "peak, training": size["transformer"] + lora + one * (blocks + SAVED[model] + 6),
+    }
 
 
 # ---------------------------------------------------------------- the command
@@ -229,40 +367,87 @@ def estimate(model):
 
 def in_process_of_its_own(args, model, compiled):
     """The row that a fresh process prints for one configuration; a process that fails gives its error as the row."""
-    given = [f"--{name}={getattr(args, name)}" for name in ("cap", "groups")] + ["--tiny"] * args.tiny
-    command = [sys.executable, __file__, "--child", "--models", model, "--compile", compiled, *given]
+    given = [f"--{name}={getattr(args, name)}" for name in ("cap", "groups")] + [
+        "--tiny"
+    ] * args.tiny
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        "--models",
+        model,
+        "--compile",
+        compiled,
+        *given,
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.splitlines() or [""]
     print(*lines[:-1], sep="\n", file=sys.stderr)
-    return json.loads(lines[-1])["row"] if done.returncode == 0 else f"failed with exit code {done.returncode}, see above"
+    return (
+        json.loads(lines[-1])["row"]
+        if done.returncode == 0
+        else f"failed with exit code {done.returncode}, see above"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--compile", choices=("both", "yes", "no"), default="both")
-    parser.add_argument("--cap", type=float, default=0.0, help="GB of the card that may be used; 0: all")
+    parser.add_argument(
+        "--cap", type=float, default=0.0, help="GB of the card that may be used; 0: all"
+    )
     parser.add_argument("--groups", type=int, default=2, help="groups of 12 edits in an epoch")
-    parser.add_argument("--estimate", action="store_true", help="count weights and activations; no GPU needed")
-    for hidden in ("--tiny", "--child"):  # tiny models on the CPU; one configuration in this process
+    parser.add_argument(
+        "--estimate", action="store_true", help="count weights and activations; no GPU needed"
+    )
+    for hidden in (
+        "--tiny",
+        "--child",
+    ):  # tiny models on the CPU; one configuration in this process
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return print(json.dumps(measure(args)))
     if args.estimate:
         rows = {model: estimate(model) for model in args.models}
-        print("| estimated GB | " + " | ".join(next(iter(rows.values()))) + " |\n|---" + "|---" * 6 + "|")
+        print(
+            "| estimated GB | "
+            + " | ".join(next(iter(rows.values())))
+            + " |\n|---"
+            + "|---" * 6
+            + "|"
+        )
         for model, row in rows.items():
-            print(f"| {NAMES[model][0]} | " + " | ".join(f"{value:.1f}" for value in row.values()) + " |")
+            print(
+                f"| {NAMES[model][0]} | "
+                + " | ".join(f"{value:.1f}" for value in row.values())
+                + " |"
+            )
         return None
     if not (args.tiny or torch.cuda.is_available()):
         return print("skipped: no CUDA device here; --estimate needs none")
-    card = "CPU, tiny models, peak of the whole process" if args.tiny else torch.cuda.get_device_name(0)
-    print(f"{card}{f', {args.cap:g} GB of it' * bool(args.cap)}; torch {torch.__version__}; {args.groups} x {COPIES} edits an epoch\n")
-    print("| editor | compile | " + " | ".join(PHASES) + " | whole epoch |\n|---|---" + "|---" * 5 + "|")
+    card = (
+        "CPU, tiny models, peak of the whole process"
+        if args.tiny
+        else torch.cuda.get_device_name(0)
+    )
+    print(
+        f"{card}{f', {args.cap:g} GB of it' * bool(args.cap)}; torch {torch.__version__}; {args.groups} x {COPIES} edits an epoch\n"
+    )
+    print(
+        "| editor | compile | "
+        + " | ".join(PHASES)
+        + " | whole epoch |\n|---|---"
+        + "|---" * 5
+        + "|"
+    )
     for model in args.models:
         for compiled in ("no", "yes") if args.compile == "both" else (args.compile,):
-            print(f"| {NAMES[model][0]} | {compiled} | {in_process_of_its_own(args, model, compiled)} |", flush=True)
+            print(
+                f"| {NAMES[model][0]} | {compiled} | {in_process_of_its_own(args, model, compiled)} |",
+                flush=True,
+            )
     return None
 
 

@@ -13,8 +13,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 from PIL import Image
 
-FAULTS = ("drop", "hang", "400", "429", "500", "html", "truncated", "no logprobs", "no choices", "two choices", "missing",
-          "some missing", "-inf", "nan", "low mass", "thinks")  # fmt: skip
+FAULTS = (
+    "drop",
+    "hang",
+    "400",
+    "429",
+    "500",
+    "html",
+    "truncated",
+    "no logprobs",
+    "no choices",
+    "two choices",
+    "missing",
+    "some missing",
+    "-inf",
+    "nan",
+    "low mass",
+    "thinks",
+)
 
 
 def rule(picture):
@@ -26,20 +42,39 @@ class JudgeServer:
     """`with JudgeServer() as server`: server.url; `faults` are used up one a request, then `always`, then it answers."""
 
     def __init__(self, delay=0.0, models=("judge",), port=0):
-        self.faults, self.always, self.delay, self.models, self.port = [], None, delay, list(models), port
-        self.open, self.requests, self.pictures, self.busy, self.most_busy, self.lock = [], [], [], 0, 0, threading.Lock()
+        self.faults, self.always, self.delay, self.models, self.port = (
+            [],
+            None,
+            delay,
+            list(models),
+            port,
+        )
+        self.open, self.requests, self.pictures, self.busy, self.most_busy, self.lock = (
+            [],
+            [],
+            [],
+            0,
+            0,
+            threading.Lock(),
+        )
 
     def __enter__(self):
-        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), type("Handler", (Handler,), {"judge": self}))
+        self.http = ThreadingHTTPServer(
+            ("127.0.0.1", self.port), type("Handler", (Handler,), {"judge": self})
+        )
         self.http.daemon_threads, self.port = True, self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_):
         self.http.shutdown()
         self.http.server_close()
-        for connection in self.open:  # else its threads would go on answering what is connected already
+        for (
+            connection
+        ) in self.open:  # else its threads would go on answering what is connected already
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
@@ -47,11 +82,17 @@ class JudgeServer:
         """The completion as a dict, spoiled by `fault`."""
         parts = [part for turn in body["messages"] for part in turn["content"]]
         shown = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-        shown = [Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))) for url in shown]
+        shown = [
+            Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+            for url in shown
+        ]
         self.pictures.append(shown)
         mark = 5 * rule(shown[-1])
         low, share = int(min(mark, 4)), mark - int(min(mark, 4))
-        p = {str(digit): 1e-9 for digit in range(6)} | {str(low): 0.98 * (1 - share) + 1e-9, str(low + 1): 0.98 * share + 1e-9}
+        p = {str(digit): 1e-9 for digit in range(6)} | {
+            str(low): 0.98 * (1 - share) + 1e-9,
+            str(low + 1): 0.98 * share + 1e-9,
+        }
         p |= {"Yes": 0.006, "no": 0.002}
         if fault in ("missing", "low mass"):
             p = {"The": 0.7, "I": 0.2} | ({} if fault == "missing" else {str(low): 0.05})
@@ -65,8 +106,14 @@ class JudgeServer:
             words[0]["logprob"] = float(fault)
         content = [{"token": text, "logprob": math.log(p[text]), "top_logprobs": words}]
         text = text if body.get("max_tokens") == 1 else "It was moved."
-        choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": text},
-                  "logprobs": {"content": content} if body.get("logprobs") and fault != "no logprobs" else None}  # fmt: skip
+        choice = {
+            "index": 0,
+            "finish_reason": "length",
+            "message": {"role": "assistant", "content": text},
+            "logprobs": {"content": content}
+            if body.get("logprobs") and fault != "no logprobs"
+            else None,
+        }
         return {"id": "x", "choices": [choice] * {"no choices": 0, "two choices": 2}.get(fault, 1)}
 
 
@@ -82,7 +129,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status, text, headers=(), cut=0):
         self.send_response(status)
-        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(text.encode()) + cut)), *headers):
+        for name, value in (
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(text.encode()) + cut)),
+            *headers,
+        ):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -95,7 +146,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         judge, body = self.judge, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with judge.lock:
-            judge.requests.append({"path": self.path, "body": body, "headers": dict(self.headers), "time": time.monotonic()})
+            judge.requests.append(
+                {
+                    "path": self.path,
+                    "body": body,
+                    "headers": dict(self.headers),
+                    "time": time.monotonic(),
+                }
+            )
             fault = judge.faults.pop(0) if judge.faults else judge.always
             judge.busy += 1
             judge.most_busy = max(judge.most_busy, judge.busy)
@@ -104,7 +162,16 @@ class Handler(BaseHTTPRequestHandler):
             if fault == "drop":
                 self.close_connection = True
             elif fault == "400":
-                self.send(400, json.dumps({"error": {"message": f"the picture is refused, {self.headers.get('Authorization')}"}}))
+                self.send(
+                    400,
+                    json.dumps(
+                        {
+                            "error": {
+                                "message": f"the picture is refused, {self.headers.get('Authorization')}"
+                            }
+                        }
+                    ),
+                )
             elif fault in ("429", "500"):
                 self.send(int(fault), "busy", [("Retry-After", "1")] if fault == "429" else [])
             elif fault == "html":

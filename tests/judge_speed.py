@@ -25,23 +25,49 @@ from reward_mllm import JudgeSettings, expected_score, load_judge  # noqa: E402
 def save_realistic_judge(folder, layers, share=1):
     """A Qwen2.5-VL of the 3B model's shape with `layers` layers of text and of vision, its widths divided by `share`."""
     tokenizer = new_judge_tokenizer()
-    ids = {word: tokenizer.convert_tokens_to_ids(f"<|{word}|>") for word in
-           ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
+    ids = {
+        word: tokenizer.convert_tokens_to_ids(f"<|{word}|>")
+        for word in ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")
+    }
     text = dict(
-        vocab_size=151936, hidden_size=2048 // share, intermediate_size=11008 // share, num_hidden_layers=layers,
-        num_attention_heads=16 // share, num_key_value_heads=max(1, 2 // share), max_position_embeddings=32768,
+        vocab_size=151936,
+        hidden_size=2048 // share,
+        intermediate_size=11008 // share,
+        num_hidden_layers=layers,
+        num_attention_heads=16 // share,
+        num_key_value_heads=max(1, 2 // share),
+        max_position_embeddings=32768,
         rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-        bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"],
-    )  # fmt: skip
-    vision = dict(depth=layers, hidden_size=1280 // share, intermediate_size=3420 // share, num_heads=16 // share, patch_size=14,
-                  window_size=112, out_hidden_size=2048 // share, fullatt_block_indexes=[layers - 1])  # fmt: skip
+        bos_token_id=ids["endoftext"],
+        eos_token_id=ids["im_end"],
+        pad_token_id=ids["endoftext"],
+    )
+    vision = dict(
+        depth=layers,
+        hidden_size=1280 // share,
+        intermediate_size=3420 // share,
+        num_heads=16 // share,
+        patch_size=14,
+        window_size=112,
+        out_hidden_size=2048 // share,
+        fullatt_block_indexes=[layers - 1],
+    )
     torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-    )).save_pretrained(folder)  # fmt: skip
+    Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            tie_word_embeddings=True,
+            image_token_id=ids["image_pad"],
+            video_token_id=ids["video_pad"],
+            vision_start_token_id=ids["vision_start"],
+            vision_end_token_id=ids["vision_end"],
+        )
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
+    ).save_pretrained(folder)
 
 
 def picture(size, *key):
@@ -56,8 +82,16 @@ def one_at_a_time(judge, row, source, edits):
     scores = []
     for edit in edits:
         text = judge._chat((judge.question(row),), 2)
-        inputs = judge.processor(text=[text], images=[[source, edit]], return_tensors="pt").to(judge.model.device)
-        made = judge.model.generate(**inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        inputs = judge.processor(text=[text], images=[[source, edit]], return_tensors="pt").to(
+            judge.model.device
+        )
+        made = judge.model.generate(
+            **inputs,
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         scores.append(expected_score(made.logits[0], judge.token_ids)[0])
     return torch.cat(scores)
 
@@ -66,7 +100,11 @@ def compare(name, folder, source_size, edit_size, group, times):
     judge = load_judge(JudgeSettings(judge=f"local:{folder}", judge_batch=group))
     row = {"prompt": "make the blue triangle yellow", "task": "adjust"}
     source, edits = picture(source_size, "source"), [picture(edit_size, i) for i in range(group)]
-    tokens = judge.processor(text=[judge._chat((judge.question(row),), 2)], images=[[source, edits[0]]], return_tensors="pt")["input_ids"]
+    tokens = judge.processor(
+        text=[judge._chat((judge.question(row),), 2)],
+        images=[[source, edits[0]]],
+        return_tensors="pt",
+    )["input_ids"]
     one_at_a_time(judge, row, source, edits[:1])  # warm
     slow = fast = 0.0
     for _ in range(times):  # the best of some: another process may take the cores for a while
@@ -74,9 +112,15 @@ def compare(name, folder, source_size, edit_size, group, times):
         singly = one_at_a_time(judge, row, source, edits)
         middle = time.perf_counter()
         together = judge.score([row] * group, [[source]] * group, edits).score
-        slow, fast = max(slow, group / (middle - start)), max(fast, group / (time.perf_counter() - middle))
-    print(f"{name:<28} {'%d x %d' % source_size:>11} {'%d x %d' % edit_size:>9} {len(tokens[0]):>7} {slow:>12.3f} {fast:>12.3f} {fast / slow:>7.1f} "
-          f"{(singly - together).abs().max().item():>11.1e}", flush=True)  # fmt: skip
+        slow, fast = (
+            max(slow, group / (middle - start)),
+            max(fast, group / (time.perf_counter() - middle)),
+        )
+    print(
+        f"{name:<28} {'%d x %d' % source_size:>11} {'%d x %d' % edit_size:>9} {len(tokens[0]):>7} {slow:>12.3f} {fast:>12.3f} {fast / slow:>7.1f} "
+        f"{(singly - together).abs().max().item():>11.1e}",
+        flush=True,
+    )
 
 
 def main():
@@ -85,15 +129,30 @@ def main():
     parser.add_argument("--layers", type=int, default=2, help="layers of text and of vision")
     parser.add_argument("--share", type=int, default=1, help="divides the widths")
     parser.add_argument("--group", type=int, default=12, help="edits in a group")
-    parser.add_argument("--times", type=int, default=2, help="runs of each, of which the best counts")
+    parser.add_argument(
+        "--times", type=int, default=2, help="runs of each, of which the best counts"
+    )
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, group of {args.group}; pictures per second")
-    print(f"{'judge':<28}      source      edit  tokens one at a time   as a group  factor  difference")
+    print(
+        f"{'judge':<28}      source      edit  tokens one at a time   as a group  factor  difference"
+    )
     compare("toy judge", args.judge, (32, 32), (32, 32), args.group, 10 * args.times)
     with tempfile.TemporaryDirectory() as folder:
         save_realistic_judge(folder, args.layers, args.share)
-        for source, edit in (((512, 512), (512, 512)), ((1024, 1024), (512, 512)), ((1536, 1024), (624, 416))):
-            compare(f"Qwen2.5-VL, {args.layers} + {args.layers} layers", folder, source, edit, args.group, args.times)
+        for source, edit in (
+            ((512, 512), (512, 512)),
+            ((1024, 1024), (512, 512)),
+            ((1536, 1024), (624, 416)),
+        ):
+            compare(
+                f"Qwen2.5-VL, {args.layers} + {args.layers} layers",
+                folder,
+                source,
+                edit,
+                args.group,
+                args.times,
+            )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,14 @@ from safetensors.torch import load_file
 import sample
 import train_nft
 
-MOMENTS = {"rollout": (train_nft, "rollout"), "judgement": (RuleJudge, "submit"), "update": (train_nft, "nft_loss"),
-           "file": (sample, "save_file"), "rename": (Path, "rename"), "removal": (shutil, "rmtree")}  # fmt: skip
+MOMENTS = {
+    "rollout": (train_nft, "rollout"),
+    "judgement": (RuleJudge, "submit"),
+    "update": (train_nft, "nft_loss"),
+    "file": (sample, "save_file"),
+    "rename": (Path, "rename"),
+    "removal": (shutil, "rmtree"),
+}
 
 
 def die_in(moment, calls):
@@ -69,9 +75,23 @@ def forked(command, said, moment=None, calls=0):
 def launched(command, said, processes):
     """The same over several processes."""
     script = Path(__file__).with_name("rule_judge.py")
-    return subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-                             "--main_process_port", "0", script, *command], stdout=open(said, "a"), stderr=subprocess.STDOUT,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}).pid  # fmt: skip
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+            "--main_process_port",
+            "0",
+            script,
+            *command,
+        ],
+        stdout=open(said, "a"),
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ).pid
 
 
 def main():
@@ -89,17 +109,38 @@ def main():
     write_dataset(out / "data")
 
     def start(name, **aim):
-        command = arguments(out / "editor", out / "data", out / name, epochs=args.epochs, resume="auto", keep_checkpoints=2)
+        command = arguments(
+            out / "editor",
+            out / "data",
+            out / name,
+            epochs=args.epochs,
+            resume="auto",
+            keep_checkpoints=2,
+        )
         said = out / f"{name}.txt"
-        return forked(command, said, **aim) if args.processes == 1 else launched(command, said, args.processes)
+        return (
+            forked(command, said, **aim)
+            if args.processes == 1
+            else launched(command, said, args.processes)
+        )
 
     def same_end():
         ends = [sample.checkpoints(out / name)[0] for name in ("whole", "killed")]
-        tensors = [{(str(path.relative_to(end)), key): value for path in sorted(end.rglob("*.safetensors"))
-                    for key, value in load_file(path).items()} for end in ends]  # fmt: skip
+        tensors = [
+            {
+                (str(path.relative_to(end)), key): value
+                for path in sorted(end.rglob("*.safetensors"))
+                for key, value in load_file(path).items()
+            }
+            for end in ends
+        ]
         assert ends[0].name == ends[1].name and tensors[0].keys() == tensors[1].keys()
-        assert all(torch.equal(value, tensors[1][key]) for key, value in tensors[0].items()), "the ends differ"
-        assert [line["loss"] for line in log(out / "whole")] == [line["loss"] for line in log(out / "killed")]
+        assert all(torch.equal(value, tensors[1][key]) for key, value in tensors[0].items()), (
+            "the ends differ"
+        )
+        assert [line["loss"] for line in log(out / "whole")] == [
+            line["loss"] for line in log(out / "killed")
+        ]
         return len(tensors[0])
 
     begun = time.time()
@@ -107,13 +148,18 @@ def main():
     whole, kills, runs = time.time() - begun, 0, 1
     while kills < args.kills:
         moment = rng.choice([None, *MOMENTS]) if args.processes == 1 else None
-        child = start("killed", moment=moment, calls=rng.randint(1, 9)) if moment else start("killed")
+        child = (
+            start("killed", moment=moment, calls=rng.randint(1, 9)) if moment else start("killed")
+        )
         end, status = time.time() + rng.uniform(0.2, 0.9) * whole + 60 * bool(moment), (0, 0)
         while time.time() < end and not status[0]:
             status = os.waitpid(child, os.WNOHANG)
             time.sleep(0.01)
         if not status[0]:
-            for process in (*psutil.Process(child).children(recursive=True), psutil.Process(child)):  # workers, then launcher
+            for process in (
+                *psutil.Process(child).children(recursive=True),
+                psutil.Process(child),
+            ):  # workers, then launcher
                 process.kill()
             os.waitpid(child, 0)
         elif status[1] == 0:  # it came to its end first: a new run to kill
@@ -124,7 +170,10 @@ def main():
         assert status[1] in (0, signal.SIGKILL), f"a resumed run failed, see {out}/killed.txt"
         kills += 1
         there = [folder.name for folder in sample.checkpoints(out / "killed")]
-        print(f"kill {kills}, {f'in a {moment}' if moment else 'at random'}: {', '.join(there) or 'no checkpoint yet'}", flush=True)
+        print(
+            f"kill {kills}, {f'in a {moment}' if moment else 'at random'}: {', '.join(there) or 'no checkpoint yet'}",
+            flush=True,
+        )
     assert os.waitpid(start("killed"), 0)[1] == 0, f"the resumed run failed, see {out}/killed.txt"
     print(f"{kills} kills, the same bits in {same_end()} tensors at the end of {runs} runs")
     if args.out is None:

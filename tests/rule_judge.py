@@ -24,7 +24,9 @@ class RuleJudge:
         self.mass, self.pitch = mass, pitch
 
     def score(self, rows, sources, edits):
-        score = torch.tensor([np.asarray(edit, float).mean() / 255 for edit in edits], dtype=torch.float32)
+        score = torch.tensor(
+            [np.asarray(edit, float).mean() / 255 for edit in edits], dtype=torch.float32
+        )
         score = ((self.pitch * score) % 2 - 1).abs()
         for i, row in enumerate(rows):
             if row.get("flat"):
@@ -32,7 +34,13 @@ class RuleJudge:
             if row.get("broken") and i % 2:
                 score[i] = torch.nan
         causes = ["broken" if failed else "" for failed in score.isnan().tolist()]
-        return Scores(score, torch.full_like(score, self.mass), {"execution": score}, causes, [""] * len(score))
+        return Scores(
+            score,
+            torch.full_like(score, self.mass),
+            {"execution": score},
+            causes,
+            [""] * len(score),
+        )
 
     def submit(self, row, sources, edits):
         done = Future()
@@ -43,24 +51,54 @@ class RuleJudge:
 def write_dataset(folder):
     """Eight training rows, two with one prompt and other pictures, and two held-out ones; the folder."""
     folder.mkdir(exist_ok=True)
-    prompts = ["make the red circle blue", "make the red circle blue", "remove the green square", "add red triangle"]
+    prompts = [
+        "make the red circle blue",
+        "make the red circle blue",
+        "remove the green square",
+        "add red triangle",
+    ]
     for split, number in (("train", 8), ("test", 2)):
         lines = []
         for i in range(number):
             noise = torch.rand(32, 32, 3, generator=seeded("picture", split, i))
             Image.fromarray((noise * 255).byte().numpy()).save(folder / f"{split}{i}.png")
-            lines.append({"prompt": prompts[i % 4], "image": f"{split}{i}.png"} | ({"flat": True} if i in (1, 3, 4) else {}))
+            lines.append(
+                {"prompt": prompts[i % 4], "image": f"{split}{i}.png"}
+                | ({"flat": True} if i in (1, 3, 4) else {})
+            )
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
 
 def arguments(editor, dataset, out, **changes):
     """The command line of a run of seconds on a tiny editor for 32 x 32 pictures."""
-    values = dict(
-        base=editor, data=dataset, out=out, judge="local:rule", resolution=32, epochs=2, groups=4, group_size=4,
-        rollout_steps=4, train_timesteps=2, train_steps_from=4, train_batch=6, rollout_batch=4, eval_rows=2, eval_steps=2,
-        eval_every=2, save_every=1, lora_rank=4, lora_alpha=4, lr=1e-2, decay_rate=0.3, gradient_checkpointing=False,
-    ) | changes  # fmt: skip
+    values = (
+        dict(
+            base=editor,
+            data=dataset,
+            out=out,
+            judge="local:rule",
+            resolution=32,
+            epochs=2,
+            groups=4,
+            group_size=4,
+            rollout_steps=4,
+            train_timesteps=2,
+            train_steps_from=4,
+            train_batch=6,
+            rollout_batch=4,
+            eval_rows=2,
+            eval_steps=2,
+            eval_every=2,
+            save_every=1,
+            lora_rank=4,
+            lora_alpha=4,
+            lr=1e-2,
+            decay_rate=0.3,
+            gradient_checkpointing=False,
+        )
+        | changes
+    )
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 

@@ -15,10 +15,28 @@ from PIL.PngImagePlugin import PngImageFile
 
 import data_prep
 from data_prep import (
-    BadInput, ToySettings, apply_change, build_toy, check_pictures, graded_corruptions, instructions, is_test_scene,
-    load_image, oracle, oracle_scores, parse_settings, read_rows, render, run_script, scenes_of, seeded, spearman, spoil,
-    to_pil, toy_examples,
-)  # fmt: skip
+    BadInput,
+    ToySettings,
+    apply_change,
+    build_toy,
+    check_pictures,
+    graded_corruptions,
+    instructions,
+    is_test_scene,
+    load_image,
+    oracle,
+    oracle_scores,
+    parse_settings,
+    read_rows,
+    render,
+    run_script,
+    scenes_of,
+    seeded,
+    spearman,
+    spoil,
+    to_pil,
+    toy_examples,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,13 +50,23 @@ def folder(tmp_path):
 
 
 def write(folder, *rows, name="train.jsonl"):
-    (folder / name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    (folder / name).write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    )
 
 
 def test_a_row_keeps_what_it_holds_and_gets_absolute_paths(folder):
-    write(folder, {"prompt": "p", "image": "a.png", "target": "a.png", "extra": 3}, {"prompt": "q", "image": ["a.png"] * 2})
+    write(
+        folder,
+        {"prompt": "p", "image": "a.png", "target": "a.png", "extra": 3},
+        {"prompt": "q", "image": ["a.png"] * 2},
+    )
     first, second = read_rows(folder, "train")
-    assert first["images"] == [str(folder / "a.png")] and first["target"] == str(folder / "a.png") and first["extra"] == 3
+    assert (
+        first["images"] == [str(folder / "a.png")]
+        and first["target"] == str(folder / "a.png")
+        and first["extra"] == 3
+    )
     assert len(second["images"]) == 2 and first["id"] != second["id"]
 
 
@@ -47,23 +75,33 @@ def test_the_released_file_names_are_read_too(folder):
     assert len(read_rows(folder, "train")) == 1
 
 
-@pytest.mark.parametrize("row, message", [
-    ("{", "train.jsonl:2: not JSON"), ("[]", "train.jsonl:2: not an object"),
-    ({"image": "a.png"}, "train.jsonl:2: the row has no `prompt`"),
-    ({"prompt": " ", "image": "a.png"}, "train.jsonl:2: the row has no `prompt`"),
-    ({"prompt": "p"}, "train.jsonl:2: the row has no `image`"),
-    ({"prompt": "p", "image": 3}, "train.jsonl:2: the row has no `image`"),
-    ({"prompt": "p", "image": "../a.png"}, "leaves the dataset folder"),
-    ({"prompt": "p", "image": "/etc/passwd"}, "leaves the dataset folder"),
-    ({"prompt": "p", "image": "link.png"}, "leaves the dataset folder"),
-    ({"prompt": "p", "image": "a\0.png"}, "is no path"),
-    ({"prompt": "p", "image": "b.png", "target": 3}, "`target` is 3, not text"),
-    ({"prompts": "p", "image": "b.png"}, "unknown key `prompts`; write `prompt`"),
-    ({"prompt": "p", "image": "b.png", "requirment": "r"}, "unknown key `requirment`; write `requirement`"),
-    ({"prompt": "p", "image": "a.png"}, "the row again that train.jsonl:1 has"),
-    ({"prompt": "p", "image": "b.png", "id": "train-1"}, "the id 'train-1' again that train.jsonl:1 has"),
-    ("[" * 100000, "not JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("{", "train.jsonl:2: not JSON"),
+        ("[]", "train.jsonl:2: not an object"),
+        ({"image": "a.png"}, "train.jsonl:2: the row has no `prompt`"),
+        ({"prompt": " ", "image": "a.png"}, "train.jsonl:2: the row has no `prompt`"),
+        ({"prompt": "p"}, "train.jsonl:2: the row has no `image`"),
+        ({"prompt": "p", "image": 3}, "train.jsonl:2: the row has no `image`"),
+        ({"prompt": "p", "image": "../a.png"}, "leaves the dataset folder"),
+        ({"prompt": "p", "image": "/etc/passwd"}, "leaves the dataset folder"),
+        ({"prompt": "p", "image": "link.png"}, "leaves the dataset folder"),
+        ({"prompt": "p", "image": "a\0.png"}, "is no path"),
+        ({"prompt": "p", "image": "b.png", "target": 3}, "`target` is 3, not text"),
+        ({"prompts": "p", "image": "b.png"}, "unknown key `prompts`; write `prompt`"),
+        (
+            {"prompt": "p", "image": "b.png", "requirment": "r"},
+            "unknown key `requirment`; write `requirement`",
+        ),
+        ({"prompt": "p", "image": "a.png"}, "the row again that train.jsonl:1 has"),
+        (
+            {"prompt": "p", "image": "b.png", "id": "train-1"},
+            "the id 'train-1' again that train.jsonl:1 has",
+        ),
+        ("[" * 100000, "not JSON"),
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_line(folder, row, message):
     (folder / "link.png").symlink_to("/etc/hostname")
     write(folder, {"prompt": "p", "image": "a.png"}, row, {"prompt": "q", "image": "a.png"})
@@ -76,7 +114,9 @@ def test_a_bad_row_is_named_by_file_and_line(folder, row, message):
 
 
 def test_a_line_that_is_not_utf_8_is_one_bad_row(folder):
-    (folder / "train.jsonl").write_bytes(b'{"prompt": "\xff", "image": "a.png"}\n{"prompt": "a\xe2\x80\xa8b", "image": "a.png"}')
+    (folder / "train.jsonl").write_bytes(
+        b'{"prompt": "\xff", "image": "a.png"}\n{"prompt": "a\xe2\x80\xa8b", "image": "a.png"}'
+    )
     faults = []
     assert [row["prompt"] for row in read_rows(folder, "train", faults)] == ["a\u2028b"]
     assert len(faults) == 1 and "train.jsonl:1: not JSON" in faults[0]
@@ -97,7 +137,9 @@ def test_pictures_of_every_mode_come_upright_in_rgb(folder):
 
     for mode in ("L", "P", "RGB", "1", "LA", "RGBA"):
         assert saved(Image.new(mode, (8, 4)), "x.png").mode == "RGB"
-    cyan = np.asarray(saved(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "x.jpg", quality=95)).mean((0, 1))
+    cyan = np.asarray(saved(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "x.jpg", quality=95)).mean(
+        (0, 1)
+    )
     assert cyan[0] < 60 and cyan[1] > 150 and cyan[2] > 150
     turned = Image.new("RGB", (8, 4))
     exif = turned.getexif()
@@ -127,10 +169,19 @@ def test_transparent_parts_are_white_and_not_what_lies_behind(folder):
 
 def test_a_bomb_is_refused_by_its_header_before_it_is_decoded(folder, monkeypatch):
     def png(width, height):
-        chunk = lambda kind, data: (len(data).to_bytes(4, "big") + kind + data  # noqa: E731
-                                    + zlib.crc32(kind + data).to_bytes(4, "big"))  # fmt: skip
+        chunk = lambda kind, data: (
+            len(data).to_bytes(4, "big")
+            + kind
+            + data  # noqa: E731
+            + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
         head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
-        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+        return (
+            b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", head)
+            + chunk(b"IDAT", zlib.compress(bytes(99)))
+            + chunk(b"IEND", b"")
+        )
 
     monkeypatch.setattr(Image.Image, "convert", lambda *a: pytest.fail("decoded"))
     monkeypatch.setattr(PngImageFile, "load", lambda *a: pytest.fail("decoded"))
@@ -147,7 +198,9 @@ def test_a_broken_picture_among_many_is_found_and_named(folder, content):
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     for i in range(5):
         Image.fromarray(noise).save(folder / f"{i}.png")
-    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:300] if content == "cut" else content)
+    (folder / "3.png").write_bytes(
+        (folder / "3.png").read_bytes()[:300] if content == "cut" else content
+    )
     write(folder, *({"prompt": "p", "image": f"{i}.png"} for i in range(5)))
     with pytest.raises(BadInput, match="3.png: not a readable picture"):
         check_pictures(read_rows(folder, "train"))
@@ -182,8 +235,15 @@ def test_check_lists_all_faults_together_and_training_can_skip_them(tmp_path, ca
     with pytest.raises(BadInput, match="7 faults, one a line above; 2 good rows in train"):
         data_prep.main(["check", str(tmp_path)])
     said = capsys.readouterr().out.splitlines()
-    wanted = ["leaves the dataset", "has no `prompt`", "the row again", "1.png: not a readable", "2.png: not a readable",
-              "3.png: no such picture", "4.png: 64 x 8 pixels, below 16"]  # fmt: skip
+    wanted = [
+        "leaves the dataset",
+        "has no `prompt`",
+        "the row again",
+        "1.png: not a readable",
+        "2.png: not a readable",
+        "3.png: no such picture",
+        "4.png: 64 x 8 pixels, below 16",
+    ]
     assert len(said) == 7 and all(mark in line for mark, line in zip(wanted, said))
     faults = []
     rows = check_pictures(read_rows(tmp_path, "train", faults), faults)
@@ -196,8 +256,10 @@ def test_check_says_when_nothing_is_wrong_and_notes_rows_that_are_alike(tmp_path
     write(tmp_path, *({"prompt": "p", "image": f"{name}.png"} for name in "ab"))
     write(tmp_path, {"prompt": "q", "image": "a.png"}, name="test.jsonl")
     data_prep.main(["check", str(tmp_path)])
-    assert capsys.readouterr().out == ("note: row train-2 has the prompt and the very pictures of row train-1\n"
-                                       f"{tmp_path}: no faults; 3 good rows in train and test, 2 pictures\n")  # fmt: skip
+    assert capsys.readouterr().out == (
+        "note: row train-2 has the prompt and the very pictures of row train-1\n"
+        f"{tmp_path}: no faults; 3 good rows in train and test, 2 pictures\n"
+    )
 
 
 def test_check_finds_exact_resized_and_recompressed_benchmark_pictures(tmp_path, capsys):
@@ -218,7 +280,9 @@ def test_check_finds_exact_resized_and_recompressed_benchmark_pictures(tmp_path,
     assert "same.bmp: an exact copy of singleturn/0.png" in said
     assert "resized.png: a near copy of singleturn/0.png" in said
     assert "recompressed.jpg: a near copy of singleturn/0.png" in said
-    (data / "train.jsonl").write_text("\n".join(json.dumps({"prompt": "p", "image": f"{i}.png"}) for i in range(10, 14)))
+    (data / "train.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": "p", "image": f"{i}.png"}) for i in range(10, 14))
+    )
     data_prep.main(["check", str(data), "--against", str(bench)])
     assert f"nothing of {bench}" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
@@ -235,7 +299,9 @@ def test_pictures_inside_a_parquet_or_arrow_benchmark_are_compared_too(tmp_path,
     draw(data / "0.png", 0)
     write(data, {"prompt": "p", "image": "0.png"})
     bench.mkdir()
-    table = pyarrow.table({"key": ["k"], "input_image": [{"bytes": (data / "0.png").read_bytes(), "path": None}]})
+    table = pyarrow.table(
+        {"key": ["k"], "input_image": [{"bytes": (data / "0.png").read_bytes(), "path": None}]}
+    )
     if kind == "parquet":
         parquet.write_table(table, bench / "0.parquet")
     else:
@@ -246,10 +312,16 @@ def test_pictures_inside_a_parquet_or_arrow_benchmark_are_compared_too(tmp_path,
     assert "an exact copy of row 0, input_image" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, message", [
-    ([], "no command"), (["cheque"], "cheque: say what to do"), (["check"], "no dataset is named"),
-    (["check", "nowhere"], "nowhere: holds neither train.jsonl"), (["check", ".", "--gainst", "x"], "unrecognized"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "no command"),
+        (["cheque"], "cheque: say what to do"),
+        (["check"], "no dataset is named"),
+        (["check", "nowhere"], "nowhere: holds neither train.jsonl"),
+        (["check", ".", "--gainst", "x"], "unrecognized"),
+    ],
+)
 def test_a_wrong_command_is_one_line(words, message):
     with pytest.raises(BadInput, match=message) as error:
         data_prep.main(words)
@@ -263,7 +335,9 @@ def test_an_unknown_key_and_an_abbreviation_are_refused():
     for word in ("--nonsense", "--test_row"):
         with pytest.raises(BadInput, match=f"unrecognized arguments: {word} 3; --help"):
             parse_settings(ToySettings, [word, "3"])
-    assert parse_settings(ToySettings, ["--test_rows", "3"], seed=7) == ToySettings(test_rows=3, seed=7)
+    assert parse_settings(ToySettings, ["--test_rows", "3"], seed=7) == ToySettings(
+        test_rows=3, seed=7
+    )
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
@@ -277,7 +351,10 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
 
 def test_a_seed_is_a_hash_of_its_key_and_nothing_else():
     assert seeded(1, "a").initial_seed() == 2461651067226055738  # on every machine
-    assert len({seeded(*key).initial_seed() for key in ((1, "a"), (1, "b"), (2, "a"), (1, "a", 0))}) == 4
+    assert (
+        len({seeded(*key).initial_seed() for key in ((1, "a"), (1, "b"), (2, "a"), (1, "a", 0))})
+        == 4
+    )
 
 
 def test_spearman_is_the_correlation_of_mean_ranks():
@@ -300,7 +377,9 @@ def test_test_scenes_and_instructions_do_not_occur_in_training():
 
 def test_the_five_tasks_take_equal_parts_and_every_edit_changes_the_scene():
     examples = toy_examples(500, "train", 0)
-    assert {task: sum(e[2] == task for e in examples) for task in data_prep.TASKS} == dict.fromkeys(data_prep.TASKS, 100)
+    assert {task: sum(e[2] == task for e in examples) for task in data_prep.TASKS} == dict.fromkeys(
+        data_prep.TASKS, 100
+    )
     assert all(source != target for source, target, _, _ in examples)
 
 
@@ -309,8 +388,14 @@ def test_an_instruction_that_does_not_fit_the_scene_is_none():
     red_circle = data_prep.OBJECTS.index(("red", "circle"))
     assert apply_change((0, red_circle, 0, 0, 0), *texts["make the red circle blue"]) is not None
     assert apply_change((0, 0, 0, 0, 0), *texts["make the red circle blue"]) is None
-    assert apply_change((0, red_circle, 0, 0, 0), *texts["remove the red circle at the top right"]) is None
-    assert apply_change((0, red_circle, 0, 0, 0), *texts["change the black background to white"]) is None
+    assert (
+        apply_change((0, red_circle, 0, 0, 0), *texts["remove the red circle at the top right"])
+        is None
+    )
+    assert (
+        apply_change((0, red_circle, 0, 0, 0), *texts["change the black background to white"])
+        is None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +433,9 @@ def test_spoiled_scenes_are_mostly_wrong(world):
     import random
 
     rng = random.Random(0)
-    _, success = oracle_scores(render(torch.tensor([spoil(e, rng) for e in examples])), sources, targets)
+    _, success = oracle_scores(
+        render(torch.tensor([spoil(e, rng) for e in examples])), sources, targets
+    )
     assert success.float().mean() < 0.2
 
 
@@ -369,7 +456,9 @@ def test_no_word_is_unknown_and_the_longest_instruction_fits():
 
 
 def test_fit_trains_vectors_matrices_and_convolutions():
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 1))
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 1)
+    )
     before = {name: p.clone() for name, p in model.named_parameters()}
     x = torch.randn(16, 1, 8, 8, generator=seeded("fit"))
     losses = []
@@ -387,7 +476,16 @@ def test_fit_trains_vectors_matrices_and_convolutions():
 
 
 def tiny(out, **changes):
-    values = dict(out=str(out), vae_steps=2, editor_steps=2, judge_steps=2, pool=200, train_rows=5, test_rows=5, check=False)
+    values = dict(
+        out=str(out),
+        vae_steps=2,
+        editor_steps=2,
+        judge_steps=2,
+        pool=200,
+        train_rows=5,
+        test_rows=5,
+        check=False,
+    )
     return ToySettings(**(values | changes))
 
 
@@ -403,7 +501,10 @@ def test_both_models_load_as_from_the_hub(toy):
     from transformers import AutoModelForImageTextToText
 
     assert type(DiffusionPipeline.from_pretrained(toy / "editor")).__name__ == "FluxKontextPipeline"
-    assert type(AutoModelForImageTextToText.from_pretrained(toy / "judge")).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert (
+        type(AutoModelForImageTextToText.from_pretrained(toy / "judge")).__name__
+        == "Qwen2_5_VLForConditionalGeneration"
+    )
 
 
 def test_written_rows_are_scored_by_the_oracle_and_others_are_not(toy):
@@ -418,7 +519,10 @@ def test_written_rows_are_scored_by_the_oracle_and_others_are_not(toy):
 def test_two_machines_make_the_same_rows_and_another_seed_others(toy, tmp_path):
     for name, seed in (("same", 0), ("other", 1)):
         data_prep.write_rows(tmp_path / name, tiny("", seed=seed))
-    rows = {path: (path / "train.jsonl").read_text() for path in (toy, tmp_path / "same", tmp_path / "other")}
+    rows = {
+        path: (path / "train.jsonl").read_text()
+        for path in (toy, tmp_path / "same", tmp_path / "other")
+    }
     assert rows[toy] == rows[tmp_path / "same"] != rows[tmp_path / "other"]
     picture = "pictures/train-0000-source.png"
     assert load_image(toy / picture).tobytes() == load_image(tmp_path / "same" / picture).tobytes()
@@ -451,7 +555,9 @@ def test_a_toy_that_is_too_bad_to_learn_from_stops_the_build(toy):
 def test_pictures_survive_being_written(world, tmp_path):
     picture = render(world[1][:1])[0]
     to_pil(picture).save(tmp_path / "x.png")
-    back = torch.from_numpy(np.asarray(load_image(tmp_path / "x.png")).copy()).permute(2, 0, 1) / 255
+    back = (
+        torch.from_numpy(np.asarray(load_image(tmp_path / "x.png")).copy()).permute(2, 0, 1) / 255
+    )
     assert (back - picture).abs().max() < 1 / 255
 
 
@@ -460,14 +566,25 @@ def test_the_toys_editor_is_the_same_at_every_build():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             pipe = data_prep.new_editor()
-        return pipe.tokenizer.get_vocab(), pipe.tokenizer.backend_tokenizer.to_str(), pipe.transformer.state_dict()
+        return (
+            pipe.tokenizer.get_vocab(),
+            pipe.tokenizer.backend_tokenizer.to_str(),
+            pipe.transformer.state_dict(),
+        )
 
     first, *others = [build() for _ in range(3)]
     for vocabulary, tokenizer, weights in others:
-        assert (vocabulary, tokenizer) == first[:2] and all(torch.equal(first[2][key], weights[key]) for key in weights)
+        assert (vocabulary, tokenizer) == first[:2] and all(
+            torch.equal(first[2][key], weights[key]) for key in weights
+        )
 
 
 def test_importing_does_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data_prep"],
-                          capture_output=True, text=True, cwd=tmp_path, env=os.environ)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data_prep"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ,
+    )
     assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())

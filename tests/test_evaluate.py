@@ -23,8 +23,15 @@ from PIL import Image
 import evaluate
 from data_prep import BadInput, bootstrap, load_image
 from evaluate import (
-    paired_differences, parse_gedit, parse_imgedit, score_gedit, score_heldout, score_imgedit, tabulate, verdict,
-)  # fmt: skip
+    paired_differences,
+    parse_gedit,
+    parse_imgedit,
+    score_gedit,
+    score_heldout,
+    score_imgedit,
+    tabulate,
+    verdict,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,59 +40,111 @@ ROOT = Path(__file__).parents[1]
 THREE = "Reasoning: the hat is there.\nPrompt Compliance: {}\nVisual Seamlessness: {}\nDetail Fidelity: {}"
 
 
-@pytest.mark.parametrize("reply, scores", [
-    (THREE.format(4, 5, 3), [4, 5, 3]),
-    (THREE.format("4/5", "5 / 5", "3 out of 5"), [4, 5, 3]),
-    ("**Prompt Compliance:** 4\n**Visual Seamlessness**: 5.\n- Detail Fidelity: **3**", [4, 5, 3]),
-    ("1. Prompt Compliance - 4\n2. Visual Seamlessness – 5\n3. Detail Fidelity = 3", [4, 5, 3]),
-    ("Prompt Compliance: 4 (the hat is there)\nVisual Seamlessness: 5 - no seam\nDetail Fidelity: 3;", [4, 5, 3]),
-    ("Prompt Compliance: 4, Visual Seamlessness: 5, Detail Fidelity: 3", [4, 5, 3]),
-    ("Prompt Compliance:\n4\nVisual Seamlessness:\n5\nDetail Fidelity:\n3", [4, 5, 3]),
-    ("| Prompt Compliance | 4 |\n| Visual Seamlessness | 5 |\n| Detail Fidelity | 3 |", [4, 5, 3]),
-    ('```json\n{"Prompt Compliance": 4, "Visual Seamlessness": 5, "Detail Fidelity": 3}\n```', [4, 5, 3]),
-    ("Prompt Compliance：4\nVisual Seamlessness：5\nDetail Fidelity：3", [4, 5, 3]),
-    ("Prompt Compliance: 4.5\nVisual Seamlessness: 5.0\nDetail Fidelity: 3", [4.5, 5, 3]),
-    ("Prompt Compliance is 4.\nVisual Seamlessness is 5.\nDetail Fidelity is 3.", [4, 5, 3]),
-    ("<think>Prompt Compliance: 1\nmaybe 2</think>\n" + THREE.format(4, 5, 3), [4, 5, 3]),
-    (THREE.format(4, 5, 3) + "\nOverall: 4\nAverage score: 4.0", [4, 5, 3]),
-    (THREE.format(1, 1, 1) + "\nOn a second look:\nPrompt Compliance: 4\nVisual Seamlessness: 5\nDetail Fidelity: 3", [4, 5, 3]),
-    (THREE.format(4, 5, 3).replace("the hat is there", 'it says "ratio: 4, fine"; 3 hats'), [4, 5, 3]),
-    (THREE.format(4, 5, 7), None), (THREE.format(0, 5, 3), None), (THREE.format(4, 5, "3/10"), None),
-    (THREE.format(4, 5, "3-4"), None), (THREE.format(4, 5, "three"), None), (THREE.format(4, 5, -3), None),
-    ("Prompt Compliance: 4\nVisual Seamlessness: 5", None), ("", None), ("I cannot help with that.", None),
-    ("Reasoning: 3 objects were removed at 10: 45.", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, scores",
+    [
+        (THREE.format(4, 5, 3), [4, 5, 3]),
+        (THREE.format("4/5", "5 / 5", "3 out of 5"), [4, 5, 3]),
+        (
+            "**Prompt Compliance:** 4\n**Visual Seamlessness**: 5.\n- Detail Fidelity: **3**",
+            [4, 5, 3],
+        ),
+        ("1. Prompt Compliance - 4\n2. Visual Seamlessness – 5\n3. Detail Fidelity = 3", [4, 5, 3]),
+        (
+            "Prompt Compliance: 4 (the hat is there)\nVisual Seamlessness: 5 - no seam\nDetail Fidelity: 3;",
+            [4, 5, 3],
+        ),
+        ("Prompt Compliance: 4, Visual Seamlessness: 5, Detail Fidelity: 3", [4, 5, 3]),
+        ("Prompt Compliance:\n4\nVisual Seamlessness:\n5\nDetail Fidelity:\n3", [4, 5, 3]),
+        (
+            "| Prompt Compliance | 4 |\n| Visual Seamlessness | 5 |\n| Detail Fidelity | 3 |",
+            [4, 5, 3],
+        ),
+        (
+            '```json\n{"Prompt Compliance": 4, "Visual Seamlessness": 5, "Detail Fidelity": 3}\n```',
+            [4, 5, 3],
+        ),
+        ("Prompt Compliance：4\nVisual Seamlessness：5\nDetail Fidelity：3", [4, 5, 3]),
+        ("Prompt Compliance: 4.5\nVisual Seamlessness: 5.0\nDetail Fidelity: 3", [4.5, 5, 3]),
+        ("Prompt Compliance is 4.\nVisual Seamlessness is 5.\nDetail Fidelity is 3.", [4, 5, 3]),
+        ("<think>Prompt Compliance: 1\nmaybe 2</think>\n" + THREE.format(4, 5, 3), [4, 5, 3]),
+        (THREE.format(4, 5, 3) + "\nOverall: 4\nAverage score: 4.0", [4, 5, 3]),
+        (
+            THREE.format(1, 1, 1)
+            + "\nOn a second look:\nPrompt Compliance: 4\nVisual Seamlessness: 5\nDetail Fidelity: 3",
+            [4, 5, 3],
+        ),
+        (
+            THREE.format(4, 5, 3).replace("the hat is there", 'it says "ratio: 4, fine"; 3 hats'),
+            [4, 5, 3],
+        ),
+        (THREE.format(4, 5, 7), None),
+        (THREE.format(0, 5, 3), None),
+        (THREE.format(4, 5, "3/10"), None),
+        (THREE.format(4, 5, "3-4"), None),
+        (THREE.format(4, 5, "three"), None),
+        (THREE.format(4, 5, -3), None),
+        ("Prompt Compliance: 4\nVisual Seamlessness: 5", None),
+        ("", None),
+        ("I cannot help with that.", None),
+        ("Reasoning: 3 objects were removed at 10: 45.", None),
+    ],
+)
 def test_sensible_spellings_of_imgedit_scores_are_read_and_others_are_failures(reply, scores):
     assert parse_imgedit(reply) == scores
 
 
-@pytest.mark.parametrize("reply, scores", [
-    (THREE.format(4, 5, 3), [4, 5, 3]), ("**A:** 5\nB: 5/5\nC: 5.\nD: 5", [5]), ("A: 9\nB:  3\nC : 2", [9, 2]),
-    ("A: b: 4", None), ("", None), ("I cannot help with that.", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, scores",
+    [
+        (THREE.format(4, 5, 3), [4, 5, 3]),
+        ("**A:** 5\nB: 5/5\nC: 5.\nD: 5", [5]),
+        ("A: 9\nB:  3\nC : 2", [9, 2]),
+        ("A: b: 4", None),
+        ("", None),
+        ("I cannot help with that.", None),
+    ],
+)
 def test_the_official_imgedit_parser_loses_what_it_loses(reply, scores):
     assert parse_imgedit(reply, "official") == scores
 
 
-@pytest.mark.parametrize("reply, strict, official", [
-    ('{"score": [8, 7], "reasoning": "fine"}', [8, 7], [8, 7]),
-    ('```json\n{\n"score" : [8, 7],\n"reasoning" : "fine"\n}\n```', [8, 7], [8, 7]),
-    ('Here it is:\n{"score": [8, 7], "reasoning": "it says "open" now, {really}"}', [8, 7], None),
-    ("{'score': [8, 7], 'reasoning': 'fine'}", [8, 7], None),
-    ('{"score": [8, 7], "reasoning": "cut short', [8, 7], [8, 7]),
-    ('{"score": ["8", "7/10"], "reasoning": "fine"}', [8, 7], None),
-    ("score: [8, 7]", [8, 7], [8, 7]), ("output score = [8.5, 7]", [8.5, 7], None),
-    ("[8, 7]", [8, 7], [8, 7]), ("8, 7", [8, 7], None),
-    ("Editing success: 8/10\nOverediting: 7/10", [8, 7], None),
-    ('<think>{"score": [1, 1]}</think>{"score": [8, 7]}', [8, 7], None),
-    ('{"score": [8, 7]}\nAfter a second look: {"score": [6, 5]}', [6, 5], None),
-    ('||V^=^V||\n{"score": [8, 7], "reasoning": "a\nb"}\n||V^=^V||', [8, 7], [8, 7]),
-    ("{score: [8, 7]}", [8, 7], None), ('{"score": 8, "reasoning": "fine"}', None, [8]), ("{score: 8}", None, [8]), ("7", None, [7]),
-    ('{"score": [11, 7], "reasoning": "fine"}', None, [11, 7]), ('{"score": [8, 7, 6]}', None, [8, 7, 6]),
-    ('{"score": [8], "reasoning": "[1, 2] of them"}', None, [8]), ('{"score": [-1, 7]}', None, [-1, 7]),
-    ('{"score": [...], "reasoning": "..."}', None, None), ("{" * 2000, None, None),
-    ("", None, None), ("I'm sorry, I can't assist with that.", None, None), ('{"reasoning": "none"}', None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, strict, official",
+    [
+        ('{"score": [8, 7], "reasoning": "fine"}', [8, 7], [8, 7]),
+        ('```json\n{\n"score" : [8, 7],\n"reasoning" : "fine"\n}\n```', [8, 7], [8, 7]),
+        (
+            'Here it is:\n{"score": [8, 7], "reasoning": "it says "open" now, {really}"}',
+            [8, 7],
+            None,
+        ),
+        ("{'score': [8, 7], 'reasoning': 'fine'}", [8, 7], None),
+        ('{"score": [8, 7], "reasoning": "cut short', [8, 7], [8, 7]),
+        ('{"score": ["8", "7/10"], "reasoning": "fine"}', [8, 7], None),
+        ("score: [8, 7]", [8, 7], [8, 7]),
+        ("output score = [8.5, 7]", [8.5, 7], None),
+        ("[8, 7]", [8, 7], [8, 7]),
+        ("8, 7", [8, 7], None),
+        ("Editing success: 8/10\nOverediting: 7/10", [8, 7], None),
+        ('<think>{"score": [1, 1]}</think>{"score": [8, 7]}', [8, 7], None),
+        ('{"score": [8, 7]}\nAfter a second look: {"score": [6, 5]}', [6, 5], None),
+        ('||V^=^V||\n{"score": [8, 7], "reasoning": "a\nb"}\n||V^=^V||', [8, 7], [8, 7]),
+        ("{score: [8, 7]}", [8, 7], None),
+        ('{"score": 8, "reasoning": "fine"}', None, [8]),
+        ("{score: 8}", None, [8]),
+        ("7", None, [7]),
+        ('{"score": [11, 7], "reasoning": "fine"}', None, [11, 7]),
+        ('{"score": [8, 7, 6]}', None, [8, 7, 6]),
+        ('{"score": [8], "reasoning": "[1, 2] of them"}', None, [8]),
+        ('{"score": [-1, 7]}', None, [-1, 7]),
+        ('{"score": [...], "reasoning": "..."}', None, None),
+        ("{" * 2000, None, None),
+        ("", None, None),
+        ("I'm sorry, I can't assist with that.", None, None),
+        ('{"reasoning": "none"}', None, None),
+    ],
+)
 def test_gedit_answers_are_read_and_nothing_is_guessed(reply, strict, official):
     assert parse_gedit(reply) == strict and parse_gedit(reply, "official") == official
 
@@ -95,49 +154,88 @@ def test_gedit_answers_are_read_and_nothing_is_guessed(reply, strict, official):
 
 def imgedit_record(row, task, *marks, source=None, **more):
     reply = THREE.format(*marks) if marks else "no"
-    return {"row": row, "task": task, "source": source or row, "call": "edit", "reply": reply, **more}
+    return {
+        "row": row,
+        "task": task,
+        "source": source or row,
+        "call": "edit",
+        "reply": reply,
+        **more,
+    }
 
 
 def gedit_records(row, task, sc, pq, source=None, language="en", intersection=False):
     for call, pair in (("SC", sc), ("PQ", pq)):
         reply = json.dumps({"score": pair, "reasoning": "r"}) if pair else "no"
-        yield {"row": row, "task": task, "source": source or row, "call": call, "reply": reply, "language": language,
-               "intersection": intersection}  # fmt: skip
+        yield {
+            "row": row,
+            "task": task,
+            "source": source or row,
+            "call": call,
+            "reply": reply,
+            "language": language,
+            "intersection": intersection,
+        }
 
 
 def test_imgedit_counts_failures_at_the_floor_and_means_are_over_tasks():
-    records = [imgedit_record("a", "add", 5, 5, 4), imgedit_record("b", "add"), imgedit_record("c", "style", 3, 3, 3)]
+    records = [
+        imgedit_record("a", "add", 5, 5, 4),
+        imgedit_record("b", "add"),
+        imgedit_record("c", "style", 3, 3, 3),
+    ]
     table = score_imgedit(records)["groups"]["all"]
-    assert table["score"]["add"][0] == pytest.approx((14 / 3 + 1) / 2) and table["score"]["style"][0] == 3
+    assert (
+        table["score"]["add"][0] == pytest.approx((14 / 3 + 1) / 2)
+        and table["score"]["style"][0] == 3
+    )
     assert table["score"]["macro"][0] == pytest.approx((17 / 6 + 3) / 2)
     assert table["score"]["micro"][0] == pytest.approx((14 / 3 + 1 + 3) / 3)
     assert (table["rows"], table["answered"]) == (3, 2)
 
 
 def test_official_imgedit_rounds_as_its_scripts_do_and_leaves_failures_out():
-    records = [imgedit_record("a", "add", 5, 5, 4), imgedit_record("b", "add"), imgedit_record("c", "add", 4, 4, 3),
-               imgedit_record("d", "style", 3, 3, 3)]  # fmt: skip
+    records = [
+        imgedit_record("a", "add", 5, 5, 4),
+        imgedit_record("b", "add"),
+        imgedit_record("c", "add", 4, 4, 3),
+        imgedit_record("d", "style", 3, 3, 3),
+    ]
     result = score_imgedit(records, "official")
-    assert [row["score"] for row in result["rows"]][::2] == [4.67, 3.67] and math.isnan(result["rows"][1]["score"])
+    assert [row["score"] for row in result["rows"]][::2] == [4.67, 3.67] and math.isnan(
+        result["rows"][1]["score"]
+    )
     table = result["groups"]["all"]["score"]
     assert table["add"][0] == 4.17 and table["macro"][0] == (4.17 + 3) / 2
 
 
 def test_gedit_takes_the_lower_scores_the_root_per_row_and_then_means():
-    records = [*gedit_records("a", "color_alter", [9, 4], [8, 9]), *gedit_records("b", "color_alter", [9, 9], [4, 6]),
-               *gedit_records("c", "ps_human", [1, 0], [5, 5], intersection=True)]  # fmt: skip
+    records = [
+        *gedit_records("a", "color_alter", [9, 4], [8, 9]),
+        *gedit_records("b", "color_alter", [9, 9], [4, 6]),
+        *gedit_records("c", "ps_human", [1, 0], [5, 5], intersection=True),
+    ]
     groups = score_gedit(records)["groups"]
     table = groups["en"]
     assert table["SC"]["color_alter"][0] == 6.5 and table["PQ"]["color_alter"][0] == 6
     assert table["O"]["color_alter"][0] == pytest.approx((math.sqrt(32) + 6) / 2)
     assert table["O"]["macro"][0] == pytest.approx((math.sqrt(32) + 6) / 4)
-    assert groups["en intersection"]["rows"] == 1 and groups["en intersection"]["O"]["macro"][0] == 0
+    assert (
+        groups["en intersection"]["rows"] == 1 and groups["en intersection"]["O"]["macro"][0] == 0
+    )
 
 
 def test_half_a_gedit_answer_counts_at_the_floor_and_officially_not_at_all():
-    records = [*gedit_records("a", "ps_human", None, [8, 8]), *gedit_records("b", "ps_human", [4, 4], [4, 4])]
-    strict, official = (score_gedit(records, mode)["groups"]["en"] for mode in ("strict", "official"))
-    assert strict["O"]["macro"][0] == 2 and strict["PQ"]["macro"][0] == 6 and strict["answered"] == 1
+    records = [
+        *gedit_records("a", "ps_human", None, [8, 8]),
+        *gedit_records("b", "ps_human", [4, 4], [4, 4]),
+    ]
+    strict, official = (
+        score_gedit(records, mode)["groups"]["en"] for mode in ("strict", "official")
+    )
+    assert (
+        strict["O"]["macro"][0] == 2 and strict["PQ"]["macro"][0] == 6 and strict["answered"] == 1
+    )
     assert official["O"]["macro"][0] == 4 and official["PQ"]["macro"][0] == 4
 
 
@@ -145,7 +243,10 @@ def test_a_row_asked_twice_counts_once_with_its_last_answer():
     records = [imgedit_record("a", "add", 1, 1, 1), imgedit_record("a", "add", 5, 5, 5)]
     table = score_imgedit(records)["groups"]["all"]
     assert table["rows"] == 1 and table["score"]["macro"][0] == 5
-    records = [*gedit_records("a", "ps_human", [1, 1], [1, 1]), *gedit_records("a", "ps_human", [9, 9], [9, 9])]
+    records = [
+        *gedit_records("a", "ps_human", [1, 1], [1, 1]),
+        *gedit_records("a", "ps_human", [9, 9], [9, 9]),
+    ]
     assert score_gedit(records)["groups"]["en"]["O"]["macro"][0] == 9
 
 
@@ -153,7 +254,9 @@ def test_the_bootstrap_resamples_source_pictures_and_not_rows():
     rng = np.random.default_rng(0)
     pictures = [str(i // 10) for i in range(400)]  # forty pictures with ten rows each, that agree
     values = np.repeat(rng.normal(size=40), 10)
-    width = lambda sources: np.ptp(np.quantile(bootstrap(values, ["t"] * 400, sources)[1], (0.025, 0.975)))  # noqa: E731
+    width = lambda sources: np.ptp(
+        np.quantile(bootstrap(values, ["t"] * 400, sources)[1], (0.025, 0.975))
+    )  # noqa: E731
     clustered, single = width(pictures), width([str(i) for i in range(400)])
     assert clustered == pytest.approx(2 * 1.96 * values.std() / math.sqrt(40), rel=0.1)
     assert clustered > 2.5 * single
@@ -163,8 +266,12 @@ def test_an_interval_holds_the_truth_in_about_ninety_five_of_a_hundred_samples()
     inside = 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        rows = [{"task": f"t{i % 3}", "source": str(i // 4), "answered": True, "m": value}
-                for i, value in enumerate((rng.normal(size=60)[:, None] + rng.normal(size=(60, 4))).flatten())]  # fmt: skip
+        rows = [
+            {"task": f"t{i % 3}", "source": str(i // 4), "answered": True, "m": value}
+            for i, value in enumerate(
+                (rng.normal(size=60)[:, None] + rng.normal(size=(60, 4))).flatten()
+            )
+        ]
         _, low, high = tabulate(rows, ["m"])["m"]["macro"]
         inside += low <= 0 <= high
     assert 180 <= inside <= 199
@@ -178,21 +285,39 @@ def test_one_source_picture_gives_no_interval():
 
 def test_a_paired_difference_is_seen_where_the_rows_alone_are_noisy():
     rng = np.random.default_rng(0)
-    a = [{"row": str(i), "task": "t", "source": str(i), "answered": True, "m": value} for i, value in enumerate(rng.normal(size=100))]
+    a = [
+        {"row": str(i), "task": "t", "source": str(i), "answered": True, "m": value}
+        for i, value in enumerate(rng.normal(size=100))
+    ]
     b = [row | {"m": row["m"] - 0.1 + 0.01 * rng.normal()} for row in a]
     macro = paired_differences(a, b[::-1], ["m"])["all"]["m"]["macro"]
     assert macro[0] == pytest.approx(0.1, abs=0.01) and macro[1] > 0.09
     assert tabulate(a, ["m"])["m"]["macro"][1] < 0
     assert verdict(macro, "A", "B").startswith("A is better than B: +0.1")
-    assert verdict([-x for x in (macro[0], macro[2], macro[1])], "A", "B").startswith("A is worse than B: -0.1")
-    assert verdict([0.1, -0.2, 0.4], "A", "B").startswith("no difference between A and B can be told")
+    assert verdict([-x for x in (macro[0], macro[2], macro[1])], "A", "B").startswith(
+        "A is worse than B: -0.1"
+    )
+    assert verdict([0.1, -0.2, 0.4], "A", "B").startswith(
+        "no difference between A and B can be told"
+    )
 
 
 def test_an_edit_that_is_not_there_costs_the_oracles_score_too():
     toy = {"task": "t", "target_scene": [0] * 5}
-    there = {"row": "a", "source": "a", "scores": [0.8], "truth": {"oracle": 1.0, "success": 1.0}} | toy
-    table = score_heldout([there, {"row": "b", "source": "b", "failure": "no edit"} | toy])["groups"]["all"]
-    assert table["judge"]["macro"][0] == 0.4 and table["oracle"]["macro"][0] == 0.5 and table["answered"] == 1
+    there = {
+        "row": "a",
+        "source": "a",
+        "scores": [0.8],
+        "truth": {"oracle": 1.0, "success": 1.0},
+    } | toy
+    table = score_heldout([there, {"row": "b", "source": "b", "failure": "no edit"} | toy])[
+        "groups"
+    ]["all"]
+    assert (
+        table["judge"]["macro"][0] == 0.4
+        and table["oracle"]["macro"][0] == 0.5
+        and table["answered"] == 1
+    )
 
 
 # ---------------------------------------------------------------- a judge by rule, and small benchmarks
@@ -217,12 +342,22 @@ class Answering(BaseHTTPRequestHandler):
         self.server.headers_seen.append(self.headers.get("Authorization"))
         assert body["temperature"] == 0
         text, *shown = body["messages"][0]["content"]
-        shown = [Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1]))) for part in shown]
+        shown = [
+            Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1])))
+            for part in shown
+        ]
         self.server.asked.append((text["text"], shown))
         reply = self.server.rule(text["text"], shown)
         if isinstance(reply, int):
             return self.answer(reply, {"error": {"message": "this model takes no pictures"}})
-        self.answer(200, {"choices": [{"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}]})
+        self.answer(
+            200,
+            {
+                "choices": [
+                    {"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
+                ]
+            },
+        )
 
     def answer(self, status, body):
         content = json.dumps(body).encode()
@@ -240,7 +375,11 @@ def by_brightness(text, pictures):
     """1 to 5 for ImgEdit, 0 to 10 for GEdit: the brighter the last picture, the better."""
     bright = float(np.asarray(pictures[-1], float).mean() / 255)
     mark = round(10 * bright)
-    return json.dumps({"score": [mark, 10], "reasoning": "bright"}) if "JSON" in text else THREE.format(*[round(1 + 4 * bright)] * 3)
+    return (
+        json.dumps({"score": [mark, 10], "reasoning": "bright"})
+        if "JSON" in text
+        else THREE.format(*[round(1 + 4 * bright)] * 3)
+    )
 
 
 @pytest.fixture
@@ -262,9 +401,16 @@ def imgedit(tmp_path):
     table, kinds = {}, ("add", "style", "alter")
     for i in range(6):
         flat(bench / "singleturn" / "animal" / f"{i // 2}.jpg", 60 * (i // 2 + 1))
-        table[str(i)] = {"id": f"animal/{i // 2}.jpg", "prompt": f"make the red circle {i}", "edit_type": kinds[i % 3]}
+        table[str(i)] = {
+            "id": f"animal/{i // 2}.jpg",
+            "prompt": f"make the red circle {i}",
+            "edit_type": kinds[i % 3],
+        }
     (bench / "singleturn" / "singleturn.json").write_text(json.dumps(table))
-    texts = {kind: f"For {kind}, rate what became of «<edit_prompt>» by three marks." for kind in (*kinds, "extract")}
+    texts = {
+        kind: f"For {kind}, rate what became of «<edit_prompt>» by three marks."
+        for kind in (*kinds, "extract")
+    }
     (bench / "judge_prompt.json").write_text(json.dumps(texts))
     return bench
 
@@ -284,8 +430,14 @@ def gedit_rows(bench):
     tasks = ("color_alter", "ps_human", "color_alter", "ps_human", "color_alter")
     for i, task in enumerate(tasks):
         flat(bench / "pictures" / f"{i}.png", 40 * i + 20)
-        yield {"key": f"k{i % 4}", "task_type": task, "instruction": f"make the red circle {i}", "Intersection_exist": i < 2,
-               "instruction_language": "cn" if i == 3 else "en", "file_name": f"pictures/{i}.png"}  # fmt: skip
+        yield {
+            "key": f"k{i % 4}",
+            "task_type": task,
+            "instruction": f"make the red circle {i}",
+            "Intersection_exist": i < 2,
+            "instruction_language": "cn" if i == 3 else "en",
+            "file_name": f"pictures/{i}.png",
+        }
 
 
 @pytest.fixture
@@ -302,29 +454,44 @@ def run(kind, bench, out, server=None, **options):
     words = [kind, "--bench", str(bench), "--out", str(out), "--judge_patience", "0"]
     words += ["--judge", server.url] if server else []
     for key, value in options.items():
-        words += [f"--{key}", *([str(part) for part in value] if isinstance(value, list) else [str(value)])]
+        words += [
+            f"--{key}",
+            *([str(part) for part in value] if isinstance(value, list) else [str(value)]),
+        ]
     evaluate.main(words)
     return {file.name: json.loads(file.read_text()) for file in Path(out).glob("scores-*.json")}
 
 
 def calls(out):
-    return [json.loads(line) for file in sorted(Path(out).glob("calls-*.jsonl")) for line in file.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for file in sorted(Path(out).glob("calls-*.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
 
 
 # ---------------------------------------------------------------- whole runs
 
 
-def test_edits_of_anything_in_imgedits_layout_are_judged_and_scored(imgedit, tmp_path, server, capsys):
+def test_edits_of_anything_in_imgedits_layout_are_judged_and_scored(
+    imgedit, tmp_path, server, capsys
+):
     for key in range(6):
         flat(tmp_path / "edits" / f"{key}.png", 51 * key)
-    (result,) = run("imgedit", imgedit, tmp_path / "out", server, edits=tmp_path / "edits", baselines=["source"]).values()
+    (result,) = run(
+        "imgedit", imgedit, tmp_path / "out", server, edits=tmp_path / "edits", baselines=["source"]
+    ).values()
     table = result["subjects"]["edits"]["groups"]["all"]["score"]
     wanted = {key: round(1 + 4 * key / 5) for key in range(6)}
     assert {task: table[task][0] for task in ("add", "style", "adjust")} == {
-        task: (wanted[i] + wanted[i + 3]) / 2 for i, task in enumerate(("add", "style", "adjust"))}  # fmt: skip
+        task: (wanted[i] + wanted[i + 3]) / 2 for i, task in enumerate(("add", "style", "adjust"))
+    }
     assert table["micro"][0] == pytest.approx(sum(wanted.values()) / 6)
     text, pictures = next((text, shown) for text, shown in server.asked if "circle 2" in text)
-    assert text == "For alter, rate what became of «make the red circle 2» by three marks." and len(pictures) == 2
+    assert (
+        text == "For alter, rate what became of «make the red circle 2» by three marks."
+        and len(pictures) == 2
+    )
     assert [picture.size for picture in pictures] == [(40, 32), (40, 32)]
     said = capsys.readouterr().out
     assert "6 rows, metadata sha256" in said and "published metadata has 737 rows" in said
@@ -335,10 +502,31 @@ def test_edits_of_anything_in_imgedits_layout_are_judged_and_scored(imgedit, tmp
 def test_nothing_is_paid_for_twice_after_a_kill_at_any_moment(imgedit, tmp_path, server):
     for key in range(6):
         flat(tmp_path / "edits" / f"{key}.png", 51 * key)
-    options = ["--edits", str(tmp_path / "edits"), "--out", str(tmp_path / "out"), "--judge_in_flight", "1", "--stage", "judge"]
+    options = [
+        "--edits",
+        str(tmp_path / "edits"),
+        "--out",
+        str(tmp_path / "out"),
+        "--judge_in_flight",
+        "1",
+        "--stage",
+        "judge",
+    ]
     server.rule = lambda text, pictures: time.sleep(0.3) or by_brightness(text, pictures)
-    child = subprocess.Popen([sys.executable, ROOT / "evaluate.py", "imgedit", "--bench", imgedit, "--judge", server.url, *options],
-                             env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)  # fmt: skip
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "evaluate.py",
+            "imgedit",
+            "--bench",
+            imgedit,
+            "--judge",
+            server.url,
+            *options,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 60
     while time.time() < deadline and len(calls_bytes(tmp_path / "out")) < 2:
         time.sleep(0.02)
@@ -365,11 +553,18 @@ def calls_bytes(out):
     return b"".join(file.read_bytes() for file in Path(out).glob("calls-*.jsonl")).split(b"\n")[:-1]
 
 
-def test_missing_edits_refusals_and_failed_calls_count_at_the_floor_and_are_asked_again_later(imgedit, tmp_path, server, capsys):
+def test_missing_edits_refusals_and_failed_calls_count_at_the_floor_and_are_asked_again_later(
+    imgedit, tmp_path, server, capsys
+):
     for key in range(1, 6):
         flat(tmp_path / "edits" / f"{key}.png", 255)
-    server.rule = lambda text, pictures: ("I cannot help." if "circle 1" in text else 400 if "circle 2" in text
-                                          else THREE.format(5, 5, 5))  # fmt: skip
+    server.rule = lambda text, pictures: (
+        "I cannot help."
+        if "circle 1" in text
+        else 400
+        if "circle 2" in text
+        else THREE.format(5, 5, 5)
+    )
     out = tmp_path / "out"
     (result,) = run("imgedit", imgedit, out, server, edits=tmp_path / "edits").values()
     table = result["subjects"]["edits"]["groups"]["all"]
@@ -377,15 +572,23 @@ def test_missing_edits_refusals_and_failed_calls_count_at_the_floor_and_are_aske
     failures = {record["row"]: record.get("failure") for record in calls(out)}
     assert failures["0"] == "no edit" and "400" in failures["2"] and failures["1"] is None
     assert "3 of 6 rows answered" in capsys.readouterr().out
-    official = run("imgedit", imgedit, out, server, edits=tmp_path / "edits", mode="official", stage="score")
-    table = official[f"scores-{result['judge']}-official.json"]["subjects"]["edits"]["groups"]["all"]
+    official = run(
+        "imgedit", imgedit, out, server, edits=tmp_path / "edits", mode="official", stage="score"
+    )
+    table = official[f"scores-{result['judge']}-official.json"]["subjects"]["edits"]["groups"][
+        "all"
+    ]
     assert table["score"]["micro"][0] == 5 and (table["rows"], table["answered"]) == (6, 3)
     flat(tmp_path / "edits" / "0.png", 255)
     server.rule, server.asked = lambda *a: THREE.format(5, 5, 5), []
     run("imgedit", imgedit, out, server, edits=tmp_path / "edits")
-    assert sorted(text[-22:-19] for text, _ in server.asked) == sorted(text[-22:-19] for text in
-        ["For add, rate what became of «make the red circle 0» by three marks.",
-         "For alter, rate what became of «make the red circle 2» by three marks."])  # fmt: skip
+    assert sorted(text[-22:-19] for text, _ in server.asked) == sorted(
+        text[-22:-19]
+        for text in [
+            "For add, rate what became of «make the red circle 0» by three marks.",
+            "For alter, rate what became of «make the red circle 2» by three marks.",
+        ]
+    )
 
 
 def test_an_edit_drawn_anew_is_judged_anew(imgedit, tmp_path, server):
@@ -399,22 +602,43 @@ def test_an_edit_drawn_anew_is_judged_anew(imgedit, tmp_path, server):
     assert {row["row"]: row["score"] for row in result["subjects"]["edits"]["rows"]}["4"] == 5
 
 
-def test_gedit_asks_twice_and_keeps_languages_and_rows_of_one_key_apart(gedit, tmp_path, server, monkeypatch):
+def test_gedit_asks_twice_and_keeps_languages_and_rows_of_one_key_apart(
+    gedit, tmp_path, server, monkeypatch
+):
     monkeypatch.delenv("BENCH_WAS_RUN", raising=False)
     edits = tmp_path / "edits" / "fullset"
-    for i, (task, language) in enumerate((("color_alter", "en"), ("ps_human", "en"), ("color_alter", "en"), ("ps_human", "cn"))):
+    for i, (task, language) in enumerate(
+        (("color_alter", "en"), ("ps_human", "en"), ("color_alter", "en"), ("ps_human", "cn"))
+    ):
         flat(edits / task / language / f"k{i}.png", 51 * (i + 1), (64, 32))
-    (result,) = run("gedit", gedit, tmp_path / "out", server, edits=tmp_path / "edits", language="both").values()
+    (result,) = run(
+        "gedit", gedit, tmp_path / "out", server, edits=tmp_path / "edits", language="both"
+    ).values()
     assert "BENCH_WAS_RUN" not in os.environ  # the prompts' file is read, not run
     rows = {row["row"]: row for row in result["subjects"]["edits"]["rows"]}
-    assert set(rows) == {"color_alter/en/k0", "ps_human/en/k1", "color_alter/en/k2", "ps_human/cn/k3", "color_alter/en/k0-2"}
+    assert set(rows) == {
+        "color_alter/en/k0",
+        "ps_human/en/k1",
+        "color_alter/en/k2",
+        "ps_human/cn/k3",
+        "color_alter/en/k0-2",
+    }
     assert rows["ps_human/en/k1"]["SC"] == 4 and rows["ps_human/en/k1"]["O"] == 4
-    assert rows["color_alter/en/k0-2"]["SC"] == rows["color_alter/en/k0"]["SC"] == 2  # the layout has one file for both
-    assert {group: table["rows"] for group, table in result["subjects"]["edits"]["groups"].items()} == {
-        "en": 4, "cn": 1, "en intersection": 2}  # fmt: skip
-    sc = next(shown for text, shown in server.asked if text == "Reply in JSON.\nTwo pictures.\nHow well was make the red circle 1 done?")
+    assert (
+        rows["color_alter/en/k0-2"]["SC"] == rows["color_alter/en/k0"]["SC"] == 2
+    )  # the layout has one file for both
+    assert {
+        group: table["rows"] for group, table in result["subjects"]["edits"]["groups"].items()
+    } == {"en": 4, "cn": 1, "en intersection": 2}
+    sc = next(
+        shown
+        for text, shown in server.asked
+        if text == "Reply in JSON.\nTwo pictures.\nHow well was make the red circle 1 done?"
+    )
     pq = next(shown for text, shown in server.asked if text == "Reply in JSON.\nOne picture.")
-    assert len(sc) == 2 and len(pq) == 1 and sc[0].size == (572, 457) and sc[1].size == (724, 362)  # about 512 x 512
+    assert (
+        len(sc) == 2 and len(pq) == 1 and sc[0].size == (572, 457) and sc[1].size == (724, 362)
+    )  # about 512 x 512
     assert len(server.asked) == 10
 
 
@@ -425,15 +649,22 @@ def test_gedit_is_read_from_parquet_and_from_a_datasets_folder(gedit, tmp_path, 
 
     entries = [json.loads(line) for line in (gedit / "metadata.jsonl").read_text().splitlines()]
     for entry in entries:
-        entry["input_image_raw"] = {"bytes": (gedit / entry.pop("file_name")).read_bytes(), "path": None}
+        entry["input_image_raw"] = {
+            "bytes": (gedit / entry.pop("file_name")).read_bytes(),
+            "path": None,
+        }
     (gedit / "metadata.jsonl").unlink()
     table = pyarrow.Table.from_pylist(entries)
     if kind == "parquet":
         parquet.write_table(table, gedit / "train-00000-of-00001.parquet")
     else:
-        with pyarrow.ipc.new_stream(str(gedit / "data-00000-of-00001.arrow"), table.schema) as stream:
+        with pyarrow.ipc.new_stream(
+            str(gedit / "data-00000-of-00001.arrow"), table.schema
+        ) as stream:
             stream.write_table(table)
-    (result,) = run("gedit", gedit, tmp_path / "out", server, edits=tmp_path / "none", baselines=["source"]).values()
+    (result,) = run(
+        "gedit", gedit, tmp_path / "out", server, edits=tmp_path / "none", baselines=["source"]
+    ).values()
     assert result["subjects"]["source"]["groups"]["en"]["answered"] == 4
     assert result["subjects"]["edits"]["groups"]["en"]["answered"] == 0
     assert result["subjects"]["source"]["groups"]["en"]["SC"]["ps_human"][0] == round(60 / 25.5)
@@ -442,11 +673,17 @@ def test_gedit_is_read_from_parquet_and_from_a_datasets_folder(gedit, tmp_path, 
 # ---------------------------------------------------------------- drawing
 
 
-def test_edits_of_a_row_depend_on_its_seed_alone_and_are_not_drawn_twice(imgedit, tmp_path, kontext_folder, server):
+def test_edits_of_a_row_depend_on_its_seed_alone_and_are_not_drawn_twice(
+    imgedit, tmp_path, kontext_folder, server
+):
     options = dict(base=kontext_folder, steps=2, stage="sample")
     run("imgedit", imgedit, tmp_path / "one", **options, copies=2)
-    files = sorted(path.relative_to(tmp_path / "one/base") for path in (tmp_path / "one/base").rglob("*.png"))
-    assert files == sorted([*(Path(f"{i}.png") for i in range(6)), *(Path(f"seed-43/{i}.png") for i in range(6))])
+    files = sorted(
+        path.relative_to(tmp_path / "one/base") for path in (tmp_path / "one/base").rglob("*.png")
+    )
+    assert files == sorted(
+        [*(Path(f"{i}.png") for i in range(6)), *(Path(f"seed-43/{i}.png") for i in range(6))]
+    )
     first = {file: (tmp_path / "one/base" / file).read_bytes() for file in files}
     (tmp_path / "one/base/3.png").unlink()
     marker = (tmp_path / "one/base/4.png").stat().st_mtime_ns
@@ -454,14 +691,39 @@ def test_edits_of_a_row_depend_on_its_seed_alone_and_are_not_drawn_twice(imgedit
     assert (tmp_path / "one/base/3.png").read_bytes() == first[Path("3.png")]
     assert (tmp_path / "one/base/4.png").stat().st_mtime_ns == marker
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "evaluate.py", "imgedit",
-         "--bench", imgedit, "--out", tmp_path / "two", "--base", kontext_folder, "--steps", "2", "--copies", "2",
-         "--judge", server.url],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=170)  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            ROOT / "evaluate.py",
+            "imgedit",
+            "--bench",
+            imgedit,
+            "--out",
+            tmp_path / "two",
+            "--base",
+            kontext_folder,
+            "--steps",
+            "2",
+            "--copies",
+            "2",
+            "--judge",
+            server.url,
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=170,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for i in range(6):
         assert (tmp_path / "two/base" / f"{i}.png").read_bytes() == first[Path(f"{i}.png")], i
-    assert len(server.asked) == 12 and len(calls(tmp_path / "two")) == 12  # both processes asked, each its own rows
+    assert (
+        len(server.asked) == 12 and len(calls(tmp_path / "two")) == 12
+    )  # both processes asked, each its own rows
     assert len(list((tmp_path / "two").glob("calls-*.jsonl"))) == 2
     (result,) = (json.loads(file.read_text()) for file in (tmp_path / "two").glob("scores-*.json"))
     assert result["subjects"]["base"]["groups"]["all"]["answered"] == 12
@@ -474,16 +736,29 @@ def lora(kontext_folder, tmp_path):
     editor = sample.load_editor(kontext_folder)
     sample.add_policies(editor, 4, 8)
     for parameter in sample.lora_parameters(editor, "new").values():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        parameter.data += 0.3 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(0)
+        )
     sample.save_lora(editor, tmp_path / "run" / "checkpoint-2")
     return tmp_path / "run" / "checkpoint-2"
 
 
-def test_trained_base_and_source_are_drawn_judged_and_compared(imgedit, tmp_path, kontext_folder, server, lora, capsys):
+def test_trained_base_and_source_are_drawn_judged_and_compared(
+    imgedit, tmp_path, kontext_folder, server, lora, capsys
+):
     (lora.parent / "config.json").write_text(json.dumps({"judge": server.url}))
     out = tmp_path / "out"
-    (result,) = run("imgedit", imgedit, out, server, base=kontext_folder, lora=lora, steps=2, baselines=["base", "source"],
-                    name="tiny").values()  # fmt: skip
+    (result,) = run(
+        "imgedit",
+        imgedit,
+        out,
+        server,
+        base=kontext_folder,
+        lora=lora,
+        steps=2,
+        baselines=["base", "source"],
+        name="tiny",
+    ).values()
     said = capsys.readouterr()
     assert list(result["subjects"]) == ["trained", "base", "source"]
     assert (out / "trained/0.png").read_bytes() != (out / "base/0.png").read_bytes()
@@ -491,21 +766,34 @@ def test_trained_base_and_source_are_drawn_judged_and_compared(imgedit, tmp_path
     assert load_image(out / "grid.png").width > 200
     page = (out / "report.html").read_text()
     pictures = re.findall(r'src="(.*?)"', page)
-    assert page.count("<article ") == 6 and len(pictures) == 18 and all((out / picture).is_file() for picture in pictures)
+    assert (
+        page.count("<article ") == 6
+        and len(pictures) == 18
+        and all((out / picture).is_file() for picture in pictures)
+    )
     assert page.count("Prompt Compliance: ") == 18 and re.search("trained score \\d[.]\\d\\d", page)
     run("imgedit", imgedit, tmp_path / "plain", server, base=kontext_folder, steps=2)
     assert (out / "base/0.png").read_bytes() == (tmp_path / "plain/base/0.png").read_bytes()
     capsys.readouterr()
     evaluate.main(["compare", str(out), str(tmp_path / "plain")])
     again = capsys.readouterr().out
-    marks = [result["subjects"][name]["groups"]["all"]["score"]["macro"][0] for name in ("trained", "base")]
+    marks = [
+        result["subjects"][name]["groups"]["all"]["score"]["macro"][0]
+        for name in ("trained", "base")
+    ]
     for text in (said.out, again):
-        assert f"macro            {marks[0] - marks[1]:.3f} [" in text and ("better" in text or "worse" in text or "can be told" in text)
+        assert f"macro            {marks[0] - marks[1]:.3f} [" in text and (
+            "better" in text or "worse" in text or "can be told" in text
+        )
 
 
-def test_gedit_is_drawn_in_its_own_layout_with_the_source_beside(gedit, tmp_path, kontext_folder, server):
+def test_gedit_is_drawn_in_its_own_layout_with_the_source_beside(
+    gedit, tmp_path, kontext_folder, server
+):
     out = tmp_path / "out"
-    (result,) = run("gedit", gedit, out, server, base=kontext_folder, steps=1, language="en").values()
+    (result,) = run(
+        "gedit", gedit, out, server, base=kontext_folder, steps=1, language="en"
+    ).values()
     drawn = {str(path.relative_to(out / "base")) for path in (out / "base").rglob("*.png")}
     names = ("color_alter/en/k0", "ps_human/en/k1", "color_alter/en/k2", "color_alter/en/k0-2")
     assert drawn == {f"fullset/{name}{end}.png" for name in names for end in ("", "_SRCIMG")}
@@ -516,10 +804,14 @@ def test_the_editor_gets_the_benchmarks_sampling(imgedit, tmp_path, kontext_fold
     import sample
 
     def call(editor, images, prompt, generators, steps, guidance):
-        raise RuntimeError(f"seed {generators[0].initial_seed()}, {steps} steps, guidance {guidance}")
+        raise RuntimeError(
+            f"seed {generators[0].initial_seed()}, {steps} steps, guidance {guidance}"
+        )
 
     monkeypatch.setattr(sample, "_call_pipeline", call)
-    with pytest.raises(RuntimeError, match="seed 42, 28 steps, guidance 3.5"):  # Kontext's for evaluation; 2.5 in training
+    with pytest.raises(
+        RuntimeError, match="seed 42, 28 steps, guidance 3.5"
+    ):  # Kontext's for evaluation; 2.5 in training
         run("imgedit", imgedit, tmp_path / "out", base=kontext_folder, stage="sample")
 
 
@@ -543,16 +835,32 @@ def test_a_held_out_set_is_scored_by_the_judge_and_by_the_oracle(tmp_path, capsy
     for i, row in enumerate(rows[:8]):
         (tmp_path / "edits").mkdir(exist_ok=True)
         load_image(row["target"]).save(tmp_path / "edits" / f"{i:05}.png")
-    (result,) = run("heldout", tmp_path / "toy", tmp_path / "out", edits=tmp_path / "edits", judge=f"local:{tmp_path}/judge",
-                    baselines=["source"]).values()  # fmt: skip
+    (result,) = run(
+        "heldout",
+        tmp_path / "toy",
+        tmp_path / "out",
+        edits=tmp_path / "edits",
+        judge=f"local:{tmp_path}/judge",
+        baselines=["source"],
+    ).values()
     edits, source = (result["subjects"][name]["groups"]["all"] for name in ("edits", "source"))
-    assert edits["success"]["micro"][0] == 0.8 and source["success"]["micro"][0] == 0 and edits["answered"] == 8
-    marks = [record["scores"][0] for record in calls(tmp_path / "out") if record["subject"] == "edits" and "scores" in record]
+    assert (
+        edits["success"]["micro"][0] == 0.8
+        and source["success"]["micro"][0] == 0
+        and edits["answered"] == 8
+    )
+    marks = [
+        record["scores"][0]
+        for record in calls(tmp_path / "out")
+        if record["subject"] == "edits" and "scores" in record
+    ]
     assert len(marks) == 8 and edits["judge"]["micro"][0] == pytest.approx(sum(marks) / 10)
     assert set(edits["judge"]) - {"macro", "micro"} == set(data_prep.TASKS)
 
 
-def test_a_second_judge_is_one_more_result_and_pays_for_its_own_calls_alone(imgedit, tmp_path, server):
+def test_a_second_judge_is_one_more_result_and_pays_for_its_own_calls_alone(
+    imgedit, tmp_path, server
+):
     for key in range(6):
         flat(tmp_path / "edits" / f"{key}.png", 51 * key)
     out, other = tmp_path / "out", RuleServer(lambda *a: THREE.format(2, 2, 2))
@@ -560,33 +868,54 @@ def test_a_second_judge_is_one_more_result_and_pays_for_its_own_calls_alone(imge
     run("imgedit", imgedit, out, server, edits=tmp_path / "edits")
     results = run("imgedit", imgedit, out, other, edits=tmp_path / "edits")
     assert len(server.asked) == len(other.asked) == 6
-    assert {result["judge"].rsplit("-", 1)[0]: result["subjects"]["edits"]["groups"]["all"]["score"]["macro"][0]
-            for result in results.values()}["strict-72b"] == 2 and len(results) == 2  # fmt: skip
-    assert re.search(r"edits score 2[.]00; score \d|edits score \d[.]\d\d; score 2[.]00", (out / "report.html").read_text())
+    assert {
+        result["judge"].rsplit("-", 1)[0]: result["subjects"]["edits"]["groups"]["all"]["score"][
+            "macro"
+        ][0]
+        for result in results.values()
+    }["strict-72b"] == 2 and len(results) == 2
+    assert re.search(
+        r"edits score 2[.]00; score \d|edits score \d[.]\d\d; score 2[.]00",
+        (out / "report.html").read_text(),
+    )
     other.shutdown()
 
 
-def test_a_local_judge_is_asked_too_and_an_answer_without_scores_is_kept_and_counted(imgedit, tmp_path):
+def test_a_local_judge_is_asked_too_and_an_answer_without_scores_is_kept_and_counted(
+    imgedit, tmp_path
+):
     import data_prep
 
     tokenizer = data_prep.new_judge_tokenizer()
     data_prep.save_judge(data_prep.new_judge(tokenizer), tokenizer, tmp_path / "judge")
     table = json.loads((imgedit / "singleturn/singleturn.json").read_text())
-    (imgedit / "singleturn/singleturn.json").write_text(json.dumps({key: table[key] for key in "05"}))
+    (imgedit / "singleturn/singleturn.json").write_text(
+        json.dumps({key: table[key] for key in "05"})
+    )
     for key in "05":
         flat(tmp_path / "edits" / f"{key}.png", 200, (32, 32))
     for path in (imgedit / "singleturn/animal").iterdir():
         flat(path, 100, (32, 32))
-    (result,) = run("imgedit", imgedit, tmp_path / "out", edits=tmp_path / "edits", judge=f"local:{tmp_path}/judge").values()
+    (result,) = run(
+        "imgedit",
+        imgedit,
+        tmp_path / "out",
+        edits=tmp_path / "edits",
+        judge=f"local:{tmp_path}/judge",
+    ).values()
     assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 0
     records = calls(tmp_path / "out")
-    assert len(records) == 2 and all("reply" in record and record["scores"] is None for record in records)
+    assert len(records) == 2 and all(
+        "reply" in record and record["scores"] is None for record in records
+    )
 
 
 # ---------------------------------------------------------------- comparing
 
 
-def test_results_under_different_judges_readings_or_benchmarks_are_not_compared(imgedit, tmp_path, server, capsys):
+def test_results_under_different_judges_readings_or_benchmarks_are_not_compared(
+    imgedit, tmp_path, server, capsys
+):
     for key in range(6):
         flat(tmp_path / "a" / f"{key}.png", 200 + key)
         flat(tmp_path / "b" / f"{key}.png", 20 + key)
@@ -617,20 +946,38 @@ def test_a_judge_without_pictures_stops_after_a_few_calls_in_one_line(imgedit, t
     more = {f"{key}{i}": value for i in range(9) for key, value in table.items()}
     (imgedit / "singleturn/singleturn.json").write_text(json.dumps(more))
     server.rule = lambda *a: 400
-    with pytest.raises(BadInput, match=r"its first \d+ calls all failed .*takes no pictures") as error:
-        run("imgedit", imgedit, tmp_path / "out", server, edits=tmp_path / "none", baselines=["source"], judge_in_flight=2)
+    with pytest.raises(
+        BadInput, match=r"its first \d+ calls all failed .*takes no pictures"
+    ) as error:
+        run(
+            "imgedit",
+            imgedit,
+            tmp_path / "out",
+            server,
+            edits=tmp_path / "none",
+            baselines=["source"],
+            judge_in_flight=2,
+        )
     assert "\n" not in str(error.value) and len(server.asked) < 16
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda f: (f / "singleturn/singleturn.json").unlink(), "holds no singleturn.json"),
-    (lambda f: (f / "judge_prompt.json").unlink(), "holds no (judge_prompt|vie_prompts)"),
-    (lambda f: (f / "singleturn/singleturn.json").write_text("{"), "not JSON"),
-    (lambda f: (f / "singleturn/singleturn.json").write_text("[]"), "holds no entries"),
-    (lambda f: (f / "singleturn/animal/1.jpg").unlink(), "the picture of row 2 is not there, nor 1 others"),
-    ({"edit_type": "juggle"}, "unknown task 'juggle'"), ({"edit_type": "remove"}, "has no prompt for the task 'remove'"),
-    ({"id": "../../x.jpg"}, "leaves the dataset folder"), ({"prompt": 3}, "has no id, prompt and edit_type"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: (f / "singleturn/singleturn.json").unlink(), "holds no singleturn.json"),
+        (lambda f: (f / "judge_prompt.json").unlink(), "holds no (judge_prompt|vie_prompts)"),
+        (lambda f: (f / "singleturn/singleturn.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "singleturn/singleturn.json").write_text("[]"), "holds no entries"),
+        (
+            lambda f: (f / "singleturn/animal/1.jpg").unlink(),
+            "the picture of row 2 is not there, nor 1 others",
+        ),
+        ({"edit_type": "juggle"}, "unknown task 'juggle'"),
+        ({"edit_type": "remove"}, "has no prompt for the task 'remove'"),
+        ({"id": "../../x.jpg"}, "leaves the dataset folder"),
+        ({"prompt": 3}, "has no id, prompt and edit_type"),
+    ],
+)
 def test_a_wrong_imgedit_folder_is_one_clear_line(imgedit, tmp_path, change, message):
     if callable(change):
         change(imgedit)
@@ -643,14 +990,28 @@ def test_a_wrong_imgedit_folder_is_one_clear_line(imgedit, tmp_path, change, mes
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"task_type": "juggle"}, "unknown task 'juggle'"), ({"instruction_language": "zh"}, "in 'zh'"), ({"key": "../../../../k"}, "leaves the dataset folder"),
-    ({"key": None}, "lacks key"), ({"file_name": None}, "row 2 holds no picture"), ({"file_name": "../x.png"}, "leaves the dataset folder"),
-    (lambda f: (f / "metadata.jsonl").unlink(), "holds no rows in en"), (lambda f: (f / "metadata.jsonl").write_text("{"), "not JSON"),
-    (lambda f: (f / "viescore/vie_prompts.py").write_text("x = 1"), "has not the texts of VIEScore"),
-    (lambda f: (f / "viescore/vie_prompts.py").write_text("x ="), "has not the texts of VIEScore"),
-    (lambda f: (f / "viescore/vie_prompts.py").unlink(), "holds no (judge_prompt|vie_prompts)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"task_type": "juggle"}, "unknown task 'juggle'"),
+        ({"instruction_language": "zh"}, "in 'zh'"),
+        ({"key": "../../../../k"}, "leaves the dataset folder"),
+        ({"key": None}, "lacks key"),
+        ({"file_name": None}, "row 2 holds no picture"),
+        ({"file_name": "../x.png"}, "leaves the dataset folder"),
+        (lambda f: (f / "metadata.jsonl").unlink(), "holds no rows in en"),
+        (lambda f: (f / "metadata.jsonl").write_text("{"), "not JSON"),
+        (
+            lambda f: (f / "viescore/vie_prompts.py").write_text("x = 1"),
+            "has not the texts of VIEScore",
+        ),
+        (
+            lambda f: (f / "viescore/vie_prompts.py").write_text("x ="),
+            "has not the texts of VIEScore",
+        ),
+        (lambda f: (f / "viescore/vie_prompts.py").unlink(), "holds no (judge_prompt|vie_prompts)"),
+    ],
+)
 def test_a_wrong_gedit_folder_is_one_clear_line(gedit, tmp_path, change, message):
     if callable(change):
         change(gedit)
@@ -663,11 +1024,18 @@ def test_a_wrong_gedit_folder_is_one_clear_line(gedit, tmp_path, change, message
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("words, message", [
-    ([], "no command: say what to score"), (["imagedit"], "imagedit: say what to score"), (["imgedit"], "--bench : no such folder"),
-    (["imgedit", "--bench", "nowhere"], "nowhere: no such folder"), (["imgedit", "--baselines", "mine"], "--baselines mine"),
-    (["imgedit", "--steps", "0"], "--steps 0"), (["imgedit", "--stage", "draw"], "--stage"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "no command: say what to score"),
+        (["imagedit"], "imagedit: say what to score"),
+        (["imgedit"], "--bench : no such folder"),
+        (["imgedit", "--bench", "nowhere"], "nowhere: no such folder"),
+        (["imgedit", "--baselines", "mine"], "--baselines mine"),
+        (["imgedit", "--steps", "0"], "--steps 0"),
+        (["imgedit", "--stage", "draw"], "--stage"),
+    ],
+)
 def test_a_wrong_command_is_one_line(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=message) as error:
@@ -686,11 +1054,17 @@ def test_edits_of_another_making_are_not_mixed_in(imgedit, tmp_path, kontext_fol
         run("imgedit", imgedit, tmp_path / "out2", stage="score")
 
 
-def test_the_judges_key_comes_from_the_environment_and_is_written_nowhere(imgedit, tmp_path, server, monkeypatch):
+def test_the_judges_key_comes_from_the_environment_and_is_written_nowhere(
+    imgedit, tmp_path, server, monkeypatch
+):
     monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
     run("imgedit", imgedit, tmp_path / "out", server, edits=tmp_path / "none", baselines=["source"])
     assert set(server.headers_seen) == {"Bearer secret-key"}
-    assert not any(b"secret-key" in file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert not any(
+        b"secret-key" in file.read_bytes()
+        for file in (tmp_path / "out").rglob("*")
+        if file.is_file()
+    )
 
 
 def test_the_script_stays_readable_and_importing_it_does_nothing(tmp_path):
@@ -701,8 +1075,14 @@ def test_the_script_stays_readable_and_importing_it_does_nothing(tmp_path):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno + 1 <= 60, node.name
-    imported = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
+    imported = {
+        node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)
+    }
     assert "train_nft" not in imported
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluate"],
-                          capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluate"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())

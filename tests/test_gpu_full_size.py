@@ -15,10 +15,15 @@ SCRIPT = Path(gpu_full_size.__file__)
 
 @pytest.mark.parametrize(
     ("model", "billions"),
-    [("kontext", {"transformer": 11.90, "text_encoder": 0.12, "text_encoder_2": 4.76, "vae": 0.08}),
-     ("qwen", {"transformer": 20.43, "text_encoder": 8.29, "vae": 0.13}),
-     ("klein", {"transformer": 3.88, "text_encoder": 4.02, "vae": 0.08})],
-)  # fmt: skip
+    [
+        (
+            "kontext",
+            {"transformer": 11.90, "text_encoder": 0.12, "text_encoder_2": 4.76, "vae": 0.08},
+        ),
+        ("qwen", {"transformer": 20.43, "text_encoder": 8.29, "vae": 0.13}),
+        ("klein", {"transformer": 3.88, "text_encoder": 4.02, "vae": 0.08}),
+    ],
+)
 def test_the_full_size_editors_have_as_many_parameters_as_the_released_ones(model, billions):
     pipe = build(model, "meta")
     assert {part: round(count / 1e9, 2) for part, count in parameters(pipe).items()} == billions
@@ -33,7 +38,9 @@ def test_the_estimate_counts_bf16_weights_and_six_float32_copies_of_the_lora():
     # 5 double blocks with 8 square layers; 20 single ones with 3072 -> 3 x 3072 + 2 x 9216 and 3072 + 9216 -> 3072
     lora = 32 * (5 * 8 * 2 * 3072 + 20 * (3072 + 27648 + 12288 + 3072))
     assert figures["LoRA"] == pytest.approx(24 * lora / 1e9)
-    assert figures["peak, drawing"] > sum(figures[part] for part in ("transformer", "text encoders", "VAE", "LoRA"))
+    assert figures["peak, drawing"] > sum(
+        figures[part] for part in ("transformer", "text encoders", "VAE", "LoRA")
+    )
 
 
 def test_every_second_belongs_to_one_phase_and_evaluation_to_none():
@@ -45,7 +52,12 @@ def test_every_second_belongs_to_one_phase_and_evaluation_to_none():
             assert meter.phase == phase
             with meter.within("encode"), meter.within("decode"):
                 pass
-    assert meter.figures == {"rollout": (2.0, 1.0), "encode": (1.0, 1.0), "reward": (1.0, 1.0), "train": (1.0, 1.0)}
+    assert meter.figures == {
+        "rollout": (2.0, 1.0),
+        "encode": (1.0, 1.0),
+        "reward": (1.0, 1.0),
+        "train": (1.0, 1.0),
+    }
 
 
 def test_a_model_that_does_not_fit_is_a_row_and_no_crash(monkeypatch):
@@ -54,14 +66,25 @@ def test_a_model_that_does_not_fit_is_a_row_and_no_crash(monkeypatch):
     def full(argv):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for name in ("main", "load_editor", "load_judge", "time_and_memory"):  # measure puts its own there: take them out again
+    for name in (
+        "main",
+        "load_editor",
+        "load_judge",
+        "time_and_memory",
+    ):  # measure puts its own there: take them out again
         monkeypatch.setattr(train_nft, name, full)
-    row = gpu_full_size.measure(Namespace(models=["klein"], tiny=True, cap=0.0, groups=1, compile="no"))["row"]
+    row = gpu_full_size.measure(
+        Namespace(models=["klein"], tiny=True, cap=0.0, groups=1, compile="no")
+    )["row"]
     assert row.startswith("does not fit") and row.endswith("in phase loading")
 
 
 def test_two_epochs_of_a_tiny_editor_make_the_table():
-    done = subprocess.run([sys.executable, SCRIPT, "--tiny", "--models", "klein", "--compile", "no"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--tiny", "--models", "klein", "--compile", "no"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     *_, head, line, row = done.stdout.splitlines()
     assert head == "| editor | compile | encode | rollout | decode | train | whole epoch |"

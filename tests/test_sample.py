@@ -28,17 +28,23 @@ def lora_editor(editor):
     for name in ("new", "old"):
         for key, parameter in sample.lora_parameters(editor, name).items():
             with torch.no_grad():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded("test", name, key)))
+                parameter.add_(
+                    0.1 * torch.randn(parameter.shape, generator=seeded("test", name, key))
+                )
     return editor
 
 
 def picture(key="source", width=32, height=32):
-    pixels = torch.randint(0, 256, (height, width, 3), generator=seeded("test", key), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (height, width, 3), generator=seeded("test", key), dtype=torch.uint8
+    )
     return Image.fromarray(pixels.numpy())
 
 
 def draw(editor, K=3, steps=3, source="source", **kwargs):
-    return sample.rollout(editor, [picture(source)], PROMPT, [seeded("noise", j) for j in range(K)], steps, **kwargs)
+    return sample.rollout(
+        editor, [picture(source)], PROMPT, [seeded("noise", j) for j in range(K)], steps, **kwargs
+    )
 
 
 def predict(editor, group):
@@ -50,7 +56,8 @@ def listen(editor):
     """What the pipeline gives the transformer and gets back, call by call."""
     calls = []
     editor.pipe.transformer.register_forward_hook(
-        lambda module, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True)  # fmt: skip
+        lambda module, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True
+    )
     return calls
 
 
@@ -122,7 +129,9 @@ def test_a_second_rollout_does_not_see_the_first_ones_velocity(editor):
 def test_step_returns_the_models_dtype_and_keeps_float32_inside():
     scheduler = sample.FlowDPMSolverMultistepScheduler()
     scheduler.set_timesteps(3)
-    x = scheduler.step(torch.ones(1, 4, dtype=torch.bfloat16), scheduler.timesteps[0], torch.ones(1, 4).bfloat16())
+    x = scheduler.step(
+        torch.ones(1, 4, dtype=torch.bfloat16), scheduler.timesteps[0], torch.ones(1, 4).bfloat16()
+    )
     assert x.prev_sample.dtype == torch.bfloat16 and scheduler._last_v.dtype == torch.float32
 
 
@@ -167,18 +176,32 @@ def test_x_0_is_what_the_pictures_were_decoded_from(editor):
     group, pipe = draw(editor), editor.pipe
     latents = pipe._unpack_latents(group.x_0, 32, 32, pipe.vae_scale_factor)
     with torch.no_grad():
-        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample
-    assert [i.tobytes() for i in pipe.image_processor.postprocess(decoded)] == [i.tobytes() for i in group.images]
+        decoded = pipe.vae.decode(
+            latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        ).sample
+    assert [i.tobytes() for i in pipe.image_processor.postprocess(decoded)] == [
+        i.tobytes() for i in group.images
+    ]
 
 
 @pytest.mark.parametrize("K", [3, 12])  # 12 is also the number of text tokens, so ids look batched
 def test_a_groups_conditioning_is_stored_once(editor, K):
     cond = draw(editor, K=K, steps=1).cond
-    shapes = {name: tuple(value.shape) for name, value in cond.items() if isinstance(value, torch.Tensor)}
-    assert shapes == {"hidden_states": (1, 16, 32), "encoder_hidden_states": (1, 12, 32), "guidance": (1,),
-                      "pooled_projections": (1, 32), "txt_ids": (12, 3), "img_ids": (32, 3)}  # fmt: skip
+    shapes = {
+        name: tuple(value.shape) for name, value in cond.items() if isinstance(value, torch.Tensor)
+    }
+    assert shapes == {
+        "hidden_states": (1, 16, 32),
+        "encoder_hidden_states": (1, 12, 32),
+        "guidance": (1,),
+        "pooled_projections": (1, 32),
+        "txt_ids": (12, 3),
+        "img_ids": (32, 3),
+    }
     for name in ("hidden_states", "encoder_hidden_states", "pooled_projections"):
-        assert cond[name].untyped_storage().nbytes() == cond[name].nbytes, f"{name} keeps all copies in memory"
+        assert cond[name].untyped_storage().nbytes() == cond[name].nbytes, (
+            f"{name} keeps all copies in memory"
+        )
 
 
 def test_text_and_source_are_encoded_once_a_group_and_not_once_a_copy(editor):
@@ -222,7 +245,9 @@ def test_guidance_reaches_the_model(editor):
     assert draw(editor, guidance=2.5).cond["guidance"].tolist() == [2.5]
 
 
-@pytest.mark.parametrize("size, worked", [((32, 32), (32, 32)), ((640, 480), (40, 24)), ((300, 600), (24, 48))])
+@pytest.mark.parametrize(
+    "size, worked", [((32, 32), (32, 32)), ((640, 480), (40, 24)), ((300, 600), (24, 48))]
+)
 def test_pictures_keep_their_aspect_ratio_at_the_working_resolution(editor, size, worked):
     group = sample.rollout(editor, [picture("wide", *size)], PROMPT, [seeded(0)], steps=1)
     assert group.images[0].size == worked
@@ -240,7 +265,9 @@ def test_new_old_and_base_are_equal_at_the_start(editor):
         with sample.policy(editor, name):
             assert torch.equal(predict(editor, group), bare)
     new, old = (sample.lora_parameters(editor, name) for name in ("new", "old"))
-    assert list(new) == list(old) == sorted(new) and all(torch.equal(new[key], old[key]) for key in new)
+    assert list(new) == list(old) == sorted(new) and all(
+        torch.equal(new[key], old[key]) for key in new
+    )
 
 
 def test_lora_is_float32_gaussian_and_seeded_and_leaves_the_global_generator_alone(kontext_folder):
@@ -270,20 +297,28 @@ def test_policies_differ_and_base_is_the_base(lora_editor, kontext_folder):
     for name in ("new", "old", "base"):
         with sample.policy(lora_editor, name):
             seen[name] = predict(lora_editor, group)
-    assert not torch.allclose(seen["new"], seen["old"]) and not torch.allclose(seen["new"], seen["base"])
+    assert not torch.allclose(seen["new"], seen["old"]) and not torch.allclose(
+        seen["new"], seen["base"]
+    )
     assert torch.equal(seen["base"], predict(sample.load_editor(kontext_folder), group))
     assert torch.equal(predict(lora_editor, group), seen["new"])  # the policy outside
 
 
 def test_policy_keeps_requires_grad_and_is_left_by_an_exception(lora_editor):
     def flags():
-        return {name: p.requires_grad for name, p in lora_editor.pipe.transformer.named_parameters()}
+        return {
+            name: p.requires_grad for name, p in lora_editor.pipe.transformer.named_parameters()
+        }
 
     before, group = flags(), draw(lora_editor)
     outside = predict(lora_editor, group)
     assert all(flag == (".new." in name) for name, flag in before.items())
     for name in ("base", "old", "new"):
-        with pytest.raises(KeyError), sample.policy(lora_editor, "old"), sample.policy(lora_editor, name):
+        with (
+            pytest.raises(KeyError),
+            sample.policy(lora_editor, "old"),
+            sample.policy(lora_editor, name),
+        ):
             assert flags() == before
             raise KeyError
         assert flags() == before and torch.equal(predict(lora_editor, group), outside)
@@ -291,7 +326,11 @@ def test_policy_keeps_requires_grad_and_is_left_by_an_exception(lora_editor):
 
 def test_only_new_gets_a_gradient(lora_editor):
     predict(lora_editor, draw(lora_editor)).square().sum().backward()
-    got = {name for name, p in lora_editor.pipe.transformer.named_parameters() if p.grad is not None and p.grad.any()}
+    got = {
+        name
+        for name, p in lora_editor.pipe.transformer.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
     assert got and all(".new." in name for name in got)
     with sample.policy(lora_editor, "old"):
         assert not predict(lora_editor, draw(lora_editor)).requires_grad
@@ -315,36 +354,59 @@ def test_soft_update_is_the_weighted_mean_in_place_and_aliases_nothing(lora_edit
 # ---------------------------------------------------------------- LoRA files
 
 
-def test_diffusers_alone_loads_our_lora_and_draws_the_same_picture(kontext_folder, lora_editor, tmp_path):
+def test_diffusers_alone_loads_our_lora_and_draws_the_same_picture(
+    kontext_folder, lora_editor, tmp_path
+):
     lora_editor.pipe.scheduler.solver_order = 1  # diffusers' own solver
     sample.save_lora(lora_editor, tmp_path)
     ours = draw(lora_editor, K=2, guidance=2.5).images
     pipe = DiffusionPipeline.from_pretrained(kontext_folder)
 
     def plain():
-        return pipe(image=picture(), prompt=PROMPT, height=32, width=32, max_area=32 * 32, _auto_resize=False,
-                    num_images_per_prompt=2, generator=[seeded("noise", j) for j in range(2)], num_inference_steps=3,
-                    guidance_scale=2.5, max_sequence_length=12).images  # fmt: skip
+        return pipe(
+            image=picture(),
+            prompt=PROMPT,
+            height=32,
+            width=32,
+            max_area=32 * 32,
+            _auto_resize=False,
+            num_images_per_prompt=2,
+            generator=[seeded("noise", j) for j in range(2)],
+            num_inference_steps=3,
+            guidance_scale=2.5,
+            max_sequence_length=12,
+        ).images
 
     base = plain()
     pipe.load_lora_weights(tmp_path)
-    assert [i.tobytes() for i in plain()] == [i.tobytes() for i in ours] != [i.tobytes() for i in base]
+    assert (
+        [i.tobytes() for i in plain()] == [i.tobytes() for i in ours] != [i.tobytes() for i in base]
+    )
 
 
-def test_load_lora_gives_back_the_saved_bits_into_either_policy(lora_editor, kontext_folder, tmp_path):
+def test_load_lora_gives_back_the_saved_bits_into_either_policy(
+    lora_editor, kontext_folder, tmp_path
+):
     for name in ("new", "old"):
         sample.save_lora(lora_editor, tmp_path / name, name)
     again = sample.load_editor(kontext_folder)
     sample.add_policies(again, rank=4, alpha=8, seed=1)
     for name in ("new", "old"):
         sample.load_lora(again, tmp_path / name, name)
-        saved, loaded = sample.lora_parameters(lora_editor, name), sample.lora_parameters(again, name)
+        saved, loaded = (
+            sample.lora_parameters(lora_editor, name),
+            sample.lora_parameters(again, name),
+        )
         assert all(torch.equal(saved[key], loaded[key]) for key in saved)
         assert all(p.requires_grad == (name == "new") for p in loaded.values())
 
 
-@pytest.mark.parametrize("rank, alpha, complaint", [(8, 8, "layers or rank"), (4, 4, "alpha 8, not 4")])
-def test_load_lora_refuses_another_rank_or_alpha(lora_editor, kontext_folder, tmp_path, rank, alpha, complaint):
+@pytest.mark.parametrize(
+    "rank, alpha, complaint", [(8, 8, "layers or rank"), (4, 4, "alpha 8, not 4")]
+)
+def test_load_lora_refuses_another_rank_or_alpha(
+    lora_editor, kontext_folder, tmp_path, rank, alpha, complaint
+):
     sample.save_lora(lora_editor, tmp_path)
     again = sample.load_editor(kontext_folder)
     sample.add_policies(again, rank, alpha)
@@ -355,32 +417,60 @@ def test_load_lora_refuses_another_rank_or_alpha(lora_editor, kontext_folder, tm
 # ---------------------------------------------------------------- the command
 
 
-def test_the_command_draws_base_and_trained_side_by_side(lora_editor, kontext_folder, tmp_path, capsys):
+def test_the_command_draws_base_and_trained_side_by_side(
+    lora_editor, kontext_folder, tmp_path, capsys
+):
     sample.save_lora(lora_editor, tmp_path / "run")
     picture().save(tmp_path / "in.png")
-    sample.main(["--image", str(tmp_path / "in.png"), "--prompt", PROMPT, "--base", str(kontext_folder), "--lora",
-                 str(tmp_path / "run"), "--compare", "--num", "2", "--steps", "2", "--out",
-                 str(tmp_path / "out.png")])  # fmt: skip
+    sample.main(
+        [
+            "--image",
+            str(tmp_path / "in.png"),
+            "--prompt",
+            PROMPT,
+            "--base",
+            str(kontext_folder),
+            "--lora",
+            str(tmp_path / "run"),
+            "--compare",
+            "--num",
+            "2",
+            "--steps",
+            "2",
+            "--out",
+            str(tmp_path / "out.png"),
+        ]
+    )
     grid = Image.open(tmp_path / "out.png")
     assert "wrote" in capsys.readouterr().out
     top, bottom = places(grid, picture(), column=0)
     for name, row in (("base", top), ("new", bottom)):
         generators = [torch.Generator().manual_seed(seed) for seed in (42, 43)]
         with sample.policy(lora_editor, name):
-            edits = sample.rollout(lora_editor, [picture()], PROMPT, generators, steps=2, evaluation=True).images
-        assert [places(grid, edit, column) for column, edit in enumerate(edits, 1)] == [[row], [row]]
+            edits = sample.rollout(
+                lora_editor, [picture()], PROMPT, generators, steps=2, evaluation=True
+            ).images
+        assert [places(grid, edit, column) for column, edit in enumerate(edits, 1)] == [
+            [row],
+            [row],
+        ]
 
 
 def places(grid, image, column):
     """The heights at which an enlarged picture stands in a column of 96-pixel cells."""
     wanted, x = image.resize((96, 96), Image.Resampling.NEAREST).tobytes(), 4 + 100 * column
-    return [y for y in range(grid.height - 95) if grid.crop((x, y, x + 96, y + 96)).tobytes() == wanted]
+    return [
+        y for y in range(grid.height - 95) if grid.crop((x, y, x + 96, y + 96)).tobytes() == wanted
+    ]
 
 
 def test_the_grid_holds_every_picture_enlarged_without_smoothing():
     small = picture("another", 16, 16)
     grid = sample.picture_grid([[picture(), None], [picture(), small]], [["a", "b"]], "title")
-    assert len(places(grid, picture(), 0)) == 2 and places(grid, small, 1) == places(grid, picture(), 0)[1:]
+    assert (
+        len(places(grid, picture(), 0)) == 2
+        and places(grid, small, 1) == places(grid, picture(), 0)[1:]
+    )
 
 
 def complaint(capsys, *argv):
@@ -388,15 +478,21 @@ def complaint(capsys, *argv):
         sample.run_script(lambda: sample.main([str(word) for word in argv]))
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()
-    return error[-1] if error[-1].startswith(("error: ", "usage", Path(sys.argv[0]).name)) else error
+    return (
+        error[-1] if error[-1].startswith(("error: ", "usage", Path(sys.argv[0]).name)) else error
+    )
 
 
-def test_bad_input_is_one_line_that_names_the_thing_and_the_mend(kontext_folder, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_that_names_the_thing_and_the_mend(
+    kontext_folder, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     picture().save("in.png")
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     (tmp_path / "empty").mkdir()
-    FluxPipeline(**DiffusionPipeline.from_pretrained(kontext_folder).components).save_pretrained("t2i")
+    FluxPipeline(**DiffusionPipeline.from_pretrained(kontext_folder).components).save_pretrained(
+        "t2i"
+    )
     good = ["--image", "in.png", "--prompt", PROMPT]
     for said, argv in {
         "run python data_prep.py toy first": good,
@@ -420,8 +516,17 @@ def test_bad_input_is_one_line_that_names_the_thing_and_the_mend(kontext_folder,
 
 def test_importing_does_nothing(tmp_path):
     code = "import torch; s = torch.get_rng_state(); import sample; assert s.equal(torch.get_rng_state())"
-    env = {"PYTHONPATH": str(Path(sample.__file__).parent), "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, "--no-such-setting"], cwd=tmp_path, env=env,
-                          capture_output=True, text=True)  # fmt: skip
+    env = {
+        "PYTHONPATH": str(Path(sample.__file__).parent),
+        "HOME": str(tmp_path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--no-such-setting"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stdout and not [p for p in tmp_path.rglob("*") if p.is_file()]

@@ -47,7 +47,11 @@ def no_key(monkeypatch):
 
 
 def served(*servers, **changes):
-    return load_judge(JudgeSettings(judge=",".join(server.url for server in servers), **{"judge_patience": 5.0} | changes))
+    return load_judge(
+        JudgeSettings(
+            judge=",".join(server.url for server in servers), **{"judge_patience": 5.0} | changes
+        )
+    )
 
 
 # ---------------------------------------------------------------- scores
@@ -56,7 +60,9 @@ def served(*servers, **changes):
 def test_a_served_score_is_the_expected_digit_of_its_own_edit(server):
     scores = served(server).score(*ASKED)
     assert torch.allclose(scores.score, WANTED, atol=1e-4)
-    assert torch.allclose(scores.mass, torch.full((6,), 0.98), atol=1e-4) and scores.causes == [""] * 6
+    assert (
+        torch.allclose(scores.mass, torch.full((6,), 0.98), atol=1e-4) and scores.causes == [""] * 6
+    )
 
 
 def test_pictures_travel_as_png_and_arrive_pixel_for_pixel(server):
@@ -64,14 +70,27 @@ def test_pictures_travel_as_png_and_arrive_pixel_for_pixel(server):
     served(server).score([ROW], [[SOURCE, noise]], [noise])
     first, second, edit = server.pictures[0]
     assert {picture.format for picture in server.pictures[0]} == {"PNG"}
-    assert np.array_equal(first, SOURCE) and np.array_equal(second, noise) and np.array_equal(edit, noise)
+    assert (
+        np.array_equal(first, SOURCE)
+        and np.array_equal(second, noise)
+        and np.array_equal(edit, noise)
+    )
 
 
 def test_a_request_asks_for_one_word_with_its_likeliest_neighbours(server):
     served(server).score([ROW], [[SOURCE]], EDITS[:1])
     body = server.requests[0]["body"]
-    assert (body["max_tokens"], body["logprobs"], body["top_logprobs"], body["model"]) == (1, True, 20, "judge")
-    assert [part["type"] for part in body["messages"][0]["content"]] == ["text", "image_url", "image_url"]
+    assert (body["max_tokens"], body["logprobs"], body["top_logprobs"], body["model"]) == (
+        1,
+        True,
+        20,
+        "judge",
+    )
+    assert [part["type"] for part in body["messages"][0]["content"]] == [
+        "text",
+        "image_url",
+        "image_url",
+    ]
     assert "make it brighter" in body["messages"][0]["content"][0]["text"]
 
 
@@ -88,18 +107,27 @@ def test_a_submitted_group_is_judged_while_the_caller_goes_on():
 def test_ask_returns_the_raw_reply_from_many_threads_within_the_bound():
     with JudgeServer(delay=0.05) as server:
         judge, replies = served(server, judge_in_flight=2), []
-        threads = [threading.Thread(target=lambda: replies.append(judge.ask("what moved?", [SOURCE]))) for _ in range(8)]
+        threads = [
+            threading.Thread(target=lambda: replies.append(judge.ask("what moved?", [SOURCE])))
+            for _ in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert replies == ["It was moved."] * 8 and server.requests[0]["body"]["temperature"] == 0 and server.most_busy == 2
+    assert (
+        replies == ["It was moved."] * 8
+        and server.requests[0]["body"]["temperature"] == 0
+        and server.most_busy == 2
+    )
 
 
 # ---------------------------------------------------------------- strategies
 
 
-@pytest.mark.parametrize("strategy, wanted", [("logits", WANTED[3]), ("sampled", 0.6), ("yes_no", 0.75)])
+@pytest.mark.parametrize(
+    "strategy, wanted", [("logits", WANTED[3]), ("sampled", 0.6), ("yes_no", 0.75)]
+)
 @pytest.mark.parametrize("thought", ["", "_cot"])
 def test_each_strategy_reads_its_own_answer(server, strategy, wanted, thought):
     judge = served(server, judge_strategy=strategy + thought)
@@ -111,9 +139,15 @@ def test_each_strategy_reads_its_own_answer(server, strategy, wanted, thought):
 def test_a_chain_of_thought_goes_back_to_the_judge_before_it_answers(server):
     served(server, judge_strategy="logits_cot").score([ROW], [[SOURCE]], EDITS[:1])
     first, second = (request["body"]["messages"] for request in server.requests)
-    assert reward_mllm.THINK in first[0]["content"][0]["text"] and reward_mllm.DIGIT not in first[0]["content"][0]["text"]
+    assert (
+        reward_mllm.THINK in first[0]["content"][0]["text"]
+        and reward_mllm.DIGIT not in first[0]["content"][0]["text"]
+    )
     assert [turn["role"] for turn in second] == ["user", "assistant", "user"]
-    assert second[1]["content"][0]["text"] == "It was moved." and second[2]["content"][0]["text"] == reward_mllm.DIGIT
+    assert (
+        second[1]["content"][0]["text"] == "It was moved."
+        and second[2]["content"][0]["text"] == reward_mllm.DIGIT
+    )
 
 
 def test_a_sampled_answer_depends_on_the_picture_and_not_on_when_it_is_asked(server):
@@ -167,14 +201,25 @@ def test_a_passing_fault_costs_a_retry_and_no_score(server, fault):
     assert torch.allclose(scores.score, WANTED, atol=1e-4) and len(server.requests) == 8
 
 
-@pytest.mark.parametrize("fault, cause, most", [
-    ("drop", "no connection", 5), ("429", "HTTP 429", 4), ("500", "HTTP 500", 5), ("html", "a reply that is not JSON", 5),
-    ("truncated", "", 5), ("400", "HTTP 400", 1), ("no logprobs", "no logprobs in the reply", 1),
-    ("missing", "answers missing from top_logprobs", 1), ("some missing", "answers missing from top_logprobs", 1),
-    ("low mass", "answers missing from top_logprobs", 1), ("nan", "logprobs that are not finite", 1),
-    ("no choices", "0 choices instead of 1", 1), ("two choices", "2 choices instead of 1", 1),
-    ("thinks", "the judge thinks before it answers", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, cause, most",
+    [
+        ("drop", "no connection", 5),
+        ("429", "HTTP 429", 4),
+        ("500", "HTTP 500", 5),
+        ("html", "a reply that is not JSON", 5),
+        ("truncated", "", 5),
+        ("400", "HTTP 400", 1),
+        ("no logprobs", "no logprobs in the reply", 1),
+        ("missing", "answers missing from top_logprobs", 1),
+        ("some missing", "answers missing from top_logprobs", 1),
+        ("low mass", "answers missing from top_logprobs", 1),
+        ("nan", "logprobs that are not finite", 1),
+        ("no choices", "0 choices instead of 1", 1),
+        ("two choices", "2 choices instead of 1", 1),
+        ("thinks", "the judge thinks before it answers", 1),
+    ],
+)
 def test_a_lasting_fault_is_no_score_with_its_cause_after_bounded_tries(server, fault, cause, most):
     judge = served(server, judge_patience=1.6)
     server.always = fault
@@ -211,7 +256,9 @@ def test_what_the_server_refuses_does_not_take_its_batch_with_it(server):
 def test_a_server_that_is_gone_and_comes_back_costs_no_score():
     away = float(os.environ.get("JUDGE_SERVER_AWAY", 3))  # seconds; also tried with 30
     with JudgeServer(delay=0.05) as server:
-        judge = load_judge(JudgeSettings(judge=server.url, judge_in_flight=2))  # the default patience
+        judge = load_judge(
+            JudgeSettings(judge=server.url, judge_in_flight=2)
+        )  # the default patience
         future = judge.submit(ROW, [SOURCE], EDITS * 4)
         time.sleep(0.2)
     time.sleep(away)
@@ -256,8 +303,15 @@ def test_the_key_comes_from_the_environment_and_is_shown_to_nobody_else(server, 
 # ---------------------------------------------------------------- start-up
 
 
-@pytest.mark.parametrize("fault, message", [("missing", "rather say 'The' 70%"), ("thinks", "rather say '<think>' 99%"),
-                                            ("400", "4 x HTTP 400"), ("no logprobs", "4 x no logprobs")])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("missing", "rather say 'The' 70%"),
+        ("thinks", "rather say '<think>' 99%"),
+        ("400", "4 x HTTP 400"),
+        ("no logprobs", "4 x no logprobs"),
+    ],
+)
 def test_a_judge_without_answers_is_refused_with_what_it_said_instead(server, fault, message):
     judge = served(server)
     server.always = fault
@@ -272,26 +326,40 @@ def rows_folder(folder, number=6):
     SOURCE.save(folder / "a.png")
     rows = [{"prompt": f"édit {i}", "image": "a.png", "mine": i} for i in range(number)]
     rows[1]["requirement"] = "what a person wrote"
-    (folder / "train.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return lambda: [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    (folder / "train.jsonl").write_text(
+        "\n\n".join(json.dumps(row) for row in rows), encoding="utf-8"
+    )
+    return lambda: [
+        json.loads(line)
+        for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_a_judge_writes_the_requirements_that_nobody_wrote(server, tmp_path, capsys):
     read = rows_folder(tmp_path)
     data_prep.main(["requirements", str(tmp_path), "--judge", server.url])
     rows = read()
-    assert [row["requirement"] for row in rows] == ["It was moved.", "what a person wrote"] + ["It was moved."] * 4
+    assert [row["requirement"] for row in rows] == ["It was moved.", "what a person wrote"] + [
+        "It was moved."
+    ] * 4
     assert [row["mine"] for row in rows] == list(range(6)) and rows[3]["prompt"] == "édit 3"
     assert "5 requirements written, 1 kept" in capsys.readouterr().out
     asked = {request["body"]["messages"][0]["content"][0]["text"] for request in server.requests}
-    assert len(asked) == 5 and all("édit" in text for text in asked) and np.array_equal(server.pictures[0][0], SOURCE)
+    assert (
+        len(asked) == 5
+        and all("édit" in text for text in asked)
+        and np.array_equal(server.pictures[0][0], SOURCE)
+    )
 
 
 def test_a_second_call_asks_only_for_what_failed(server, tmp_path, capsys):
     read = rows_folder(tmp_path)
     server.faults = ["400", "400"]
     data_prep.main(["requirements", str(tmp_path), "--judge", server.url])
-    assert sum("requirement" not in row for row in read()) == 2 and "2 failed: HTTP 400" in capsys.readouterr().out
+    assert (
+        sum("requirement" not in row for row in read()) == 2
+        and "2 failed: HTTP 400" in capsys.readouterr().out
+    )
     data_prep.main(["requirements", str(tmp_path), "--judge", server.url])
     assert all(row["requirement"] for row in read()) and len(server.requests) == 7
 
@@ -317,23 +385,39 @@ def test_requirements_names_its_folder_and_the_script_refuses_in_one_line():
         data_prep.main(["requirements", "--judge", "local:x"])
     words = [sys.executable, data_prep.__file__, "requirements", "x", "--judge", "ftp://x"]
     done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 2 and "not of the form" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "not of the form" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 # ---------------------------------------------------------------- a real server
 
 
-@pytest.mark.skipif("JUDGE_SERVER_URL" not in os.environ, reason="needs JUDGE_SERVER_URL and JUDGE_SERVER_DATA, a toy")
+@pytest.mark.skipif(
+    "JUDGE_SERVER_URL" not in os.environ,
+    reason="needs JUDGE_SERVER_URL and JUDGE_SERVER_DATA, a toy",
+)
 @pytest.mark.parametrize("strategy", ["logits", "logits_cot"])
 def test_a_real_server_and_the_local_judge_give_the_same_scores(strategy):
     folder = Path(os.environ["JUDGE_SERVER_DATA"])
-    common = dict(judge_prompt=[str(folder / "judge" / "judge_prompt.txt")], judge_strategy=strategy, judge_thought=8)
+    common = dict(
+        judge_prompt=[str(folder / "judge" / "judge_prompt.txt")],
+        judge_strategy=strategy,
+        judge_thought=8,
+    )
     rows = read_rows(folder, "test")[:16]
     sources = [[load_image(row["images"][0])] for row in rows]
-    edits = [Image.blend(source, load_image(row["target"]), i / 15) for i, (row, (source,)) in enumerate(zip(rows, sources))]
-    local, remote = (load_judge(JudgeSettings(judge=judge, **common)).score(rows, sources, edits)
-                     for judge in (f"local:{folder / 'judge'}", os.environ["JUDGE_SERVER_URL"]))  # fmt: skip
+    edits = [
+        Image.blend(source, load_image(row["target"]), i / 15)
+        for i, (row, (source,)) in enumerate(zip(rows, sources))
+    ]
+    local, remote = (
+        load_judge(JudgeSettings(judge=judge, **common)).score(rows, sources, edits)
+        for judge in (f"local:{folder / 'judge'}", os.environ["JUDGE_SERVER_URL"])
+    )
     difference = (local.score - remote.score).abs().max().item()
-    print(f"{strategy}: largest difference of {len(rows)} scores {difference:.1e}, of their mass "
-          f"{(local.mass - remote.mass).abs().max().item():.1e}; scores from {local.score.min():.2f} to {local.score.max():.2f}")  # fmt: skip
+    print(
+        f"{strategy}: largest difference of {len(rows)} scores {difference:.1e}, of their mass "
+        f"{(local.mass - remote.mass).abs().max().item():.1e}; scores from {local.score.min():.2f} to {local.score.max():.2f}"
+    )
     assert difference < 1e-3 and (local.mass - remote.mass).abs().max() < 1e-3

@@ -58,7 +58,9 @@ def test_the_first_gradient_is_the_closed_form(pairs):
     error = x_t - t[:, None, None] * v_old - x_0
     weight = error.abs().mean((1, 2))
     for r in (0.0, 0.3, 1.0):
-        wanted = -(2 * r - 1) * 2 * t[:, None, None] * error / (error[0].numel() * weight[:, None, None])
+        wanted = (
+            -(2 * r - 1) * 2 * t[:, None, None] * error / (error[0].numel() * weight[:, None, None])
+        )
         assert torch.allclose(gradient(v_old, *pairs, r), wanted, atol=1e-6)
 
 
@@ -69,7 +71,9 @@ def test_the_first_step_does_not_depend_on_beta(pairs):
 
 def test_beta_sets_the_pull_back_once_new_has_left_old(pairs):
     moved = pairs[0] + 0.5
-    assert not torch.allclose(gradient(moved, *pairs, 0.5, beta=1.0), gradient(moved, *pairs, 0.5, beta=0.1), rtol=0.1)
+    assert not torch.allclose(
+        gradient(moved, *pairs, 0.5, beta=1.0), gradient(moved, *pairs, 0.5, beta=0.1), rtol=0.1
+    )
 
 
 def test_v_old_gets_no_gradient(pairs):
@@ -82,7 +86,9 @@ def test_v_old_gets_no_gradient(pairs):
 def test_the_adaptive_weight_is_detached():
     prediction = torch.full((1, 2, 2), 3.0, requires_grad=True)
     self_normalised_mse(prediction, torch.zeros(1, 2, 2)).sum().backward()
-    assert torch.allclose(prediction.grad, torch.full((1, 2, 2), 2 * 3.0 / 4 / 3.0))  # 0 if the weight moved along
+    assert torch.allclose(
+        prediction.grad, torch.full((1, 2, 2), 2 * 3.0 / 4 / 3.0)
+    )  # 0 if the weight moved along
 
 
 def test_the_loss_is_float32_arithmetic_on_bfloat16_inputs(pairs):
@@ -134,7 +140,12 @@ def test_a_group_with_fewer_than_two_scores_is_dropped():
 def test_the_papers_filter_needs_both_a_high_mean_and_a_low_spread():
     scores = torch.tensor([[0.94, 0.96], [0.82, 1.0], [0.10, 0.12], [0.2, 0.6]])
     assert group_advantages(scores, filter="paper")[1] == ["filtered", "", "", ""]
-    assert group_advantages(scores, filter="released")[1] == ["filtered", "filtered", "filtered", ""]
+    assert group_advantages(scores, filter="released")[1] == [
+        "filtered",
+        "filtered",
+        "filtered",
+        "",
+    ]
     assert group_advantages(scores, filter="none")[1] == ["", "", "", ""]
 
 
@@ -148,7 +159,9 @@ def test_noise_of_the_judge_is_not_blown_up_to_full_advantages():
     for noise in (0.001, 1e-6):
         r, reasons = group_advantages(0.3 + noise * torch.tensor([[0.0, 1.0, 2.0]]), filter="none")
         assert reasons == ["no spread"] and r.isnan().all()
-    r, reasons = group_advantages(torch.tensor([[0.300, 0.301, 0.302], [0.2, 0.4, 0.6]]), filter="none")
+    r, reasons = group_advantages(
+        torch.tensor([[0.300, 0.301, 0.302], [0.2, 0.4, 0.6]]), filter="none"
+    )
     assert reasons == ["no spread", ""] and r[1, 2] < 0.7
 
 
@@ -177,11 +190,29 @@ def test_an_epoch_larger_than_the_data_uses_rows_again():
 
 def test_a_run_moves_the_lora_and_writes_what_it_promises(run, capsys):
     out = run()
-    assert any(weights.abs().sum() > 0 for key, weights in lora(out / "checkpoint-2").items() if "lora_B" in key)
+    assert any(
+        weights.abs().sum() > 0
+        for key, weights in lora(out / "checkpoint-2").items()
+        if "lora_B" in key
+    )
     assert (out / "config.json").exists() and (out / "samples" / "epoch-0002.png").exists()
     first, last = log(out)
-    for key in ("reward", "reward spread", "groups kept", "r histogram", "drift old", "drift base", "loss by t",
-                "grad norm", "skipped steps", "terms", "digit mass", "seconds", "peak GB", "edits per second"):  # fmt: skip
+    for key in (
+        "reward",
+        "reward spread",
+        "groups kept",
+        "r histogram",
+        "drift old",
+        "drift base",
+        "loss by t",
+        "grad norm",
+        "skipped steps",
+        "terms",
+        "digit mass",
+        "seconds",
+        "peak GB",
+        "edits per second",
+    ):
         assert key in first
     assert set(last["held-out"]) == {"new", "old", "ema"}
     assert "epoch 2/2" in capsys.readouterr().out
@@ -221,7 +252,11 @@ def test_every_epoch_draws_other_noise(run, monkeypatch):
 
 def test_twelve_copies_run_on_one_process_that_takes_five_at_a_time(run, monkeypatch):
     sizes, call = [], sample._call_pipeline
-    monkeypatch.setattr(sample, "_call_pipeline", lambda e, i, p, g, s, x: sizes.append(len(g)) or call(e, i, p, g, s, x))
+    monkeypatch.setattr(
+        sample,
+        "_call_pipeline",
+        lambda e, i, p, g, s, x: sizes.append(len(g)) or call(e, i, p, g, s, x),
+    )
     run(group_size=12, rollout_batch=5, epochs=1, groups=1, eval_every=5)
     assert [size for size in sizes if size > 1] == [5, 5, 2]
 
@@ -234,8 +269,12 @@ def spied(run, monkeypatch):
 
     def watched(editor, optimizer, groups, numbers, r, settings, epoch, accelerator, bar):
         with monkeypatch.context() as patch:
-            count = lambda key, call: lambda *a, **k: counts.update({key: counts[key] + 1}) or call(*a, **k)  # noqa: E731
-            named = lambda e, name: counts.update(base=counts["base"] + (name == "base")) or policy(e, name)  # noqa: E731
+            count = lambda key, call: (
+                lambda *a, **k: counts.update({key: counts[key] + 1}) or call(*a, **k)
+            )  # noqa: E731
+            named = lambda e, name: (
+                counts.update(base=counts["base"] + (name == "base")) or policy(e, name)
+            )  # noqa: E731
             patch.setattr(train_nft, "velocity", count("velocity", velocity))
             patch.setattr(train_nft, "policy", named)
             patch.setattr(accelerator, "reduce", count("reduce", accelerator.reduce))
@@ -248,8 +287,12 @@ def spied(run, monkeypatch):
 
 def test_a_dropped_group_costs_no_forward(spied, monkeypatch):
     run, counts = spied
-    keep = lambda scores, *a: (torch.full_like(scores, 0.6).masked_fill(  # noqa: E731
-        torch.arange(len(scores))[:, None] % 2 == 0, torch.nan), ["filtered", ""] * 2)  # fmt: skip
+    keep = lambda scores, *a: (
+        torch.full_like(scores, 0.6).masked_fill(  # noqa: E731
+            torch.arange(len(scores))[:, None] % 2 == 0, torch.nan
+        ),
+        ["filtered", ""] * 2,
+    )
     monkeypatch.setattr(train_nft, "group_advantages", keep)
     run(epochs=1, eval_every=5, train_batch=100)
     assert counts["velocity"] == 2 * 3  # two kept groups; old, new and base
@@ -257,11 +300,18 @@ def test_a_dropped_group_costs_no_forward(spied, monkeypatch):
 
 def test_with_everything_dropped_the_optimizer_does_not_step(spied, monkeypatch):
     run, counts = spied
-    monkeypatch.setattr(train_nft, "group_advantages",
-                        lambda scores, *a: (torch.full_like(scores, torch.nan), ["filtered"] * len(scores)))  # fmt: skip
+    monkeypatch.setattr(
+        train_nft,
+        "group_advantages",
+        lambda scores, *a: (torch.full_like(scores, torch.nan), ["filtered"] * len(scores)),
+    )
     out = run(epochs=1, eval_every=5)
     assert counts["step"] == counts["velocity"] == 0
-    assert all(weights.abs().sum() == 0 for key, weights in lora(out / "checkpoint-1").items() if "lora_B" in key)
+    assert all(
+        weights.abs().sum() == 0
+        for key, weights in lora(out / "checkpoint-1").items()
+        if "lora_B" in key
+    )
     assert log(out)[0]["optimizer steps"] == 0
 
 
@@ -288,7 +338,10 @@ def test_optimizer_steps_deal_out_the_times(spied):
 
 
 def test_failed_scores_are_counted_and_too_many_stop_the_run(run, dataset, tmp_path):
-    rows = [json.loads(line) | {"broken": True} for line in (dataset / "train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) | {"broken": True}
+        for line in (dataset / "train.jsonl").read_text().splitlines()
+    ]
     broken = tmp_path / "broken"
     broken.mkdir()
     for picture in dataset.glob("*.png"):
@@ -303,25 +356,50 @@ def test_failed_scores_are_counted_and_too_many_stop_the_run(run, dataset, tmp_p
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_ranks_end_with_the_lora_of_one(run, kontext_folder, dataset, tmp_path, shard):
-    larger = {"lora_alpha": 64}  # Adam divides by the gradient's size: let that be far above rounding
+    larger = {
+        "lora_alpha": 64
+    }  # Adam divides by the gradient's size: let that be far above rounding
     single = run("single", **larger)
     script, out = ROOT / "tests" / "rule_judge.py", tmp_path / "double"
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", script,
-         *arguments(kontext_folder, dataset, out, **larger, shard=shard)], capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+            script,
+            *arguments(kontext_folder, dataset, out, **larger, shard=shard),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((out / "checkpoint-2" / "state.json").read_text())["settings"]["ranks"] == 2
     if shard:
-        whole, here = (int(words.replace(",", "")) for words in re.search(r"base's ([\d,]+) .* ([\d,]+) on this", done.stdout).groups())
+        whole, here = (
+            int(words.replace(",", ""))
+            for words in re.search(r"base's ([\d,]+) .* ([\d,]+) on this", done.stdout).groups()
+        )
         assert here < 0.6 * whole
     dropped = [line["groups kept"] for line in log(out)]
-    assert any(0 < share < 1 for share in dropped) and dropped == [line["groups kept"] for line in log(single)]
+    assert any(0 < share < 1 for share in dropped) and dropped == [
+        line["groups kept"] for line in log(single)
+    ]
     for name in ("", "old"):
         for key, weights in lora(single / "checkpoint-2", name).items():
-            assert (weights - lora(out / "checkpoint-2", name)[key]).norm() <= 1e-3 * weights.norm(), (name, key)
+            assert (
+                weights - lora(out / "checkpoint-2", name)[key]
+            ).norm() <= 1e-3 * weights.norm(), (name, key)
     assert log(out)[-1]["held-out"]["new"]["judge"]["now"] == pytest.approx(
-        log(single)[-1]["held-out"]["new"]["judge"]["now"], abs=0.02)  # fmt: skip
+        log(single)[-1]["held-out"]["new"]["judge"]["now"], abs=0.02
+    )
 
 
 def test_a_dry_run_makes_one_step_and_says_what_it_took_and_saves_nothing(spied, capsys, tmp_path):
@@ -329,12 +407,18 @@ def test_a_dry_run_makes_one_step_and_says_what_it_took_and_saves_nothing(spied,
     run("dry", dry_run=True, epochs=50, groups=4)
     said = capsys.readouterr().out
     assert counts["step"] == 1 and "1 x 4 edits" in said and not (tmp_path / "dry").exists()
-    assert all(f"{phase} " in said and f"'{phase}': " in said for phase in ("rollout", "reward", "update"))
+    assert all(
+        f"{phase} " in said and f"'{phase}': " in said for phase in ("rollout", "reward", "update")
+    )
 
 
 def test_text_encoders_and_vae_are_away_only_while_the_update_runs(kontext_folder):
     editor = sample.load_editor(kontext_folder)
-    places = lambda: {name: part.device.type for name, part in editor.pipe.components.items() if hasattr(part, "device")}  # noqa: E731
+    places = lambda: {
+        name: part.device.type
+        for name, part in editor.pipe.components.items()
+        if hasattr(part, "device")
+    }  # noqa: E731
     editor.pipe.to("meta")  # a second place that every machine has
     with sample.parked(editor, park=False):
         assert set(places().values()) == {"meta"}
@@ -342,8 +426,12 @@ def test_text_encoders_and_vae_are_away_only_while_the_update_runs(kontext_folde
     for name in ("text_encoder", "text_encoder_2", "vae"):
         getattr(editor.pipe, name).to = lambda device, name=name: moved.append((name, str(device)))
     with sample.parked(editor):
-        assert sorted(moved) == [(name, "cpu") for name in ("text_encoder", "text_encoder_2", "vae")]
-    assert sorted(moved[3:]) == [(name, "meta") for name in ("text_encoder", "text_encoder_2", "vae")]
+        assert sorted(moved) == [
+            (name, "cpu") for name in ("text_encoder", "text_encoder_2", "vae")
+        ]
+    assert sorted(moved[3:]) == [
+        (name, "meta") for name in ("text_encoder", "text_encoder_2", "vae")
+    ]
 
 
 def test_the_judge_works_while_the_next_group_is_drawn(run, monkeypatch):
@@ -354,7 +442,9 @@ def test_the_judge_works_while_the_next_group_is_drawn(run, monkeypatch):
             order.append("submit")
             return super().submit(*args)
 
-    monkeypatch.setattr(train_nft, "rollout", lambda *a, **k: order.append("rollout") or rollout(*a, **k))
+    monkeypatch.setattr(
+        train_nft, "rollout", lambda *a, **k: order.append("rollout") or rollout(*a, **k)
+    )
     run(epochs=1, eval_every=5, judge=Watched())
     assert order[-8:] == ["rollout", "submit"] * 4
 
@@ -386,7 +476,9 @@ def test_a_judge_that_prefers_the_untouched_source_stops_the_run(run, dataset, t
 
 def test_an_editor_that_ignores_the_source_stops_the_run(run, monkeypatch):
     velocity = sample.velocity
-    blind = lambda e, x, t, cond: velocity(e, x, t, cond | {"hidden_states": torch.zeros_like(cond["hidden_states"])})  # noqa: E731
+    blind = lambda e, x, t, cond: velocity(
+        e, x, t, cond | {"hidden_states": torch.zeros_like(cond["hidden_states"])}
+    )  # noqa: E731
     monkeypatch.setattr(sample, "velocity", blind)
     with pytest.raises(BadInput, match="another source picture changes nothing"):
         run()
@@ -413,15 +505,18 @@ def test_policies_that_differ_at_the_start_stop_the_run(run, monkeypatch):
         run()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"group_size": 1}, "--group_size 1: .* give at least 2"),
-    ({"train_timesteps": 5}, "--train_timesteps"),
-    ({"lr": 0}, "--lr 0.0: give a value above 0"),
-    ({"report_to": "trackio"}, "--report_to trackio: is not installed; pip install trackio"),
-    ({"base": "nowhere"}, "nowhere: no such model folder"),
-    ({"data": "nowhere"}, "nowhere: holds neither train.jsonl"),
-    ({"lora_targets": "nothing"}, "match no module"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"group_size": 1}, "--group_size 1: .* give at least 2"),
+        ({"train_timesteps": 5}, "--train_timesteps"),
+        ({"lr": 0}, "--lr 0.0: give a value above 0"),
+        ({"report_to": "trackio"}, "--report_to trackio: is not installed; pip install trackio"),
+        ({"base": "nowhere"}, "nowhere: no such model folder"),
+        ({"data": "nowhere"}, "nowhere: holds neither train.jsonl"),
+        ({"lora_targets": "nothing"}, "match no module"),
+    ],
+)
 def test_a_setting_that_cannot_work_is_refused_in_one_line(run, change, message, monkeypatch):
     monkeypatch.setattr(train_nft, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=message) as error:
@@ -431,12 +526,19 @@ def test_a_setting_that_cannot_work_is_refused_in_one_line(run, change, message,
 
 def test_a_gpu_that_is_too_small_is_one_line(capsys):
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 8 GiB")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 8 GiB"
+        )
 
     with pytest.raises(SystemExit) as stop:
         train_nft.run_script(main)
     said = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and "\n" not in said and "too small" in said and "--train_batch" in said
+    assert (
+        stop.value.code == 2
+        and "\n" not in said
+        and "too small" in said
+        and "--train_batch" in said
+    )
 
 
 def test_faulty_rows_stop_the_run_or_are_left_out_when_asked(run, dataset, tmp_path, capsys):
@@ -451,7 +553,12 @@ def test_faulty_rows_stop_the_run_or_are_left_out_when_asked(run, dataset, tmp_p
         run("stops", data=folder)
     run("skips", data=folder, bad_rows="skip", epochs=1)
     out, said = capsys.readouterr()
-    assert said.count("skipped: ") == 2 and "train5.png" in said and "train.jsonl:9" in said and "7 training rows" in out
+    assert (
+        said.count("skipped: ") == 2
+        and "train5.png" in said
+        and "train.jsonl:9" in said
+        and "7 training rows" in out
+    )
 
 
 def test_groups_that_do_not_divide_by_the_ranks_are_refused(run, monkeypatch):
@@ -466,15 +573,21 @@ def test_groups_that_do_not_divide_by_the_ranks_are_refused(run, monkeypatch):
         run(groups=3)
 
 
-@pytest.mark.parametrize("words", [["--learning_rate", "1"], ["--filter", "mine"], ["--lr", "fast"]])
+@pytest.mark.parametrize(
+    "words", [["--learning_rate", "1"], ["--filter", "mine"], ["--lr", "fast"]]
+)
 def test_an_unknown_key_or_value_is_refused_by_name(words):
     with pytest.raises(BadInput, match=words[-2]) as error:
         train_nft.main(words)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("fault, message", [("missing", "no such picture"), ("broken", "not a readable picture")])
-def test_a_bad_picture_is_refused_before_anything_is_loaded(dataset, tmp_path, monkeypatch, kontext_folder, fault, message):
+@pytest.mark.parametrize(
+    "fault, message", [("missing", "no such picture"), ("broken", "not a readable picture")]
+)
+def test_a_bad_picture_is_refused_before_anything_is_loaded(
+    dataset, tmp_path, monkeypatch, kontext_folder, fault, message
+):
     folder = tmp_path / "bad"
     folder.mkdir()
     for file in dataset.iterdir():
@@ -483,7 +596,9 @@ def test_a_bad_picture_is_refused_before_anything_is_loaded(dataset, tmp_path, m
         (folder / "train5.png").unlink()
     else:
         (folder / "train5.png").write_bytes((dataset / "train5.png").read_bytes()[:200])
-    monkeypatch.setattr(train_nft, "load_editor", lambda *a, **k: pytest.fail("the editor was loaded first"))
+    monkeypatch.setattr(
+        train_nft, "load_editor", lambda *a, **k: pytest.fail("the editor was loaded first")
+    )
     with pytest.raises(BadInput, match=f"train5.png: {message}"):
         train_nft.main(arguments(kontext_folder, folder, tmp_path / "out"))
 
@@ -500,17 +615,29 @@ def test_the_paired_gain_is_resampled_over_rows():
 
 
 def test_imports_point_one_way():
-    allowed = {"data_prep": set(), "sample": {"data_prep"}, "reward_mllm": {"data_prep"},
-               "train_nft": {"data_prep", "sample", "reward_mllm"}}  # fmt: skip
+    allowed = {
+        "data_prep": set(),
+        "sample": {"data_prep"},
+        "reward_mllm": {"data_prep"},
+        "train_nft": {"data_prep", "sample", "reward_mllm"},
+    }
     found = []
     for name, below in allowed.items():
         for node in (tree := ast.parse((ROOT / f"{name}.py").read_text())).body:
             for inner in ast.walk(node):
                 names = [inner.module] if isinstance(inner, ast.ImportFrom) else []
-                names += [alias.name for alias in inner.names] if isinstance(inner, ast.Import) else []
-                found += [(name, other, getattr(node, "name", "")) for other in names if other in set(allowed) - below]
+                names += (
+                    [alias.name for alias in inner.names] if isinstance(inner, ast.Import) else []
+                )
+                found += [
+                    (name, other, getattr(node, "name", ""))
+                    for other in names
+                    if other in set(allowed) - below
+                ]
         assert tree.body
-    assert found == [("data_prep", "reward_mllm", "write_requirements")]  # one command asks the judge, and only there
+    assert found == [
+        ("data_prep", "reward_mllm", "write_requirements")
+    ]  # one command asks the judge, and only there
 
 
 def test_the_training_script_stays_a_page():
@@ -518,22 +645,51 @@ def test_the_training_script_stays_a_page():
     assert len(source.splitlines()) <= 500
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno + 1 <= (150 if node.name == "main" else 60), node.name
+            assert node.end_lineno - node.lineno + 1 <= (150 if node.name == "main" else 60), (
+                node.name
+            )
 
 
 def test_importing_does_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_nft"],
-                          capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_nft"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
 
 
 def test_the_papers_settings_are_the_defaults():
     settings = Settings(base="x", data="y")
-    wanted = dict(rollout_steps=6, resolution=512, guidance=None, groups=24, group_size=12, optimizer_steps=1,
-                  train_timesteps=5, lora_rank=32, lora_alpha=64, lr=3e-4, adam_beta1=0.9, adam_beta2=0.999,
-                  weight_decay=1e-4, grad_clip=1.0, advantage_clip=5.0, nft_beta=1.0, kl_weight=1e-4, decay_rate=0.001,
-                  decay_max=0.5, eval_steps=15, eval_every=10, save_every=30, ema_decay=0.9, filter_mean=0.9,
-                  filter_std=0.05, filter="paper")  # fmt: skip
+    wanted = dict(
+        rollout_steps=6,
+        resolution=512,
+        guidance=None,
+        groups=24,
+        group_size=12,
+        optimizer_steps=1,
+        train_timesteps=5,
+        lora_rank=32,
+        lora_alpha=64,
+        lr=3e-4,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        weight_decay=1e-4,
+        grad_clip=1.0,
+        advantage_clip=5.0,
+        nft_beta=1.0,
+        kl_weight=1e-4,
+        decay_rate=0.001,
+        decay_max=0.5,
+        eval_steps=15,
+        eval_every=10,
+        save_every=30,
+        ema_decay=0.9,
+        filter_mean=0.9,
+        filter_std=0.05,
+        filter="paper",
+    )
     assert {key: getattr(settings, key) for key in wanted} == wanted
 
 

@@ -25,7 +25,9 @@ from sample import policy  # noqa: E402
 
 def main():
     torch.set_num_threads(os.cpu_count())
-    settings = train_nft.Settings(base="data/toy/editor", **train_nft.TOY | {"judge": "local:data/toy/judge"})
+    settings = train_nft.Settings(
+        base="data/toy/editor", **train_nft.TOY | {"judge": "local:data/toy/judge"}
+    )
     settings = replace(settings, eval_rows=1)
     build_toy(ToySettings(out=settings.data))
     accelerator, bar = Accelerator(cpu=True), tqdm(disable=True)
@@ -33,8 +35,12 @@ def main():
     numbers = list(range(settings.groups))
     keys = [[("time", number, copy) for copy in range(settings.group_size)] for number in numbers]
     with policy(editor, "old"):
-        groups, verdicts = train_nft.draw(editor, judge, rows["train"], keys, settings, [], bar, settings.rollout_steps, None)
-    r, _ = train_nft.group_advantages(torch.stack([verdict.result().score for verdict in verdicts]), filter="none")
+        groups, verdicts = train_nft.draw(
+            editor, judge, rows["train"], keys, settings, [], bar, settings.rollout_steps, None
+        )
+    r, _ = train_nft.group_advantages(
+        torch.stack([verdict.result().score for verdict in verdicts]), filter="none"
+    )
     r = r.nan_to_num(0.5)
     kept = {"all": r, "half": r.clone(), "none": torch.full_like(r, torch.nan)}
     kept["half"][::2] = torch.nan
@@ -42,11 +48,15 @@ def main():
     for turn in range(8):
         for name, part in kept.items():
             begun = time.perf_counter()
-            train_nft.update(editor, optimizer, groups, numbers, part, settings, turn, accelerator, bar)
+            train_nft.update(
+                editor, optimizer, groups, numbers, part, settings, turn, accelerator, bar
+            )
             seconds[name] += [time.perf_counter() - begun] * (turn > 0)
     for name, times in seconds.items():
         ratio = median(t / whole for t, whole in zip(times, seconds["all"]))
-        print(f"{name} of {len(groups)} groups kept: {median(times):.3f} s, {ratio:.2f} of the time with all")
+        print(
+            f"{name} of {len(groups)} groups kept: {median(times):.3f} s, {ratio:.2f} of the time with all"
+        )
 
 
 if __name__ == "__main__":

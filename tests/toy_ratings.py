@@ -21,11 +21,18 @@ def write_ratings(folder, rows=120, copies=4, editor="editor"):
     pipe = FluxKontextPipeline.from_pretrained(folder / editor)
     pipe.set_progress_bar_config(disable=True)
     asked = read_rows(folder, "test")[:rows]
-    examples = [(row["source_scene"], row["target_scene"], row["task"], row["prompt"]) for row in asked for _ in range(copies)]
+    examples = [
+        (row["source_scene"], row["target_scene"], row["task"], row["prompt"])
+        for row in asked
+        for _ in range(copies)
+    ]
     edits = draw_edits(pipe, examples, "ratings")
     scores, _ = oracle_scores(edits, *scenes_of(examples))
     (folder / "ratings").mkdir(exist_ok=True)
-    lines = [{key: row[key] for key in ("prompt", "image", "task")} | {"edits": [], "scores": []} for row in asked]
+    lines = [
+        {key: row[key] for key in ("prompt", "image", "task")} | {"edits": [], "scores": []}
+        for row in asked
+    ]
     for i, (edit, score) in enumerate(zip(edits, scores.tolist())):
         to_pil(edit).save(folder / "ratings" / f"{i:04}.png")
         lines[i // copies]["edits"].append(f"ratings/{i:04}.png")
