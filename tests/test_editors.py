@@ -9,12 +9,13 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import sample  # noqa: E402
 import train_nft  # noqa: E402
-from data_prep import BadInput, PictureProcessor, seeded  # noqa: E402
+from data_prep import BadInput, load_processor, seeded  # noqa: E402
 from rule_judge import RuleJudge  # noqa: E402
 
 KONTEXT, QWEN, PLUS = "FluxKontextPipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"
@@ -103,7 +104,7 @@ def test_velocity_is_the_pipelines_own_conditional_prediction_at_every_step(
             calls[0][0]["encoder_hidden_states"], calls[1][0]["encoder_hidden_states"][:, :1]
         )
     assert len(group.images) == 3 and len(set(pixels(group.images))) == 3
-    assert all(len(value) == 1 for key, value in group.cond.items() if sample._per_copy(key, value))
+    assert all(len(value) == 1 for key, value in group.cond.items() if sample.has_batch(key, value))
 
 
 @pytest.mark.parametrize("name", EDITORS)
@@ -309,7 +310,7 @@ def test_guidance_that_shares_a_batch_with_the_edits_is_refused(load, monkeypatc
     hook = lambda module, args, kwargs: (
         args,
         {
-            key: torch.cat([value] * 2) if sample._per_copy(key, value) else value  # noqa: E731
+            key: torch.cat([value] * 2) if sample.has_batch(key, value) else value  # noqa: E731
             for key, value in kwargs.items()
         },
     )
@@ -427,7 +428,7 @@ def plain_pipeline(folder):
     parts, late = {}, {}
     for name, kind in json.loads((folder / "model_index.json").read_text()).items():
         if kind == ["transformers", "Qwen2_5_VLProcessor"]:
-            parts[name] = PictureProcessor.from_pretrained(folder / name)
+            parts[name] = load_processor(Qwen2_5_VLProcessor, folder / name)
         if kind == ["transformers", "PixtralProcessor"]:
             parts[name], late[name] = None, sample.AutoTokenizer.from_pretrained(folder / name)
     pipe = DiffusionPipeline.from_pretrained(folder, **parts)
@@ -663,7 +664,7 @@ def test_with_torchvision_the_standard_processors_are_loaded(editor_folder, monk
     monkeypatch.setattr(
         DiffusionPipeline, "from_pretrained", lambda base, **kwargs: passed.append(kwargs) or pipe
     )
-    assert sample.load_pipeline(str(editor_folder(name)), torch.float32) is pipe and passed == [
+    assert sample.load_pipeline(str(editor_folder(name)), torch.float32, False) is pipe and passed == [
         {"dtype": torch.float32, "trust_remote_code": False}
     ]
 
