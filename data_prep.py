@@ -236,6 +236,15 @@ def parse_settings(cls, argv: list[str] | None = None, description: str = "", **
     return cls(**vars(parser.parse_args(argv)))
 
 
+def changed(before: dict, now: dict, harmless: str) -> list[str]:
+    """In words, which settings are not what they were; harmless: names that do not count."""
+    changes = []
+    for name, value in now.items():
+        if before.get(name) != value and name not in harmless.split():
+            changes.append(f"{name} was {before.get(name)} and is {value}")
+    return changes
+
+
 # ---------------------------------------------------------------- files, whole or not at all
 
 

@@ -57,6 +57,7 @@ from data_prep import (
     append_json_line,
     build_toy,
     catch_signals,
+    changed,
     keep_json_lines,
     load_image,
     load_rows,
@@ -97,6 +98,8 @@ from sample import (
     velocity,
 )
 
+WEIGHT_DECAY = 1e-4  # of AdamW; its betas are PyTorch's, 0.9 and 0.999
+GRAD_CLIP = 1.0  # largest norm of the gradient
 LEAST_SPREAD = 0.005  # below it r lies within 0.005 of 1/2: nothing to learn
 SHOWN_ROWS = 8  # held-out rows in the pictures under samples/
 HOPELESS = 10  # epochs in a row without a kept group that end a run
@@ -158,8 +161,6 @@ class Settings(JudgeSettings):
     lora_alpha: int = setting(64, "The LoRA is scaled by alpha / rank.", at_least=1)
     lora_targets: list[str] | None = setting(None, "Names of layers. [the family's]")
     lr: float = setting(3e-4, "AdamW's learning rate.", above=0, at_most=1)
-    weight_decay: float = setting(1e-4, "AdamW's weight decay.", at_least=0, at_most=1)
-    grad_clip: float = setting(1.0, "Largest gradient norm.", above=0)
     decay_rate: float = setting(
         0.001, "In epoch n old keeps decay_rate n of itself ...", at_least=0, at_most=1
     )
@@ -249,7 +250,6 @@ def nft_loss(
     v, v_old, x_t, x_0: (B, N, C); t, r: (B,). r in [0, 1] is the edit's optimality. At v = v_old
     the gradient lies along -(2 r - 1) (noise - x_0 - v_old), whatever beta is.
     """
-    assert v.ndim == 3, "v is (B, N, C)"
     assert v.shape == v_old.shape == x_t.shape == x_0.shape, "v, v_old, x_t, x_0 differ in shape"
     assert t.shape == r.shape == v.shape[:1], "t and r are (B,)"
     v = v.float()
@@ -396,16 +396,18 @@ def await_scores(run: Run, verdicts: list[Future]) -> Scores:
     while any_rank(run.accelerator, len(pending) > 0):
         with together(run.accelerator, run.stop):
             done, pending = wait(verdicts, timeout=1.0)
-            refuse_failures(run, [verdict.result() for verdict in done], len(verdicts))
+            refuse_failures(run, done, len(verdicts))
     return Scores.stack(gather_object([verdict.result() for verdict in verdicts]))
 
 
-def refuse_failures(run: Run, scores: list[Scores], groups: int) -> None:
+def refuse_failures(run: Run, done: set[Future], groups: int) -> None:
     """BadInput as soon as the judge failed on too many edits of so many groups."""
     causes = Counter()
-    for group in scores:
-        causes.update(cause for cause in group.causes if cause not in ("", "bad row"))
-    edits = groups * len(scores[0].causes) if scores else 0
+    edits = 0
+    for verdict in done:
+        causes.update(verdict.result().causes)
+        edits = groups * len(verdict.result().causes)
+    del causes[""], causes["bad row"]
     if causes.total() > run.settings.max_failed * edits:
         raise BadInput(
             f"the judge failed on {causes.total()} of {edits} edits ({dict(causes)}); see to "
@@ -526,7 +528,7 @@ def update(
     grads = [parameter.grad for parameter in trained]
     message = run.accelerator.reduce(parameters_to_vector(grads), "sum")  # the only one of a step
     vector_to_parameters(message, grads)
-    norm = clip_grad_norm_(trained, run.settings.grad_clip).item()
+    norm = clip_grad_norm_(trained, GRAD_CLIP).item()
     if math.isfinite(norm):
         run.optimizer.step()
     run.optimizer.zero_grad()
@@ -581,13 +583,11 @@ def comparison_grid(rows: list[dict], base: list[dict], now: list[dict]) -> Imag
     captions = []
     for row, before, after in zip(rows, base, now, strict=True):
         if before["image"] and after["image"]:
-            shown = [load_image(row["images"][0]), before["image"], after["image"]]
-            said = [row["prompt"], f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
-            if "target" in row:
-                shown.append(load_image(row["target"]))
-                said.append("target")
-            pictures.append(shown)
-            captions.append(said)
+            target = load_image(row["target"]) if "target" in row else None
+            source = load_image(row["images"][0])
+            pictures.append([source, before["image"], after["image"], target])
+            marks = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
+            captions.append([row["prompt"], *marks, "target" if target else ""])
     return picture_grid(pictures, captions, "source, base, now, with the judge's score")
 
 
@@ -679,11 +679,7 @@ def load_checkpoint(run: Run, state: dict) -> dict:
     if folder is None:
         return state
     stored = json.loads((folder / "state.json").read_text())
-    changes = []
-    for name, value in state["settings"].items():
-        before = stored["settings"].get(name)
-        if before != value and name not in HARMLESS.split():
-            changes.append(f"{name} was {before} and is {value}")
+    changes = changed(stored["settings"], state["settings"], HARMLESS)
     if changes and not run.settings.force:
         raise BadInput(f"{folder}: {'; '.join(changes)}; give what it was, or --force true")
     for change in changes:
@@ -755,21 +751,34 @@ def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     rows = load_rows(settings.data, settings.bad_rows == "skip", accelerator)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     place = "cpu" if settings.shard else accelerator.device
-    how = {"solver_order": settings.solver_order, "trust_remote_code": settings.trust_remote_code}
-    editor = load_editor(settings.base, place, dtype, settings.resolution, **how)
+    editor = load_editor(
+        settings.base,
+        place,
+        dtype,
+        settings.resolution,
+        solver_order=settings.solver_order,
+        trust_remote_code=settings.trust_remote_code,
+    )
     rows["test"] = rows["test"][: settings.eval_rows]
     for split, of_split in rows.items():
         rows[split] = [row for row in of_split if is_fit(settings, editor, row)]
     averages = ("old", "ema") if settings.ema_decay else ("old",)
-    lora = (settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
-    add_policies(editor, *lora, averages, settings.start_lora)
+    add_policies(
+        editor,
+        settings.lora_rank,
+        settings.lora_alpha,
+        settings.lora_targets,
+        settings.seed,
+        averages,
+        settings.start_lora,
+    )
     if settings.gradient_checkpointing:
         editor.pipe.transformer.enable_gradient_checkpointing()
     if settings.shard:
         shard_base(editor, accelerator)
     judge = load_judge(settings, accelerator.device, dtype, stop)
     trained = lora_parameters(editor, "new").values()
-    optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=WEIGHT_DECAY)
     check_editor(editor, rows["train"][0], settings.guidance, optimizer, bool(settings.start_lora))
     check_judge(judge, settings, rows["train"])
     if settings.compile:
