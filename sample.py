@@ -62,11 +62,14 @@ from transformers.utils import is_torchvision_available
 from data_prep import (
     BadInput,
     CheckedSettings,
+    disk_faults,
     load_image,
     load_processor,
+    one_line,
     parse_settings,
     picture_grid,
     run_script,
+    say,
     seeded,
     setting,
     whole_file,
@@ -374,11 +377,6 @@ def text_parts(pipe: DiffusionPipeline) -> tuple:
 def is_hub_id(place: str | Path) -> bool:
     """Whether a name that is no file here may be one on the hub: owner/name."""
     return str(place).count("/") == 1 and not str(place).startswith((".", "/", "~"))
-
-
-def one_line(error: Exception) -> str:
-    """The begin of an error's message, without its line breaks."""
-    return " ".join(str(error).split())[:200]
 
 
 # ---------------------------------------------------------------- policies
@@ -1095,18 +1093,11 @@ class Settings(CheckedSettings):
         ending = Path(self.out).suffix.lower()
         if Image.registered_extensions().get(ending) not in Image.SAVE:
             raise BadInput(f"--out {self.out}: not a picture's name; end it in .png")
-        refuse_unwritable(self.out)
-
-
-def refuse_unwritable(path: str) -> None:
-    """BadInput at once, not after minutes of work, where no file can be written."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=Path(path).parent):
-            if Path(path).is_dir():
-                raise IsADirectoryError("it is a folder")
-    except OSError as error:
-        raise BadInput(f"--out {path}: cannot be written ({error}); name another") from error
+        if Path(self.out).is_dir():
+            raise BadInput(f"--out {self.out}: is a folder; name a picture in it")
+        with disk_faults(self.out):  # better known now than after minutes of work
+            Path(self.out).parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(self.out).parent).close()
 
 
 def draw_rows(editor: Editor, args: Settings, images: Pictures, names: list[str]) -> Image.Image:
@@ -1145,7 +1136,7 @@ def main(argv: list[str] | None = None) -> None:
     grid = draw_rows(editor, args, images, names)
     with whole_file(args.out) as part:
         grid.save(part)
-    print(f"wrote {args.out}: {args.num} edits with {' and '.join(names)}")
+    say(f"wrote {args.out}: {args.num} edits with {' and '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Every family of editors, each as a tiny random model of the real classes, saved and loaded like a released one."""
+"""Every family of editors, as tiny random models of the real classes, saved like released ones."""
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -398,15 +399,18 @@ def train(base, rows, out, **changes):
 @pytest.fixture
 def watched(monkeypatch):
     """A rule for a judge, and the editor that training loads."""
-    loaded, load_editor = [], train_nft.load_editor
-    monkeypatch.setattr(train_nft, "signals_caught", list)  # pytest keeps its own handlers
-    monkeypatch.setattr(
-        train_nft, "load_editor", lambda *a, **k: loaded.append(load_editor(*a, **k)) or loaded[-1]
-    )
+    loaded = []
+    load_editor = train_nft.load_editor
+
+    def load(*args, **kwargs):
+        loaded.append(load_editor(*args, **kwargs))
+        return loaded[-1]
+
+    monkeypatch.setattr(train_nft, "load_editor", load)
     monkeypatch.setattr(train_nft, "load_judge", lambda *args, **kwargs: RuleJudge())
-    monkeypatch.setattr(
-        torch, "set_num_threads", lambda number: None
-    )  # two threads on a busy machine take turns waiting
+    monkeypatch.setattr(train_nft, "catch_signals", threading.Event)  # pytest keeps its handlers
+    # two threads on a busy machine take turns waiting
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     return loaded
 
 
@@ -664,9 +668,9 @@ def test_with_torchvision_the_standard_processors_are_loaded(editor_folder, monk
     monkeypatch.setattr(
         DiffusionPipeline, "from_pretrained", lambda base, **kwargs: passed.append(kwargs) or pipe
     )
-    assert sample.load_pipeline(str(editor_folder(name)), torch.float32, False) is pipe and passed == [
-        {"dtype": torch.float32, "trust_remote_code": False}
-    ]
+    assert sample.load_pipeline(
+        str(editor_folder(name)), torch.float32, False
+    ) is pipe and passed == [{"dtype": torch.float32, "trust_remote_code": False}]
 
 
 def test_a_processor_that_cannot_be_had_without_torchvision_is_one_clear_line(
@@ -708,7 +712,7 @@ def test_a_lora_for_another_family_is_refused_in_one_line(load, tmp_path):
         assert "\n" not in str(error.value)
     wider = {
         f"base_model.model.{key}": torch.zeros(value.shape[0], 2 * value.shape[1])
-        for key, value in sample.read_lora(tmp_path / "kontext")[0].items()
+        for key, value in sample.read_lora(tmp_path / "kontext").weights.items()
     }
     save_file(wider, tmp_path / "kontext" / "adapter_model.safetensors")
     with pytest.raises(
