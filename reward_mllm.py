@@ -332,6 +332,26 @@ class Scores(NamedTuple):
     words: list = ()  # n strings: the judge's likeliest first words, or what it wrote
     shares: list = ()  # n tuples: probability of each word that counts, among those words
 
+    @staticmethod
+    def missing(n, cause):
+        """The Scores of n edits that could not be judged."""
+        none = torch.full((n,), torch.nan)
+        return Scores(none, none, {}, [cause] * n, [""] * n)
+
+    @staticmethod
+    def stack(groups):
+        """G groups' Scores as one, (G, n); its causes are those of all G n edits."""
+        known = {}
+        for group in groups:
+            known |= group.terms
+        nothing = torch.full_like(groups[0].score, torch.nan)
+        terms = {name: torch.stack([g.terms.get(name, nothing) for g in groups]) for name in known}
+        causes = []
+        for group in groups:
+            causes += group.causes
+        score = torch.stack([group.score for group in groups])
+        return Scores(score, torch.stack([group.mass for group in groups]), terms, causes)
+
 
 class Verdict(NamedTuple):
     """What came of one question about one edit; the fields are those of Scores."""
