@@ -1,11 +1,24 @@
-"""The data: JSONL rows in, checked examples out; and the toy world with its two tiny models.
+"""Rows and pictures, what every script shares, and the toy world with its two tiny models.
 
-python data_prep.py toy            # builds data/toy: rows, pictures, a tiny editor, a tiny judge
-python data_prep.py check DIR      # lists every fault of a dataset folder
-python data_prep.py check DIR --against BENCH    # and a benchmark's pictures in it
+    python data_prep.py toy                          # builds data/toy: rows, pictures, two models
+    python data_prep.py check DIR                    # lists every fault of a dataset folder
+    python data_prep.py check DIR --against BENCH    # and a benchmark's pictures in it
+
+A dataset is a folder with train.jsonl and test.jsonl (or *_metadata.jsonl) and pictures. A row is a
+JSON object: `prompt`, `image` (a path in the folder, or a list of them), and optional `id`,
+`requirement`, `task`, `target` (a picture of a right edit) and `mask` (a picture of the size of the
+first, white where the edit may change); other keys are kept. Pictures are upright RGB PIL images;
+those of the toy are also float tensors (B, 3, 32, 32) in [0, 1].
+
+Departures:
+1. Edit-R1's released rows (*_metadata.jsonl) may repeat a row; here the second one is a fault.
+2. A random draw has no state: `seeded` names each one (Edit-R1 seeds each process once).
+3. Training looks at the headers of the pictures alone; `check` decodes all of them.
+4. The toy stands in for the paper's 27,572 rows, which are not released.
 """
 
 import difflib
+import errno
 import functools
 import hashlib
 import io
@@ -15,6 +28,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -22,12 +36,12 @@ import textwrap
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import Field, asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,36 +50,72 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-# ---------------------------------------------------------------- what every script uses
+# ---------------------------------------------------------------- errors, output, signals, seeds
 
 
 class BadInput(Exception):
     """A mistake in what the user gave: one line that names the file, line or value, and the fix."""
 
 
-def run_script(main) -> None:
-    """Calls a script's `main`. BadInput, or a GPU that is too small, ends it in one line, code 2."""
+def run_script(main: Callable[[], None]) -> None:
+    """Calls a script's `main`. BadInput, or a GPU that is too small, ends it in one line, code 2.
+
+    Where nobody reads stdout any more (`| head`) it ends without a word, code 141 as in a shell.
+    """
     try:
-        main()
+        try:
+            main()
+        finally:
+            print(end="", flush=True)  # here, where a broken pipe can still be caught
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". GPU ")[0]
-        print(
-            f"error: the GPU is too small ({reason}); lower --rollout_batch, --train_batch or "
+        fail(
+            f"the GPU is too small ({reason}); lower --rollout_batch, --train_batch or "
             "--judge_batch, put the judge elsewhere (--judge_device or a server), or spread the "
-            "base over several GPUs with --shard",
-            file=sys.stderr,
+            "base over several GPUs with --shard"
         )
-        sys.exit(2)
+    except BrokenPipeError:
+        if not stdout_is_gone():
+            raise
+        sys.exit(141)
+
+
+def fail(message: str) -> None:
+    """Ends the program with one line on stderr and code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def say(text: str) -> None:
+    """Prints a line; where nobody reads stdout any more, this and what follows goes nowhere."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        stdout_is_gone()
+
+
+def stdout_is_gone() -> bool:
+    """Whether stdout cannot be written; if so, it leads nowhere from now on."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, or its name, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def catch_signals() -> threading.Event:
     """An event that SIGTERM, SIGHUP or Ctrl-C sets, so that loops and waits can end well.
 
     A second Ctrl-C ends the program at once. A second SIGTERM does not: launchers send it to the
-    group and then to each worker.
+    group and then to each worker. Under nohup SIGHUP stays ignored.
     """
     stop = threading.Event()
 
@@ -74,9 +124,11 @@ def catch_signals() -> threading.Event:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         stop.set()
 
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows has no SIGHUP
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), catch)
+    signal.signal(signal.SIGTERM, catch)
+    signal.signal(signal.SIGINT, catch)
+    # Windows has no SIGHUP
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, catch)
     return stop
 
 
@@ -91,6 +143,8 @@ def seeded(*key) -> torch.Generator:
 
 # ---------------------------------------------------------------- settings
 
+LARGEST = 2**63  # what no number of a setting reaches
+
 
 def setting(
     default: Any,
@@ -102,37 +156,58 @@ def setting(
     """A field of a settings dataclass: default, help, and the range of its number or numbers."""
     limits = {"at least": at_least, "above": above, "at most": at_most}
     limits = {words: limit for words, limit in limits.items() if limit is not None}
-    told = " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
-    options = {"help": f"{help} ({told})" if told else help, "metadata": {"limits": limits}}
+    help = help.replace("%", "%%")  # argparse fills in %(default)s
+    if limits:
+        help = f"{help} ({told(limits)})"
+    options = {"help": help, "metadata": {"limits": limits}}
     if isinstance(default, list):
         return HfArg(default_factory=default.copy, **options)
     return HfArg(default=default, **options)
 
 
+def told(limits: dict[str, float]) -> str:
+    """Limits in words: at least 0 and at most 1."""
+    return " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
+
+
 @dataclass(frozen=True)
 class CheckedSettings:
-    """Settings whose numbers are finite and lie in the ranges that their fields name."""
+    """Settings whose numbers lie in the ranges that their fields name, and whose texts are text."""
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            for number in value if isinstance(value, list) else [value]:
-                if type(number) in (int, float):
-                    check_range(field, number)
+            if value == [] and field.default_factory is not MISSING and field.default_factory():
+                raise BadInput(f"--{field.name}: is empty; give at least one value")
+            for part in value if isinstance(value, list) else [value]:
+                if type(part) in (int, float):
+                    check_range(field, part)
+                elif isinstance(part, str):
+                    check_text(field, part)
 
 
 def check_range(field: Field, number: float) -> None:
-    """BadInput for a number outside the limits of its setting, or not finite."""
+    """BadInput for a number outside the limits of its setting, not finite, or beyond all sense."""
     limits = field.metadata.get("limits", {})
-    outside = (
-        not math.isfinite(number)
-        or number < limits.get("at least", -math.inf)
-        or number <= limits.get("above", -math.inf)
-        or number > limits.get("at most", math.inf)
+    fits = (
+        abs(number) < LARGEST  # not so for nan
+        and number >= limits.get("at least", -LARGEST)
+        and number > limits.get("above", -LARGEST)
+        and number <= limits.get("at most", LARGEST)
     )
-    if outside:
-        wanted = " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
-        raise BadInput(f"--{field.name} {number}: give a number {wanted or 'that is finite'}")
+    if not fits:
+        wanted = told(limits) or "between -2^63 and 2^63"
+        raise BadInput(f"--{field.name} {number}: give a number {wanted}")
+
+
+def check_text(field: Field, text: str) -> None:
+    """BadInput for a text that no file, path or message can hold: with NUL, or not utf-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"--{field.name} {text!r}: is not utf-8; write or rename it") from None
+    if "\0" in text:
+        raise BadInput(f"--{field.name} {text!r}: holds a NUL character; leave it out")
 
 
 class SettingsParser(HfArgumentParser):
@@ -160,65 +235,138 @@ def parse_settings(cls, argv: list[str] | None = None, description: str = "", **
 
 
 @contextmanager
+def disk_faults(path: str | Path) -> Iterator[None]:
+    """Makes one BadInput of whatever a full, read-only or broken disk raises in the block."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch.save have errors of their own for a disk that is full
+        known = re.search("I/O error|IoError|inline_container", str(error))
+        if not known and not isinstance(error, OSError):
+            raise
+        reason = one_line(error)
+        raise BadInput(
+            f"{path}: cannot be written ({reason}); make room or name another place"
+        ) from error
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file or a folder's list of files is on the disk, to outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network disks cannot, for a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path` to be written; it becomes `path` when the block ends.
 
     An error leaves what was there, and nothing else. BadInput for one of the disk or the folder.
     """
     path = Path(path)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")  # its ending tells Pillow the format
-    try:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadInput(f"{path}: is no plain file; name another")
+    with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error}); make room or name another") from error
-    finally:
-        part.unlink(missing_ok=True)
+        part = path.with_name(f".part-{os.getpid()}-{path.name}")  # Pillow reads the ending
+        try:
+            yield part
+            to_disk(part)
+            part.replace(path)
+            to_disk(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields a new folder beside `folder` to be filled; it becomes `folder` when the block ends.
+    """Yields a new folder to be filled; it becomes `folder` when the block ends.
 
-    It then also holds hashes.json, a hash of every file, by which `is_whole` knows it. Replaces
-    only a folder that holds nothing but what an earlier call wrote; any other is moved aside.
+    It then also holds hashes.json, a hash of every file, by which `is_whole` knows it. A folder of
+    that name is replaced if it holds nothing but what an earlier call wrote; any other is moved
+    aside and said. BadInput for an error of the disk, and where another process is at it.
     """
-    folder = Path(folder)
-    part = folder.with_name(f".part-{folder.name}")
-    try:
-        shutil.rmtree(part, ignore_errors=True)  # left by a kill
-        part.mkdir(parents=True)
-        yield part
-        (part / "hashes.json").write_text(json.dumps(file_hashes(part), indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is a file; name a folder")
+    if Path.cwd().is_relative_to(folder):
+        raise BadInput(f"{folder}: holds the folder you work in; name another")
+    room = folder.with_name(f".part-{folder.name}")  # stays after a kill
+    part = room / "whole"
+    if room.exists() and not (room / ".lock").is_file():
+        raise BadInput(f"{room}: is in the way; move it elsewhere")
+    with disk_faults(folder), locked(room):
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            yield part
+            (part / "hashes.json").write_text(json.dumps(file_hashes(part), indent=1))
+            for path in [part, *part.rglob("*")]:
+                to_disk(path)
+            move_in(part, folder)
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def move_in(part: Path, folder: Path) -> None:
+    """Gives `part` the name `folder`; what had it goes if it was ours, else it is moved aside."""
+    aside = folder
+    for number in itertools.count(1):
+        if not os.path.lexists(aside):
+            break
+        aside = folder.with_name(f"{folder.name}.old-{number}")
+    if aside == folder:
         part.rename(folder)
-    except OSError as error:
-        raise BadInput(
-            f"{folder}: cannot be written ({error}); make room or name another"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    else:
+        folder.rename(aside)
+        part.rename(folder)
+        if holds_only_ours(aside):
+            shutil.rmtree(aside)
+        else:
+            print(f"{folder}: held files of others; moved to {aside}", file=sys.stderr)
+    to_disk(folder.parent)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """{relative path: sha256} of all files below a folder but its own hashes.json."""
+    """{relative path: sha256} of all plain files below a folder but its own hashes.json."""
     hashes = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name != "hashes.json":
-            name = file.relative_to(folder).as_posix()
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name != "hashes.json":
             hashes[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return hashes
 
 
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """What a folder's hashes.json says; nothing where it has none that can be read."""
+    try:
+        return parse_json_object((folder / "hashes.json").read_bytes(), "")
+    except (OSError, BadInput):
+        return {}
+
+
 def is_whole(folder: str | Path) -> bool:
     """Whether all files of a folder are there as whole_folder wrote them; others do not matter."""
+    recorded = recorded_hashes(Path(folder))
     try:
-        wanted = json.loads(Path(folder, "hashes.json").read_text())
-        return wanted.items() <= file_hashes(Path(folder)).items()
-    except (OSError, ValueError, AttributeError):
+        return bool(recorded) and recorded.items() <= file_hashes(Path(folder)).items()
+    except OSError:
         return False
+
+
+def holds_only_ours(folder: Path) -> bool:
+    """Whether a folder holds nothing but what whole_folder wrote there, unchanged."""
+    names = set()
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir():
+            names.add(path.relative_to(folder).as_posix())
+    found = file_hashes(folder)
+    return names <= {"hashes.json", *found} and found.items() <= recorded_hashes(folder).items()
 
 
 @contextmanager
@@ -226,17 +374,35 @@ def locked(folder: str | Path) -> Iterator[None]:
     """Within, no other process holds this folder; BadInput if one does. Ends with the process."""
     import fcntl  # not on Windows
 
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = open(Path(folder, ".lock"), "w")
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be written ({error}); name another folder") from error
+    folder = Path(folder)
+    with disk_faults(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BadInput(f"{folder}: another run is at work there; name another folder") from None
+        except BlockingIOError:
+            file.seek(0)
+            raise BadInput(
+                f"{folder}: another run is at work there (process {file.read()}, maybe left by a "
+                "killed launcher); end it, or name another folder"
+            ) from None
+        except OSError as error:
+            print(f"note: {folder}: its disk has no locks ({error})", file=sys.stderr)
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
         yield
+
+
+# ---------------------------------------------------------------- JSON lines
+
+
+def check_plain(path: str | Path, fix: str, kind: str = "file") -> None:
+    """BadInput unless there is a plain file, or a link to one: a pipe or a device could hang."""
+    if not os.path.exists(path):
+        raise BadInput(f"{path}: no such {kind}; {fix}")
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: is no plain file; {fix}")
 
 
 def read_json_lines(path: str | Path, faults: list | None = None) -> list[tuple[int, dict]]:
@@ -245,13 +411,13 @@ def read_json_lines(path: str | Path, faults: list | None = None) -> list[tuple[
     utf-8 with or without BOM; empty lines are passed over. The first line that is no JSON object
     raises BadInput; with a list as `faults` it is left out and the message appended.
     """
-    path = Path(path)
+    check_plain(path, "name another")
     try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error}); name another file") from None
     objects = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 objects.append((number, parse_json_object(line, f"{path}:{number}")))
@@ -265,19 +431,63 @@ def read_json_lines(path: str | Path, faults: list | None = None) -> list[tuple[
 def parse_json_object(line: bytes, where: str) -> dict:
     """The JSON object in a line; BadInput, naming `where` it stands, if there is none."""
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode("utf-8-sig"))
+        json_line(value, errors="strict")  # half of a surrogate pair could be written nowhere
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: not JSON ({error}); write one object a line") from None
+        raise BadInput(f"{where}: not JSON ({one_line(error)}); write one object a line") from None
     if not isinstance(value, dict):
         raise BadInput(f"{where}: not an object; write one object a line")
     return value
 
 
-def write_json_lines(path: str | Path, objects: list[dict]) -> None:
+def json_line(value: Any, errors: str = "replace") -> bytes:
+    """A value as a line of a JSON lines file, in utf-8."""
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors=errors)
+
+
+def write_json_lines(path: str | Path, objects: Iterable[dict]) -> None:
     """Writes a JSON lines file anew, whole or not at all."""
     with whole_file(path) as part:
-        lines = [json.dumps(value, ensure_ascii=False) + "\n" for value in objects]
-        part.write_text("".join(lines), encoding="utf-8", newline="\n")
+        part.write_bytes(b"".join(map(json_line, objects)))
+
+
+def append_json_line(path: str | Path, value: dict) -> None:
+    """Adds one whole line to a log, or nothing: BadInput where the disk has no room for it.
+
+    A last line that a kill cut short is cut off first; one that lacks only its end gets it.
+    """
+    path = Path(path)
+    if os.path.exists(path):
+        check_plain(path, "name another")
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+", buffering=0) as file:
+            end_last_line(file)
+            size = file.seek(0, os.SEEK_END)
+            line = json_line(value)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, "no space for a whole line")
+            except OSError:
+                file.truncate(size)
+                raise
+
+
+def end_last_line(file: io.FileIO) -> None:
+    """Makes an open file end with a whole line of JSON."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read() == b"\n":
+        return
+    file.seek(0)
+    content = file.readall()
+    start = content.rfind(b"\n") + 1
+    try:
+        parse_json_object(content[start:], "")
+        file.write(b"\n")
+    except BadInput:
+        file.truncate(start)
 
 
 # ---------------------------------------------------------------- models without torchvision
@@ -315,75 +525,104 @@ def without_videos(kind: type) -> type:
     return PictureProcessor
 
 
-# ---------------------------------------------------------------- rows and pictures
+# ---------------------------------------------------------------- pictures
+
+MAX_PIXELS = 2**26  # a picture with more is never decoded
+MIN_SIDE = 16  # pixels; a shorter side is a fault of a dataset
 
 
-MAX_PIXELS, MIN_SIDE = (
-    2**26,
-    16,
-)  # a picture above the first is never decoded; one with a shorter side is a fault
-NEAR = 0.05  # root mean square difference of two 16 x 16 thumbnails in [0, 1] below which they show one picture
-KEYS = (
-    "prompt",
-    "image",
-    "requirement",
-    "task",
-    "target",
-)  # what a row may hold beside its id; others are kept
-
-
-def load_image(path):
-    """The picture at `path`, or in a binary file, as an upright RGB PIL.Image; transparent parts are white.
-
-    Raises BadInput when it is missing, does not decode, or has more than MAX_PIXELS, which its header tells.
-    """
-    name = getattr(path, "name", path)
+@contextmanager
+def opened(picture: str | Path | io.IOBase) -> Iterator[Image.Image]:
+    """A picture's file, opened but not decoded; all that Pillow raises in the block is BadInput."""
+    name = getattr(picture, "name", picture)
+    if isinstance(picture, (str, Path)):
+        check_plain(picture, "correct the path in the row, or add the file", "picture")
     try:
-        with Image.open(path) as image:
+        with Image.open(picture) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadInput(
-                    f"{name}: {image.width} x {image.height} pixels, above {MAX_PIXELS:,}; make it smaller"
-                )
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise BadInput(f"{name}: holds floats of no known range; save it with 8 bits")
-            if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them at 255
-                image = Image.fromarray(
-                    (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
-                )
-            if image.has_transparency_data:
-                image = Image.alpha_composite(
-                    Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-                )
-            return image.convert("RGB")
-    except FileNotFoundError:
+                size = f"{image.width} x {image.height}"
+                raise BadInput(f"{name}: {size} pixels, above {MAX_PIXELS:,}; make it smaller")
+            yield image
+    except BadInput:
+        raise
+    except Exception as error:  # its readers let anything through that a broken file causes
         raise BadInput(
-            f"{name}: no such picture; correct the path in the row, or add the file"
-        ) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(
-            f"{name}: not a readable picture ({error}); replace it or remove its row"
+            f"{name}: not a readable picture ({one_line(error)}); replace it or remove its row"
         ) from None
 
 
-def read_rows(folder, split, faults=None):
+def load_image(path: str | Path | io.IOBase) -> Image.Image:
+    """The picture at `path`, or in a binary file, upright, in RGB; transparent parts are white.
+
+    BadInput when it is missing, is no plain file, does not decode, or has more than MAX_PIXELS.
+    """
+    with opened(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise BadInput(f"{path}: holds floats of no known range; save it with 8 bits")
+        if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them at 255
+            values = np.asarray(image).clip(0, 65535) / 257
+            image = Image.fromarray(values.round().astype(np.uint8))
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def check_side(path: str, image: Image.Image) -> None:
+    """BadInput for a picture with a side below MIN_SIDE."""
+    if min(image.size) < MIN_SIDE:
+        size = f"{image.width} x {image.height}"
+        raise BadInput(f"{path}: {size} pixels, below {MIN_SIDE}; replace it or remove its row")
+
+
+def header_fault(path: str) -> str:
+    """What a picture's header alone shows to be wrong with it; "" for nothing."""
+    try:
+        with opened(path) as image:
+            check_side(path, image)
+    except BadInput as fault:
+        return str(fault)
+    return ""
+
+
+# ---------------------------------------------------------------- rows
+
+SPLITS = ("train", "test")
+TEXT_KEYS = ("requirement", "task", "target", "mask")  # optional
+KEYS = ("prompt", "image", *TEXT_KEYS)  # what a row may hold beside its id; others are kept
+
+
+def split_file(folder: Path, split: str) -> Path | None:
+    """The file that holds a split's rows, if there is one."""
+    for name in (f"{split}.jsonl", f"{split}_metadata.jsonl"):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def read_rows(folder: str | Path, split: str, faults: list | None = None) -> list[dict]:
     """The rows of a dataset folder's `train` or `test` split, checked, pictures not yet opened.
 
-    Returns a list of dicts: `prompt` (str), `images` (list of absolute paths, from the key `image`), `id` (str), and
-    whatever else the row holds (`requirement`, `task`, ...); `target`, the picture of a right edit, becomes absolute.
-    The first bad row raises BadInput naming file, line and mend. With a list as `faults` bad rows are left out and what
-    is wrong with each is appended to it.
+    A row gets `images` (the absolute paths in `image`), `id` (text) and `where` ("FILE:LINE");
+    `target` and `mask` become absolute paths; all else stays. The first bad row raises BadInput,
+    naming file and line; with a list as `faults` it is left out and the message appended.
     """
     folder = Path(folder).resolve()
-    names = [f"{split}.jsonl", f"{split}_metadata.jsonl"]
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    file = split_file(folder, split)
     if file is None:
-        raise BadInput(f"{folder}: holds neither {names[0]} nor {names[1]}; name a dataset folder")
-    rows, seen = [], {}
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        wanted = f"{split}.jsonl nor {split}_metadata.jsonl"
+        raise BadInput(f"{folder}: holds neither {wanted}; name a dataset folder")
+    rows = []
+    places = {}  # of the ids and contents so far
+    for number, row in read_json_lines(file, faults):
+        row["where"] = f"{file}:{number}"
         try:
-            if line.strip():
-                rows.append(_read_row(line, folder, f"{file}:{number}", f"{split}-{number}", seen))
+            check_keys(row)
+            find_pictures(row, folder)
+            row["id"] = str(row.get("id", f"{split}-{number}"))
+            check_repeat(row, places)
+            rows.append(row)
         except BadInput as fault:
             if faults is None:
                 raise
@@ -393,120 +632,149 @@ def read_rows(folder, split, faults=None):
     return rows
 
 
-def _read_row(line, folder, where, name, seen):
-    """One checked row of read_rows; `seen` maps ids and contents of earlier rows to their places."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: not JSON ({error}); write one object a line") from None
-    if not isinstance(row, dict):
-        raise BadInput(f"{where}: not an object; write one object a line")
+def check_keys(row: dict) -> None:
+    """BadInput for a row with a misspelt key, or without the texts that it must hold."""
+    where = row["where"]
     for key in sorted(row.keys() - set(KEYS)):
-        for meant in set(difflib.get_close_matches(key, KEYS, 1, 0.8)) - row.keys():
-            raise BadInput(f"{where}: unknown key `{key}`; write `{meant}`")
+        for meant in difflib.get_close_matches(key, KEYS, 1, 0.8):
+            if meant not in row:
+                raise BadInput(f"{where}: unknown key `{key}`; write `{meant}`")
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
-    content = json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True)
-    images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image")
-    if (
-        not images
-        or not isinstance(images, list)
-        or not all(isinstance(name, str) for name in images)
-    ):
-        raise BadInput(
-            f"{where}: the row has no `image`; add a path, or a list of paths, relative to {folder}"
-        )
-    for key in ("requirement", "task", "target"):
+    if not isinstance(row.get("id", ""), (str, int)):
+        raise BadInput(f"{where}: `id` is {row['id']!r}; write a text or a number")
+    for key in TEXT_KEYS:
         if not isinstance(row.get(key, ""), str):
-            raise BadInput(
-                f"{where}: `{key}` is {row[key]!r}, not text; write it in quotes or leave it out"
-            )
-    row["images"] = [inside(folder, name, where) for name in images]
-    if "target" in row:
-        row["target"] = inside(folder, row["target"], where)
-    row["id"] = str(row.get("id", name))
-    for mark, mend in (
-        ("id " + row["id"], f"the id {row['id']!r} again"),
-        (content, "the row again"),
-    ):
-        if seen.setdefault(mark, where) != where:
-            raise BadInput(
-                f"{where}: {mend} that {Path(seen[mark]).name} has; remove or change one"
-            )
-    return row
+            fix = "write it in quotes or leave it out"
+            raise BadInput(f"{where}: `{key}` is {row[key]!r}, not text; {fix}")
 
 
-def inside(folder, name, where):
-    """The absolute path of `name` in `folder`; BadInput when it leaves it, also by a link."""
-    try:
-        path = (folder / name).resolve()
-    except (ValueError, RuntimeError) as error:
-        raise BadInput(f"{where}: picture {name!r} is no path ({error}); correct it") from None
-    if not path.is_relative_to(folder):
-        raise BadInput(
-            f"{where}: picture {name} leaves the dataset folder; move it inside {folder}"
-        )
-    return str(path)
+def find_pictures(row: dict, folder: Path) -> None:
+    """Gives a row its `images` and makes all its paths absolute; BadInput where one leaves."""
+    names = row.get("image")
+    if isinstance(names, str):
+        names = [names]
+    is_list = isinstance(names, list) and names
+    if not is_list or not all(isinstance(name, str) for name in names):
+        fix = f"add a path, or a list of paths, relative to {folder}"
+        raise BadInput(f"{row['where']}: the row has no `image`; {fix}")
+    row["images"] = [inside(folder, name, row["where"]) for name in names]
+    for key in ("target", "mask"):
+        if key in row:
+            row[key] = inside(folder, row[key], row["where"])
 
 
-def look_at(path):
-    """A fit picture's (hash of its pixels, thumbnail (768,) float32 in [0, 1]); a BadInput, not raised, for another."""
-    try:
-        image = load_image(path)
-        if min(image.size) < MIN_SIDE:
-            raise BadInput(
-                f"{path}: {image.width} x {image.height} pixels, below {MIN_SIDE}; replace it or remove its row"
-            )
-    except BadInput as fault:
-        return fault
-    small = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32) / 255
-    return hashlib.blake2b(repr(image.size).encode() + image.tobytes()).digest(), small.flatten()
+def check_repeat(row: dict, places: dict) -> None:
+    """BadInput for an id or a content that an earlier row has; `places` tells where those stand."""
+    content = {key: value for key, value in row.items() if key not in ("id", "where")}
+    keys = {
+        f"id {row['id']}": f"the id {row['id']!r} again",
+        json.dumps(content, sort_keys=True): "the row again",
+    }
+    for key, words in keys.items():
+        if key in places:
+            earlier = Path(places[key]).name
+            raise BadInput(f"{row['where']}: {words} that {earlier} has; remove or change one")
+    places.update(dict.fromkeys(keys, row["where"]))
 
 
-def row_pictures(row):
-    return [*row["images"], *filter(None, [row.get("target")])]
+def inside(folder: str | Path, name: str, where: str) -> str:
+    """The path of `name` in `folder`, links followed later; BadInput when its words leave it."""
+    if "\0" in name:
+        raise BadInput(f"{where}: picture {name!r} is no path; correct it")
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        fix = f"move or link it inside {folder}"
+        raise BadInput(f"{where}: picture {name} leaves the dataset folder; {fix}")
+    return str(Path(folder, name))
 
 
-def check_pictures(rows, faults=None, looks=None):
-    """Opens every picture of `rows` once and returns the rows whose pictures are all fit for use.
+def row_pictures(row: dict) -> list[str]:
+    """The paths of all pictures of a row: sources, target, mask."""
+    return [*row["images"], *(row[key] for key in ("target", "mask") if key in row)]
 
-    The first missing, broken or too small picture raises BadInput; with a list as `faults` it is appended instead.
-    looks: a dict that gets what look_at says of each path.
+
+def picture_paths(rows: Iterable[dict]) -> list[str]:
+    """The paths of all pictures of rows, each once, sorted."""
+    return sorted(set(itertools.chain.from_iterable(map(row_pictures, rows))))
+
+
+class Report(NamedTuple):
+    """What one process knows of a dataset when it starts."""
+
+    fingerprint: str  # of the rows
+    faults: list[str]  # of the rows
+    broken: dict[str, str]  # fault by path of picture
+
+
+def load_rows(folder: str | Path, skip: bool = False, accelerator=None) -> dict[str, list[dict]]:
+    """{"train": rows, "test": rows} of a dataset, by the headers of its pictures fit for training.
+
+    The first fault raises BadInput; with `skip` faulty rows are left out, with a line on stderr for
+    each fault. With an accelerate.Accelerator the processes of a node share the work, all drop the
+    same rows or raise the same error, and rows that differ between them are an error.
     """
-    looks = {} if looks is None else looks
-    paths = sorted({path for row in rows for path in row_pictures(row)})
-    with ThreadPoolExecutor() as pool:
-        for path, look in zip(paths, pool.map(look_at, paths)):
-            looks[path] = look
-            if isinstance(look, BadInput) and faults is None:
-                raise look
-            if isinstance(look, BadInput):
-                faults.append(str(look))
-    return [
-        row
-        for row in rows
-        if not any(isinstance(looks[path], BadInput) for path in row_pictures(row))
-    ]
+    rows = {}
+    faults = []
+    for split in SPLITS:
+        try:
+            rows[split] = read_rows(folder, split, faults)
+        except BadInput as fault:
+            rows[split] = []
+            faults.append(str(fault))
+    every = list(itertools.chain.from_iterable(rows.values()))
+    reports = [Report(fingerprint(every), faults, header_faults(every, accelerator))]
+    if accelerator is not None:
+        from accelerate.utils import gather_object
 
+        reports = gather_object(reports)
 
-def load_rows(folder, skip=False):
-    """{"train": rows, "test": rows} of a dataset whose pictures were all opened once.
-
-    The first fault raises BadInput; with `skip` faulty rows are left out, with a line on stderr for each fault.
-    """
-    faults, rows = [] if skip else None, {}
-    for split in ("train", "test"):
-        rows[split] = check_pictures(read_rows(folder, split, faults), faults)
+    broken = {}
+    said = {}  # each fault once, in order
+    for report in reports:
+        broken |= report.broken
+        said |= dict.fromkeys([*report.faults, *report.broken.values()])
+    if said and not skip:
+        raise BadInput(next(iter(said)))
+    if len({report.fingerprint for report in reports}) > 1:
+        raise BadInput(f"{folder}: its rows differ between processes; give each node the same ones")
+    if accelerator is None or accelerator.is_main_process:
+        print("".join(f"skipped: {fault}\n" for fault in said), end="", file=sys.stderr)
+    for split in SPLITS:
+        rows[split] = [row for row in rows[split] if broken.keys().isdisjoint(row_pictures(row))]
         if not rows[split]:
-            raise BadInput(
-                f"{folder}: no faultless row is left in {split}; python data_prep.py check {folder} lists what to mend"
-            )
-    print("".join(f"skipped: {fault}\n" for fault in faults or []), end="", file=sys.stderr)
+            fix = f"python data_prep.py check {folder} lists what to mend"
+            raise BadInput(f"{folder}: no faultless row is left in {split}; {fix}")
     return rows
 
 
-def rows_of_epoch(number, rows, seed, epoch):
-    """Indices of the `number` rows of an epoch: the data shuffled anew each time it is used up, without any state."""
+def fingerprint(rows: list[dict]) -> str:
+    """A hash of what rows hold, the same wherever their folder lies."""
+    kept = [[row["id"], row["prompt"], row["image"], row.get("requirement")] for row in rows]
+    return hashlib.sha256(json_line(kept)).hexdigest()
+
+
+def header_faults(rows: list[dict], accelerator=None) -> dict[str, str]:
+    """{path: fault} of the pictures of rows; of this process's share of them in its node."""
+    paths = picture_paths(rows)
+    if accelerator is not None:
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        paths = paths[rank :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+    hidden = accelerator is not None and not accelerator.is_main_process
+    broken = {}
+    with ThreadPoolExecutor() as pool:  # for disks in the network: they answer late
+        faults = pool.map(header_fault, paths)
+        bar = tqdm(faults, "pictures", len(paths), leave=False, disable=hidden)
+        for path, fault in zip(paths, bar, strict=True):
+            if fault:
+                broken[path] = fault
+    return broken
+
+
+def rows_of_epoch(number: int, rows: int, seed: int, epoch: int) -> Iterator[int]:
+    """Indices of an epoch's `number` rows: the data shuffled anew each time it is used up.
+
+    Without any state: the same arguments give the same indices.
+    """
     for position in range(epoch * number, (epoch + 1) * number):
         turn, place = divmod(position, rows)
         yield torch.randperm(rows, generator=seeded(seed, "rows", turn))[place].item()
@@ -514,42 +782,123 @@ def rows_of_epoch(number, rows, seed, epoch):
 
 # ---------------------------------------------------------------- the check
 
+NEAR = 0.05  # root mean square difference of two thumbnails below which they show one picture
+
 
 @dataclass(frozen=True)
-class CheckSettings:
+class CheckSettings(CheckedSettings):
     """What `data_prep.py check DIR` is told."""
 
-    dataset: str = HfArg(default="", help="The dataset folder; also the first word after check.")
-    against: str = HfArg(
-        default="", help="A benchmark's folder: its pictures must not be in the dataset."
-    )
+    dataset: str = setting("", "The dataset folder; also the first word after check.")
+    against: str = setting("", "A benchmark's folder: its pictures must not be in the dataset.")
 
 
-def read_table(folder):
-    """The rows of all parquet and arrow files below `folder` as dicts, a few at a time; none where there are none.
+@dataclass(frozen=True)
+class Look:
+    """What there is to see in a decoded picture; nothing if it has a fault."""
 
-    A picture is a dict with its file's `bytes`. Arrow files are streams, as `datasets` writes them to disk.
-    """
-    files = sorted(file for kind in ("*.parquet", "*.arrow") for file in Path(folder).rglob(kind))
-    if not files:
-        return
+    fault: str = ""
+    size: tuple[int, int] = (0, 0)  # width, height
+    hash: bytes = b""  # of size and pixels
+    thumbnail: np.ndarray | None = None  # (768,) float32 in [0, 1]: 16 x 16 pixels
+
+
+def look_at(picture: str | Path | io.IOBase) -> Look:
+    """Decodes a picture and looks at it."""
     try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise BadInput(f"{files[0]}: reading it needs pyarrow; pip install pyarrow") from None
-    for file in files:
-        stream = (
-            ParquetFile(file).iter_batches(16)
-            if file.suffix == ".parquet"
-            else pyarrow.ipc.open_stream(file)
-        )
-        for batch in stream:
-            yield from batch.to_pylist()
+        image = load_image(picture)
+        check_side(picture, image)
+    except BadInput as fault:
+        return Look(str(fault))
+    small = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32) / 255
+    content = repr(image.size).encode() + image.tobytes()
+    return Look("", image.size, hashlib.blake2b(content).digest(), small.flatten())
 
 
-def benchmark_pictures(folder):
-    """(name, path or binary file) of every picture in a benchmark's folder, also of those inside parquet and arrow files."""
+def check_dataset(settings: CheckSettings) -> None:
+    """Reads a dataset once and prints every fault on a line of its own; BadInput when there is one.
+
+    Rows that are alike though their files differ are no fault of the data, training takes them:
+    they are notes.
+    """
+    if not settings.dataset:
+        usage = "python data_prep.py check DIR [--against BENCH]"
+        raise BadInput(f"check: no dataset is named; {usage}")
+    folder = Path(settings.dataset).resolve()
+    splits = [split for split in SPLITS if split_file(folder, split)]
+    rows = []
+    faults = []
+    for split in splits or SPLITS:
+        rows += read_rows(folder, split, faults)
+    paths = picture_paths(rows)
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(pool.map(look_at, paths), "pictures", len(paths), leave=False)
+        looks = dict(zip(paths, bar, strict=True))
+    faults += [look.fault for look in looks.values() if look.fault]
+    rows = [row for row in rows if not any(looks[path].fault for path in row_pictures(row))]
+    faults += mask_faults(rows, looks)
+    if settings.against:
+        faults += copies_of(looks, settings.against)
+    for line in alike_rows(rows, looks) + faults:
+        print(line)
+    counts = f"{len(rows)} good rows in {' and '.join(splits)}, {len(looks)} pictures"
+    if faults:
+        raise BadInput(f"{folder}: {len(faults)} faults, one a line above; {counts}")
+    if settings.against:
+        counts += f"; nothing of {settings.against}"
+    print(f"{folder}: no faults; {counts}")
+
+
+def mask_faults(rows: list[dict], looks: dict[str, Look]) -> list[str]:
+    """A line for each mask that has not the size of its row's first picture; its row is removed."""
+    faults = []
+    for row in list(rows):
+        if "mask" in row and looks[row["mask"]].size != looks[row["images"][0]].size:
+            faults.append(
+                f"{row['where']}: `mask` has not the size of the row's first picture; resize it"
+            )
+            rows.remove(row)
+    return faults
+
+
+def alike_rows(rows: list[dict], looks: dict[str, Look]) -> list[str]:
+    """A line for each row with the prompt and the pixels of an earlier one."""
+    notes = []
+    seen = {}
+    for row in rows:
+        content = (row["prompt"], *(looks[path].hash for path in row["images"]))
+        earlier = seen.setdefault(content, row["id"])
+        if earlier != row["id"]:
+            notes.append(
+                f"note: row {row['id']} has the prompt and the very pictures of row {earlier}"
+            )
+    return notes
+
+
+def copies_of(looks: dict[str, Look], folder: str) -> list[str]:
+    """A line for each fit picture that shows one of the benchmark in `folder`, exactly or nearly."""
+    paths = [path for path, look in looks.items() if not look.fault]
+    own = np.array([looks[path].thumbnail for path in paths]).reshape(-1, 768)
+    found = {}
+    theirs = None
+    for name, picture in benchmark_pictures(folder):
+        theirs = look_at(picture)
+        if theirs.fault:
+            continue
+        distance = np.sqrt(np.square(own - theirs.thumbnail).mean(1))  # (paths,)
+        for i in np.flatnonzero(distance < NEAR):
+            path = paths[i]
+            if looks[path].hash == theirs.hash:
+                found[path] = f"an exact copy of {name}"
+            else:
+                found.setdefault(path, f"a near copy of {name} (difference {distance[i]:.3f})")
+    if theirs is None:
+        raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
+    return [f"{path}: {words}; remove its rows" for path, words in found.items()]
+
+
+def benchmark_pictures(folder: str) -> Iterator[tuple[str, Path | io.BytesIO]]:
+    """(name, file) of every picture in a benchmark's folder, its parquet and arrow files too."""
     known = Image.registered_extensions()
     for file in sorted(Path(folder).rglob("*")):
         if file.suffix.lower() in known:
@@ -560,105 +909,73 @@ def benchmark_pictures(folder):
                 yield f"row {number}, {column}", io.BytesIO(value["bytes"])
 
 
-def copies_of(looks, folder):
-    """Which looked-at pictures show one of the benchmark in `folder`: (path, words) pairs, exact and near copies."""
-    paths = [path for path, look in looks.items() if not isinstance(look, BadInput)]
-    hashes, own = (
-        [looks[path][0] for path in paths],
-        torch.tensor(np.array([looks[path][1] for path in paths])),
-    )
-    found, number = {}, 0
-    for name, picture in benchmark_pictures(folder):
-        look, number = look_at(picture), number + 1
-        if isinstance(look, BadInput) or not paths:
-            continue
-        distance = (own - torch.from_numpy(look[1])).square().mean(1).sqrt()  # (paths,)
-        for i in torch.nonzero(distance < NEAR).flatten().tolist():
-            exact = hashes[i] == look[0]
-            said = (
-                f"an exact copy of {name}"
-                if exact
-                else f"a near copy of {name} (difference {distance[i]:.3f})"
-            )
-            if exact or paths[i] not in found:
-                found[paths[i]] = said
-    if not number:
-        raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
-    return found.items()
+def read_table(folder: str | Path) -> Iterator[dict]:
+    """The rows of all parquet and arrow files below a folder, a few at a time; none without files.
 
-
-def check_dataset(settings):
-    """Reads a dataset once and prints every fault on a line of its own; BadInput when there is one.
-
-    Rows that are alike though their files differ are no fault of the data, training takes them: they are notes.
+    A picture is a dict with its file's `bytes`. Arrow files are streams, as `datasets` writes them.
     """
-    if not settings.dataset:
-        raise BadInput(
-            "check: no dataset is named; python data_prep.py check DIR [--against BENCH]"
-        )
-    folder, faults, looks, rows = Path(settings.dataset).resolve(), [], {}, []
-    splits = [split for split in ("train", "test") if list(folder.glob(f"{split}*.jsonl"))]
-    for split in splits or ["train"]:
-        rows += read_rows(folder, split, faults)
-    seen, notes = {}, []
-    rows = check_pictures(rows, faults, looks)
-    for row in rows:
-        mark = (row["prompt"], *(looks[path][0] for path in row["images"]))
-        if seen.setdefault(mark, row["id"]) != row["id"]:
-            notes.append(
-                f"note: row {row['id']} has the prompt and the very pictures of row {seen[mark]}"
-            )
-    if settings.against:
-        faults += [
-            f"{path}: {said}; remove its rows" for path, said in copies_of(looks, settings.against)
-        ]
-    print("".join(f"{line}\n" for line in notes + faults), end="")
-    counts = f"{len(rows)} good rows in {' and '.join(splits)}, {len(looks)} pictures"
-    if faults:
-        raise BadInput(f"{folder}: {len(faults)} faults, one a line above; {counts}")
-    print(
-        f"{folder}: no faults; {counts}"
-        + f"; nothing of {settings.against}" * bool(settings.against)
-    )
+    files = [file for file in Path(folder).rglob("*") if file.suffix in (".parquet", ".arrow")]
+    if not files:
+        return
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise BadInput(f"{files[0]}: reading it needs pyarrow; pip install pyarrow") from None
+    for file in sorted(files):
+        try:
+            if file.suffix == ".parquet":
+                batches = ParquetFile(file).iter_batches(16)
+            else:
+                batches = pyarrow.ipc.open_stream(file)
+            for batch in batches:
+                yield from batch.to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            reason = one_line(error)
+            raise BadInput(f"{file}: not a readable table ({reason}); get it again") from None
 
 
 # ---------------------------------------------------------------- statistics
 
 
-def bootstrap(values, groups, clusters, draws=2000, seed=0):
-    """Resamples clusters, each with all its values: (names of the T groups, means (draws, T), NaN of a group not drawn).
+def bootstrap(
+    values, groups: list, clusters: list, draws: int = 2000, seed: int = 0
+) -> tuple[list[str], np.ndarray]:
+    """Resamples clusters, each with all its values: the names of the T groups, means (draws, T).
 
-    values, groups, clusters: of n entries; no value is NaN. A single cluster tells nothing of the spread: all NaN.
+    values, groups, clusters: of n entries; no value is NaN. The mean of a group that was not drawn
+    is NaN. A single cluster tells nothing of the spread: all means are NaN.
     """
     names, group = np.unique(np.array(groups, str), return_inverse=True)
     known, cluster = np.unique(np.array(clusters, str), return_inverse=True)
-    if len(known) < 2:
+    number = len(known)
+    if number < 2:
         return names.tolist(), np.full((draws, len(names)), np.nan)
-    totals, counts = np.zeros((2, len(known), len(names)))  # (clusters, T) each
+    totals = np.zeros((number, len(names)))
     np.add.at(totals, (cluster, group), values)
+    counts = np.zeros((number, len(names)))
     np.add.at(counts, (cluster, group), 1)
-    times = np.random.default_rng(seed).multinomial(
-        len(known), np.full(len(known), 1 / len(known)), draws
-    )
+    random_times = np.random.default_rng(seed)
+    times = random_times.multinomial(number, np.full(number, 1 / number), draws)  # (draws, number)
     with np.errstate(all="ignore"):
         return names.tolist(), (times @ totals) / (times @ counts)
 
 
-def paired_gain(base, now, key):
-    """Mean of results[key] before and after, and the paired difference with its 95 % interval, bootstrapped over rows.
+def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]:
+    """Mean of result[key] before and after, and the paired difference with its 95 % interval.
 
-    base, now: lists of dicts for the same edits in the same order, each with `row` and `key`; NaN is left out.
+    base, now: results of the same edits in the same order, each with `row` and `key`. A pair with a
+    NaN is left out and counted as missing. The interval is a bootstrap over rows.
     """
-    before, after = (
-        np.array([result[key] for result in results], float) for results in (base, now)
-    )
-    gains, kept = after - before, ~np.isnan(after - before)
-    draws = bootstrap(
-        gains[kept],
-        ["all"] * kept.sum(),
-        [result["row"] for result, keep in zip(base, kept) if keep],
-    )[1]
-    low, high = np.nanquantile(draws, (0.025, 0.975)) if draws.size else (np.nan, np.nan)
+    before = np.array([result[key] for result in base], float)
+    after = np.array([result[key] for result in now], float)
+    gains = after - before
+    kept = ~np.isnan(gains)
+    rows = np.array([str(result["row"]) for result in base])[kept]
+    _, draws = bootstrap(gains[kept], ["all"] * len(rows), rows)
+    low, high = np.nan, np.nan
+    if draws.size:
+        low, high = np.nanquantile(draws, (0.025, 0.975))
     return {
         "base": np.nanmean(before),
         "now": np.nanmean(after),
@@ -669,7 +986,7 @@ def paired_gain(base, now, key):
     }
 
 
-def spearman(a, b):
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     """Rank correlation of two (n,) tensors, ties at their mean rank."""
     ranks = []
     for values in (a, b):
@@ -680,53 +997,63 @@ def spearman(a, b):
 
 # ---------------------------------------------------------------- pictures of results
 
+GAP = 4  # pixels between the pictures of a grid
+LINE = 12  # pixels from line to line of its texts
+LETTER = 6  # pixels of a letter's width
 
-def picture_grid(rows, captions=None, title="", cell=96):
-    """One picture out of rows of pictures (list of lists of PIL.Image, None for a gap), under `title`.
 
-    captions: texts of the same layout, written below the pictures. Pictures smaller than `cell` pixels are enlarged by
-    a whole factor without smoothing.
+def picture_grid(
+    rows: list[list[Image.Image | None]],
+    captions: list[list[str]] | None = None,
+    title: str = "",
+    cell: int = 96,
+) -> Image.Image:
+    """One picture out of rows of pictures (None for a gap), under `title`.
+
+    captions: texts of the same layout, written below the pictures. Pictures smaller than `cell`
+    pixels are enlarged by a whole factor without smoothing.
     """
-
-    def enlarged(image):
-        factor = max(1, -(-cell // max(image.size)))
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-    rows = [[image and enlarged(image) for image in row] for row in rows]
-    width, height = (
-        max(image.size[axis] for row in rows for image in row if image) for axis in (0, 1)
-    )
-    width, columns, line, gap = (
-        max(width, cell),
-        max(map(len, rows)),
-        12,
-        4,
-    )  # pixels but for columns
-
-    def wrapped(text, pixels):
-        return [
-            piece for part in str(text).splitlines() for piece in textwrap.wrap(part, pixels // 6)
-        ]
-
-    texts = [[wrapped(text, width) for text in row] for row in captions or [[]]]
-    depth = height + gap + line * max((len(text) for row in texts for text in row), default=0)
-    head = wrapped(title, columns * (width + gap))
-    top = gap + line * len(head)
-    sheet = Image.new(
-        "RGB", (gap + columns * (width + gap), top + gap + len(rows) * (depth + gap)), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    draw.multiline_text((gap, gap // 2), "\n".join(head), fill="black", spacing=0)
+    pictures = {}  # by (row, column)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            x, y = gap + j * (width + gap), top + i * (depth + gap)
             if image:
-                sheet.paste(image, (x, y))
-            if i < len(texts) and j < len(texts[i]):
-                draw.multiline_text(
-                    (x, y + height + 1), "\n".join(texts[i][j]), fill="black", spacing=0
-                )
+                pictures[i, j] = enlarged(image, cell)
+    width = max(cell, *(image.width for image in pictures.values()))
+    texts = {}  # lines, by (row, column)
+    for i, row in enumerate(captions or []):
+        for j, text in enumerate(row):
+            texts[i, j] = wrapped(text, width)
+    head = wrapped(title, max(map(len, rows)) * (width + GAP))
+
+    top = GAP + LINE * len(head)
+    right = width + GAP  # from column to column
+    down = max(image.height for image in pictures.values()) + GAP  # from row to row
+    text_top = down - GAP + 1
+    down += LINE * max(map(len, texts.values()), default=0)
+    size = (GAP + right * max(map(len, rows)), top + GAP + (down + GAP) * len(rows))
+    sheet = Image.new("RGB", size, "white")
+    for (i, j), image in pictures.items():
+        sheet.paste(image, (GAP + j * right, top + i * (down + GAP)))
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((GAP, GAP // 2), "\n".join(head), fill="black", spacing=0)
+    for (i, j), lines in texts.items():
+        place = (GAP + j * right, top + i * (down + GAP) + text_top)
+        draw.multiline_text(place, "\n".join(lines), fill="black", spacing=0)
     return sheet
+
+
+def enlarged(image: Image.Image, cell: int) -> Image.Image:
+    """A picture at least `cell` pixels wide or high, by a whole factor, without smoothing."""
+    factor = max(1, math.ceil(cell / max(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def wrapped(text: str, pixels: int) -> list[str]:
+    """The lines of a text in a column of that width."""
+    lines = []
+    for line in str(text).splitlines():
+        lines += textwrap.wrap(line, pixels // LETTER)
+    return lines
 
 
 # ---------------------------------------------------------------- the toy world: 2 x 2 cells of coloured shapes
