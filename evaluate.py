@@ -1,11 +1,10 @@
 """Scores an editor on ImgEdit-Bench, GEdit-Bench or a held-out set: draws, asks a judge, adds up.
 
-    python evaluate.py imgedit --bench DIR --base MODEL [--lora RUN/checkpoint-N] --judge URL --out RUN
+    python evaluate.py imgedit --bench DIR --base MODEL --lora RUN/checkpoint-N --judge http://HOST/v1
     python evaluate.py gedit --language both ...     # the same settings
     python evaluate.py heldout --bench DATASET ...   # the test split of a dataset folder
     python evaluate.py compare RUN_A RUN_B           # the paired difference with its interval
     python evaluate.py agree FILE.jsonl --judge ...  # how far a judge orders edits as people do
-    python evaluate.py curves RUN [RUN ...]          # log.jsonl of training runs as curves.png
 
 Three stages, each resumable, each alone with --stage: `sample` draws the edits in the benchmark's
 own layout, `judge` appends every call as a JSON line, `score` adds those up. `accelerate launch`
@@ -38,9 +37,9 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from html import escape
@@ -56,6 +55,7 @@ from tqdm import tqdm
 
 from data_prep import (
     BadInput,
+    Stopped,
     append_json_line,
     bootstrap,
     catch_signals,
@@ -71,6 +71,7 @@ from data_prep import (
     run_script,
     setting,
     spearman,
+    together,
     whole_file,
 )
 from reward_mllm import (
@@ -85,21 +86,19 @@ from reward_mllm import (
 )
 from sample import add_policies, load_editor, policy, rollout
 
-METRICS = {  # the main one first; those of all benchmarks follow
+METRICS = {  # the main one first
     "imgedit": ("score",),
     "gedit": ("O", "SC", "PQ"),
     "heldout": ("judge", "oracle", "success"),
 }
-PARTS = {  # what a score is made of
-    "imgedit": ("score 1", "score 2", "score 3"),
-    "gedit": ("SC 1", "SC 2", "PQ 1", "PQ 2"),
-    "heldout": (),
-}
 KEPT = ("psnr", "ssim")  # how much of the source is kept
+SHOWN_METRICS = ("score", "O", "SC", "PQ", "judge", "oracle", "success", "psnr")
 CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
-PUBLISHED_ROWS = {"imgedit": 737, "gedit en": 606, "gedit cn": 606, "gedit both": 1212}
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG")
+PUBLISHED_ROWS = {"imgedit": 737, "gedit": 606}  # of a language
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG")  # of pictures, ours first
 MADE_FROM = "made from"  # the PNG's text that says what an edit was drawn from
+MISSING = "no edit"  # the failure of an edit that is not there
+Rows = list[dict]
 
 # ---------------------------------------------------------------- settings
 
@@ -149,6 +148,16 @@ DRAWN = (  # settings that all edits in one --out share
     "resolution",
     "language",
 )
+DRAWN_WITH = ("steps", "seed", "guidance", "resolution")  # of these what an edit is made from
+HOW_ASKED = (  # the judge's settings that a held-out score depends on
+    "judge_strategy",
+    "judge_think",
+    "judge_aspects",
+    "judge_reply",
+    "judge_range",
+    "judge_order",
+    "judge_draws",
+)
 
 
 def short_hash(content: str | bytes) -> str:
@@ -158,11 +167,17 @@ def short_hash(content: str | bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-@functools.cache
 def file_hash(path: str | Path) -> str:
-    """short_hash of a file; "" where there is none. A picture is hashed once in a run."""
+    """short_hash of a file, read once for as long as it does not change; "" where there is none."""
     path = Path(path)
-    return short_hash(path.read_bytes()) if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    return hash_at(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def hash_at(path: Path, changed: int) -> str:
+    return short_hash(path.read_bytes())
 
 
 def read_json(file: Path, fix: str) -> dict:
@@ -199,10 +214,9 @@ def final_answer(reply: str) -> str:
 
 
 def labels_of(prompt: str) -> tuple[str, ...]:
-    """The three labels of scores that a prompt of ImgEdit's judge asks for; () where it is unlike."""
+    """The three labels that a prompt of ImgEdit's judge asks for; () where it is unlike."""
     found = re.findall(r"(?m)^\W*([^\W\d][^:\n]*?)\W*:\W*[Aa] number\b", prompt)
-    labels = tuple(dict.fromkeys(plain_label(label) for label in found))
-    return labels if len(labels) == 3 else ()
+    return tuple(plain_label(label) for label in found) if len(found) == 3 else ()
 
 
 def plain_label(label: str) -> str:
@@ -235,7 +249,7 @@ def labelled_scores(text: str, start: str, top: int, labels: tuple = ()) -> list
     unit = rf"\s*(?:/\s*{top}(?!\d)|(?:out )?of {top}(?!\d))?\s*(?:points?|stars?|分)?"
     value = rf"[\[(]?\s*{NUMBER}{unit}\s*[\])]?"
     text = re.sub(r"[*`\"“”]", "", text)
-    text += header_as_lines(text)
+    text += "\n" + columns_as_lines(text)
     # a value alone on the line below its label
     text = re.sub(rf"(?m)^([^\n\d:=|]{{2,60}}?)\s*\n\s*({value})\s*$", r"\1: \2", text)
     found = {}
@@ -250,15 +264,11 @@ def labelled_scores(text: str, start: str, top: int, labels: tuple = ()) -> list
     return list(found.values())
 
 
-def header_as_lines(text: str) -> str:
-    """Of a table whose header row has the labels, its last row as lines `label: value`."""
-    lines = [line.strip().strip("|") for line in text.splitlines() if "|" in line]
-    rows = [line.split("|") for line in lines if not re.fullmatch(r"[-:|\s]+", line)]
-    if len(rows) < 2 or len(rows[0]) < 2 or len(rows[0]) != len(rows[-1]):
-        return ""
-    if not all(re.match(r"\s*\[?\d", cell) for cell in rows[-1][-2:]):
-        return ""
-    return "".join(f"\n{label}: {cell}" for label, cell in zip(rows[0], rows[-1], strict=True))
+def columns_as_lines(text: str) -> str:
+    """The columns of a table as lines `label | value`, for one whose labels are its first row."""
+    rows = [line.strip(" |").split("|") for line in text.splitlines() if "|" in line]
+    rows = [row for row in rows if re.search(r"\w", "".join(row))]
+    return "\n".join(" | ".join(column) for column in zip(*rows, strict=False))
 
 
 def parse_gedit(reply: str, mode: str = "strict") -> list[float] | None:
@@ -298,7 +308,7 @@ def json_scores(text: str) -> list[list]:
 
 
 def listed_scores(text: str) -> list[list]:
-    """Lists after `score`, or alone: quotes in the reasoning, single quotes, an answer cut short."""
+    """Lists after `score`, or alone: for quotes in the reasoning, or an answer cut short."""
     found = re.findall(r"(?i)scores?[\"']?\s*[:=]\s*[\"']?[\[(]([^\])]*)[\])]", text)
     found = found or re.findall(r"^\s*\[?((?:[\d./\s]+,)+[\d./\s]+)\]?\s*$", text)
     return [values.split(",") for values in found]
@@ -329,7 +339,7 @@ def official_bare(reply: str) -> list | None:
     if re.match(r"\[\d+, ?\d+\]$", listed):
         return official_scores(f'{{"score": {listed}}}')
     if re.fullmatch(r"\s*\+?0*(?:\d|10)\s*", reply):
-        return [int(reply)]
+        return official_scores(f'{{"score": {reply}}}')
     return None
 
 
@@ -363,7 +373,7 @@ def repaired_pair(pair: re.Match) -> str:
 # ---------------------------------------------------------------- adding up
 
 
-def score_imgedit(records: list[dict], mode: str = "strict") -> dict:
+def score_imgedit(records: Rows, mode: str = "strict") -> dict:
     """ImgEdit-Bench's result from the judge's calls: {"rows": [a dict a row], "groups": {"all":
     what tabulate gives}}.
 
@@ -371,21 +381,16 @@ def score_imgedit(records: list[dict], mode: str = "strict") -> dict:
     and `ssim`; a row's last one counts. A row's score is the mean of its three, the floor is 1.
     official: rounded to 2 digits, as are the tasks' means.
     """
-    rows = []
     digits = 2 if mode == "official" else None
-    for record in {record["row"]: record for record in records}.values():
-        said = record.get("reply") or ""
-        scores = parse_imgedit(said, mode, tuple(record.get("labels") or ()))
-        mean = None
-        if scores:
-            mean = sum(scores) / len(scores)
-            mean = mean if digits is None else round(mean, digits)
-        row = row_result([record], mode, 1.0, score=mean)
-        rows.append(row | parts(PARTS["imgedit"], scores, mode, 1.0))
-    return {"rows": rows, "groups": grouped(rows, all_metrics("imgedit"), digits)}
+    rows = []
+    for (record,) in by_row(records, CALLS["imgedit"]):
+        scores = parse_imgedit(record.get("reply", ""), mode, record.get("labels", ()))
+        mean = average(scores, digits) if scores else None
+        rows.append(row_result([record], mode, 1.0, score=mean))
+    return {"rows": rows, "groups": grouped(rows, METRICS["imgedit"], digits)}
 
 
-def score_gedit(records: list[dict], mode: str = "strict") -> dict:
+def score_gedit(records: Rows, mode: str = "strict") -> dict:
     """GEdit-Bench's result from the judge's calls, as score_imgedit; groups are `en`, `en
     intersection`, `cn` ...
 
@@ -393,63 +398,61 @@ def score_gedit(records: list[dict], mode: str = "strict") -> dict:
     and `reply` or `failure`. A row's SC and PQ are the lower of their two scores, O is
     sqrt(SC PQ); the floor is 0.
     """
-    calls = {}
-    for record in records:
-        calls.setdefault(record["row"], {})[record["call"]] = record
     rows = []
-    for both in calls.values():
-        replies = {call: both.get(call, {}).get("reply") or "" for call in CALLS["gedit"]}
-        scores = {call: parse_gedit(reply, mode) for call, reply in replies.items()}
-        low = {call: min(values) if values else None for call, values in scores.items()}
+    for both in by_row(records, CALLS["gedit"]):
+        scores = [parse_gedit(record.get("reply", ""), mode) for record in both]
+        sc, pq = (min(values) if values else None for values in scores)
         overall = None
-        if None not in low.values() and low["SC"] * low["PQ"] >= 0:
-            overall = math.sqrt(low["SC"] * low["PQ"])
-        row = row_result(list(both.values()), mode, 0.0, O=overall, **low)
-        row |= parts(PARTS["gedit"][:2], scores["SC"], mode, 0.0)
-        rows.append(row | parts(PARTS["gedit"][2:], scores["PQ"], mode, 0.0))
-    return {"rows": rows, "groups": grouped(rows, all_metrics("gedit"))}
+        if sc is not None and pq is not None and sc * pq >= 0:
+            overall = math.sqrt(sc * pq)
+        rows.append(row_result(both, mode, 0.0, O=overall, SC=sc, PQ=pq))
+    return {"rows": rows, "groups": grouped(rows, METRICS["gedit"])}
 
 
-def score_heldout(records: list[dict], mode: str = "strict") -> dict:
+def score_heldout(records: Rows, mode: str = "strict") -> dict:
     """A held-out set's result, as score_imgedit: the judge's own score in `scores`, the oracle's of
     a toy row in `truth`."""
     rows = []
-    for record in {record["row"]: record for record in records}.values():
-        truth = record.get("truth")
-        if truth is None and "target_scene" in record:  # a toy row without an edit
-            truth = {"oracle": None, "success": None}
-        score = (record.get("scores") or [None])[0]
-        rows.append(row_result([record], mode, 0.0, judge=score, **(truth or {})))
-    return {"rows": rows, "groups": grouped(rows, all_metrics("heldout"))}
+    for (record,) in by_row(records, CALLS["heldout"]):
+        truth = record.get("truth", {})
+        if not truth and "target_scene" in record:  # a toy row without an edit
+            truth = dict.fromkeys(METRICS["heldout"][1:])
+        score = record.get("scores", [None])[0]
+        rows.append(row_result([record], mode, 0.0, judge=score, **truth))
+    return {"rows": rows, "groups": grouped(rows, METRICS["heldout"])}
 
 
-def all_metrics(benchmark: str) -> tuple[str, ...]:
-    return (*METRICS[benchmark], *PARTS[benchmark], *KEPT)
+def by_row(records: Rows, calls: tuple) -> list[Rows]:
+    """Of each row the last record of each call, in their order; an empty one for none."""
+    rows = {}
+    for record in records:
+        row = rows.setdefault(record["row"], {call: record | {"reply": ""} for call in calls})
+        row[record.get("call", calls[0])] = record
+    return [list(row.values()) for row in rows.values()]
 
 
-def row_result(records: list[dict], mode: str, floor: float, **metrics) -> dict:
-    """A row's result: a metric without a value gets the floor; official: then none has any (NaN)."""
+def average(values: list[float], digits: int | None = None) -> float:
+    mean = sum(values) / len(values)
+    return mean if digits is None else round(mean, digits)
+
+
+def row_result(records: Rows, mode: str, floor: float, **metrics) -> dict:
+    """A row's result. A metric without a value gets the floor; official: then none has any, NaN."""
     answered = None not in metrics.values()
     for name, value in metrics.items():
         if mode == "official" and not answered:
             metrics[name] = math.nan
         elif value is None:
             metrics[name] = floor
-    kept = ("row", "task", "source", "language", "intersection", *KEPT)
-    result = {key: records[0][key] for key in kept if key in records[0]}
-    said = [record.get("reply") or record.get("failure") or "" for record in records]
-    return result | {"answered": answered, "said": "\n".join(said).strip()} | metrics
+    said = [record.get("reply") or record.get("failure", "") for record in records]
+    result = {"answered": answered, "said": "\n".join(said).strip(), **metrics}
+    keys = ("row", "task", "source", "language", "intersection", *KEPT)
+    return result | {key: records[0][key] for key in keys if key in records[0]}
 
 
-def parts(names: tuple, scores: list | None, mode: str, floor: float) -> dict[str, float]:
-    """The scores that a row's score is made of, by name; the floor or NaN where they are not there."""
-    if not scores or len(scores) != len(names):
-        scores = [math.nan if mode == "official" else floor] * len(names)
-    return dict(zip(names, scores, strict=True))
-
-
-def grouped(rows: list[dict], metrics: tuple, digits: int | None = None) -> dict[str, dict]:
-    """The tables of the rows of each language and of its intersection subset; else of all rows."""
+def grouped(rows: Rows, metrics: tuple, digits: int | None = None) -> dict[str, dict]:
+    """The tables of the rows of each language and of its intersection subset; else of all rows.
+    What is kept of the source stands beside the metrics."""
     groups = {}
     for row in rows:
         name = row.get("language", "all")
@@ -458,12 +461,13 @@ def grouped(rows: list[dict], metrics: tuple, digits: int | None = None) -> dict
             groups.setdefault(f"{name} intersection", []).append(row)
     tables = {}
     for name, members in groups.items():
-        known = [metric for metric in metrics if any(metric in row for row in members)]
+        keys = set().union(*members)
+        known = [metric for metric in (*metrics, *KEPT) if metric in keys]
         tables[name] = tabulate(members, known, digits)
     return tables
 
 
-def tabulate(rows: list[dict], metrics: list[str], digits: int | None = None) -> dict:
+def tabulate(rows: Rows, metrics: list[str], digits: int | None = None) -> dict:
     """Means with 95 % intervals: {"rows", "answered", metric: {"macro": [mean, low, high],
     "micro": ..., task: ...}}.
 
@@ -475,77 +479,90 @@ def tabulate(rows: list[dict], metrics: list[str], digits: int | None = None) ->
     table = {"rows": len(rows), "answered": sum(row["answered"] for row in rows)}
     for metric in metrics:
         known = [row for row in rows if not math.isnan(row.get(metric, math.nan))]
-        table[metric] = means_with_intervals(known, metric, digits)
+        values = [row[metric] for row in known]
+        sources = [row["source"] for row in known]
+        names, drawn = bootstrap(values, [row["task"] for row in known], sources)  # (D, T)
+        _, overall = bootstrap(values, ["all"] * len(known), sources)  # (D, 1)
+        means = {}
+        for name in names:
+            means[name] = average([row[metric] for row in known if row["task"] == name], digits)
+        with np.errstate(all="ignore"):
+            macro = np.nansum(drawn, 1) / (~np.isnan(drawn)).sum(1)  # (D,) over the drawn tasks
+        found = {"macro": interval(list(means.values()), macro)}
+        found["micro"] = interval(values, overall)
+        for name, of_task in zip(names, drawn.T, strict=True):
+            found[name] = interval([means[name]], of_task)
+        table[metric] = found
     return table
-
-
-def means_with_intervals(rows: list[dict], metric: str, digits: int | None) -> dict[str, list]:
-    values = [row[metric] for row in rows]
-    tasks = [row["task"] for row in rows]
-    sources = [row["source"] for row in rows]
-    names, drawn = bootstrap(values, tasks, sources)  # (D, T), NaN of a task that was not drawn
-    _, overall = bootstrap(values, ["all"] * len(values), sources)  # (D, 1)
-    means = []
-    for name in names:
-        own = [value for value, task in zip(values, tasks, strict=True) if task == name]
-        mean = sum(own) / len(own)
-        means.append(mean if digits is None else round(mean, digits))
-    with np.errstate(all="ignore"):
-        macro = np.nansum(drawn, 1) / (~np.isnan(drawn)).sum(1)  # (D,)
-    found = {"macro": interval(means, macro), "micro": interval(values, overall.flatten())}
-    for name, mean, of_task in zip(names, means, drawn.T, strict=True):
-        found[name] = interval([mean], of_task)
-    return found
 
 
 def interval(values: list[float], draws: np.ndarray) -> list:
     """[mean of the values, 2.5 % and 97.5 % quantile of the draws]; None where there are none."""
     draws = draws[~np.isnan(draws)]
     ends = np.quantile(draws, (0.025, 0.975)).tolist() if len(draws) else [None, None]
-    mean = sum(values) / len(values) if values else None
-    return [mean, *ends]
+    return [average(values) if values else None, *ends]
 
 
-def paired_differences(a: list[dict], b: list[dict], metrics: tuple) -> dict[str, dict]:
+def paired_differences(a: Rows, b: Rows, metrics: tuple) -> dict[str, dict]:
     """The tables of a - b over the rows that both results have, resampled together."""
     others = {row["row"]: row for row in b}
     pairs = []
     for row in a:
-        if row["row"] in others:
-            other = others[row["row"]]
-            shared = [key for key in metrics if key in row and key in other]
-            pair = {key: value for key, value in row.items() if key not in metrics}
-            pair["answered"] = row["answered"] and other["answered"]
-            pairs.append(pair | {key: row[key] - other[key] for key in shared})
+        other = others.get(row["row"], row)
+        both = (*metrics, *KEPT)
+        pair = {key: row[key] - other[key] for key in both if key in row and key in other}
+        rest = {key: value for key, value in row.items() if key not in both}
+        rest["answered"] = row["answered"] and other["answered"]
+        if other is not row:
+            pairs.append(rest | pair)
     return grouped(pairs, metrics)
 
 
 def verdict(difference: list, a: str, b: str, kept: list | None = None) -> str:
-    """A mean difference [mean, low, high] of a and b in words, and that of their PSNR to the source."""
+    """A mean difference [mean, low, high] of a and b in words, and that of their PSNR."""
     mean, low, high = difference
     if low is None:
         return f"too few source pictures to tell {a} from {b}"
-    measured = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
-    if low <= 0 <= high:
-        words = f"no difference between {a} and {b} can be told: {measured}"
-    else:
-        words = f"{a} is {'better' if mean > 0 else 'worse'} than {b}: {measured}"
-    if kept is None or kept[1] is None:
-        return words
-    mean, low, high = kept
-    amount = f"{abs(mean):.1f} dB {'more' if mean > 0 else 'less'} of the source"
-    doubt = ", which may be chance" if low <= 0 <= high else ""
-    return f"{words}; {a} keeps {amount}{doubt} ({low:+.1f} to {high:+.1f})"
+    words = f"no difference between {a} and {b} can be told"
+    if low > 0 or high < 0:
+        words = f"{a} is {'better' if mean > 0 else 'worse'} than {b}"
+    words += f": {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+    if kept and kept[1] is not None:
+        mean, low, high = kept
+        words += f"; {a} keeps {abs(mean):.1f} dB {'more' if mean > 0 else 'less'} of the source"
+        words += f" ({low:+.1f} to {high:+.1f} dB)"
+    return words
 
 
 # ---------------------------------------------------------------- benchmarks
 
-IMGEDIT_TASKS = "add adjust extract replace remove background style compose action".split()
-GEDIT_TASKS = """background_change color_alter material_alter motion_change ps_human style_change
-subject-add subject-remove subject-replace text_change tone_transfer""".split()
+IMGEDIT_TASKS = (
+    "add",
+    "adjust",
+    "extract",
+    "replace",
+    "remove",
+    "background",
+    "style",
+    "compose",
+    "action",
+)
+GEDIT_TASKS = (
+    "background_change",
+    "color_alter",
+    "material_alter",
+    "motion_change",
+    "ps_human",
+    "style_change",
+    "subject-add",
+    "subject-remove",
+    "subject-replace",
+    "text_change",
+    "tone_transfer",
+)
 
 
-def load_benchmark(settings: Settings) -> tuple[list[dict], dict, dict]:
+def load_benchmark(settings: Settings) -> tuple[Rows, dict, dict]:
     """(rows, prompts, {"sha256", "rows"} of the metadata); BadInput when it is not as it should be.
 
     rows: dicts with `row` (its name), `prompt`, `images` (paths), `task`, `source` (whose picture
@@ -575,7 +592,7 @@ def load_benchmark(settings: Settings) -> tuple[list[dict], dict, dict]:
     return rows, prompts, {"sha256": sha256, "rows": len(rows)}
 
 
-def read_heldout(folder: Path) -> list[dict]:
+def read_heldout(folder: Path) -> Rows:
     """The test split of a dataset folder. An edit's file is named by the row's id."""
     rows = read_rows(folder, "test")
     for row in rows:
@@ -594,7 +611,7 @@ def safe_name(text: str) -> str:
     return f"{plain.lstrip('.')}-{short_hash(text)}"
 
 
-def read_imgedit(folder: Path, prompts_file: str) -> tuple[list[dict], dict, str]:
+def read_imgedit(folder: Path, prompts_file: str) -> tuple[Rows, dict, str]:
     """ImgEdit-Bench, single turn: (rows, judge's prompts by task, sha256 of the metadata).
 
     The metadata is {key: {id, prompt, edit_type}}, a row's picture is its id. Rows are as
@@ -648,7 +665,7 @@ def imgedit_row(key: str, entry: dict, folder: Path, where: str) -> dict:
 
 def read_gedit(
     folder: Path, prompts_file: str, languages: tuple[str, ...], out: str
-) -> tuple[list[dict], dict]:
+) -> tuple[Rows, dict]:
     """GEdit-Bench: (rows of some languages, {"SC", "PQ"} the judge's prompts).
 
     Parquet or arrow files, whose pictures are written below `out`, or metadata.jsonl with
@@ -768,29 +785,54 @@ def find_file(given: str, folders: tuple[Path, ...], names: tuple[str, ...]) -> 
     )
 
 
-# ---------------------------------------------------------------- sample: the edits
+# ---------------------------------------------------------------- one evaluation
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an evaluation works on."""
+
+    settings: Settings
+    accelerator: Accelerator
+    stop: threading.Event  # set by a signal
+    rows: Rows  # as load_benchmark tells
+    prompts: dict[str, str]
+    version: dict
+
+    @property
+    def mine(self) -> Rows:
+        """This process's share of the rows."""
+        return self.rows[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
+
+    def bar(self, work: Iterable, name: str, total: int | None = None) -> tqdm:
+        """A progress bar, shown by one process."""
+        quiet = not self.accelerator.is_main_process
+        return tqdm(work, desc=name, total=total, disable=quiet)
 
 
 def subjects_of(settings: Settings) -> dict[str, Path]:
     """{name: folder of its edits}, the one in question first; `source` needs no folder."""
+    names = sorted(settings.baselines)
     if settings.edits:
-        names = ["edits"]
+        names.insert(0, "edits")
     elif settings.lora:
-        names = ["trained"]
-    elif settings.base or "source" not in settings.baselines:
-        names = ["base"]
-    else:
-        names = []
-    folders = {name: Path(settings.out, name) for name in [*names, *sorted(settings.baselines)]}
+        names.insert(0, "trained")
+    elif settings.base or "source" not in names:
+        names.insert(0, "base")
+    folders = {name: Path(settings.out, name) for name in names}
     if settings.edits:
         folders["edits"] = Path(settings.edits)
     return folders
 
 
-def find_picture(folder: Path, stems: list[str]) -> Path | None:
+def find_picture(folder: str | Path, stems: list[str]) -> Path | None:
     """The first picture of these names, without their endings, in a folder."""
     for stem, ending in itertools.product(stems, ENDINGS):
-        path = folder / f"{stem}{ending}"
+        path = Path(folder, f"{stem}{ending}")
         if path.is_file():
             return path
     return None
@@ -803,57 +845,38 @@ def find_edit(row: dict, subject: str, folder: Path) -> Path | None:
     return find_picture(folder, row["files"] if subject == "edits" else row["files"][:1])
 
 
-def find_mask(settings: Settings, row: dict) -> Path | None:
-    """The mask of what may change in a row's picture: the row's own, or that of --masks."""
-    if settings.masks:
-        return find_picture(Path(settings.masks), row["files"])
-    return Path(row["mask"]) if row.get("mask") else None
-
-
-def check_folders(settings: Settings, rows: list[dict]) -> None:
-    """BadInput when --edits or --masks matches no row; a warning when it misses some."""
-    for flag, place in (("--edits", settings.edits), ("--masks", settings.masks)):
-        if not place:
-            continue
-        missing = [row for row in rows if find_picture(Path(place), row["files"]) is None]
-        example = f"{place}/{rows[0]['files'][0]}{ENDINGS[0]}"
+def check_folder(flag: str, folder: str, rows: Rows) -> None:
+    """BadInput when a folder of --edits or --masks is for no row; a warning when it misses some."""
+    missing = [row for row in rows if find_picture(folder, row["files"]) is None]
+    if missing:
+        first = f"{folder}/{missing[0]['files'][0]}{ENDINGS[0]}"
+        lost = f"{flag} {folder}: has nothing for {len(missing)} of {len(rows)} rows, no {first}"
         if len(missing) == len(rows):
-            raise BadInput(f"{flag} {place}: has none for any row, such as {example}; correct it")
-        if missing:
-            first = f"{place}/{missing[0]['files'][0]}{ENDINGS[0]}"
-            lost = f"{len(missing)} of {len(rows)} rows, the first {first}"
-            print(f"warning: {flag} {place}: has none for {lost}", file=sys.stderr)
+            raise BadInput(f"{lost}; name a folder in the benchmark's layout")
+        print(f"warning: {lost}", file=sys.stderr)
 
 
-@functools.cache
-def fingerprint(place: str) -> str:
-    """What tells one model from another: its hub id, or a hash of the names, sizes and first and
-    last megabytes of a folder's or file's content."""
-    path = Path(place)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    parts = hashlib.sha256()
+# ---------------------------------------------------------------- sample: the edits
+
+
+def weights_hash(place: str) -> str:
+    """A hash of the names, sizes and first megabytes of a model's or LoRA's files; a hub id is its
+    own."""
+    files = [Path(place), *sorted(Path(place).rglob("*"))]
+    files = [file for file in files if file.is_file()]
+    known = hashlib.sha256()
     for file in files:
-        if not file.is_file():  # a hub id
-            return place
-        size = file.stat().st_size
         with open(file, "rb") as stored:
-            head = stored.read(2**20)
-            stored.seek(max(0, size - 2**20))
-            parts.update(f"{file.relative_to(path)} {size}".encode() + head + stored.read())
-    return parts.hexdigest()[:12]
+            known.update(f"{file.name} {file.stat().st_size}".encode() + stored.read(2**20))
+    return known.hexdigest()[:12] if files else place
 
 
-def recipe_of(settings: Settings, subject: str, row: dict) -> str:
-    """All that an edit is made from, as JSON: it is drawn again when this changes."""
-    made_from = {
-        "base": fingerprint(settings.base),
-        "lora": fingerprint(settings.lora) if subject == "trained" else "",
-        "sources": [file_hash(path) for path in row["images"]],
-        "prompt": row["prompt"],
-    }
-    for name in ("steps", "seed", "guidance", "resolution"):
-        made_from[name] = getattr(settings, name)
-    return json.dumps(made_from)
+def recipe_of(settings: Settings, subject: str) -> dict:
+    """All that the edits of a subject are made from, but for their rows."""
+    recipe = {name: getattr(settings, name) for name in DRAWN_WITH}
+    recipe["base"] = weights_hash(settings.base)
+    recipe["lora"] = weights_hash(settings.lora) if subject == "trained" else ""
+    return recipe
 
 
 def is_current(path: Path, recipe: str) -> bool:
@@ -866,77 +889,59 @@ def is_current(path: Path, recipe: str) -> bool:
         return False
 
 
-def draw_edits(
-    settings: Settings, rows: list[dict], accelerator: Accelerator, stop: threading.Event
-) -> None:
-    """Draws what is not current of this process's share of the rows; an edit's noise comes from
-    its seed alone."""
-    todo = []
-    for subject, folder in subjects_of(settings).items():
-        if subject in ("edits", "source"):
-            continue
-        if not settings.base:
-            raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
-        for row in rows[accelerator.process_index :: accelerator.num_processes]:
-            path = folder / f"{row['files'][0]}.png"
-            recipe = recipe_of(settings, subject, row)
-            if not is_current(path, recipe):
-                todo.append((subject, row, Drawn(path, recipe)))
-    if not todo:
-        return
-    editor = load_editor(
-        settings.base,
-        accelerator.device,
-        dtype_of(accelerator),
-        settings.resolution,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    if settings.lora:
-        add_policies(editor, averages=(), start=settings.lora)
-    for subject, row, drawn in tqdm(todo, desc="edits", disable=not accelerator.is_main_process):
-        refuse_when_stopped(stop, settings.out)
-        sources = [load_image(path) for path in row["images"]]
-        noise = torch.Generator().manual_seed(settings.seed)
-        with policy(editor, "new" if subject == "trained" else "base"):
-            group = rollout(
-                editor,
-                sources,
-                row["prompt"],
-                [noise],
-                settings.steps,
-                settings.guidance,
-                evaluation=True,
-            )
-        drawn.save(group.images[0], load_image(row["shown"]) if "shown" in row else None)
+class Undrawn(NamedTuple):
+    """An edit to be drawn."""
 
-
-class Drawn(NamedTuple):
-    """Where an edit goes and what it is made from."""
-
+    subject: str
+    row: dict
     path: Path
     recipe: str
 
-    def save(self, edit: Image.Image, source: Image.Image | None) -> None:
-        """Writes the edit, after its source where the benchmark's layout has it beside."""
-        if source is not None:
-            with whole_file(self.path.with_name(f"{self.path.stem}_SRCIMG.png")) as part:
-                source.save(part, "PNG")
-        told = PngImagePlugin.PngInfo()
-        told.add_text(MADE_FROM, self.recipe)
-        with whole_file(self.path) as part:
-            edit.save(part, "PNG", pnginfo=told)
+
+def find_undrawn(job: Job) -> list[Undrawn]:
+    """What is not there as it should be of this process's share of the edits."""
+    todo = []
+    for subject, folder in subjects_of(job.settings).items():
+        if subject not in ("trained", "base"):
+            continue
+        if not job.settings.base:
+            raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
+        recipe = recipe_of(job.settings, subject)
+        for row in job.mine:
+            recipe["prompt"] = row["prompt"]
+            recipe["sources"] = [file_hash(path) for path in row["images"]]
+            path = folder / f"{row['files'][0]}.png"
+            if not is_current(path, json.dumps(recipe)):
+                todo.append(Undrawn(subject, row, path, json.dumps(recipe)))
+    return todo
 
 
-def dtype_of(accelerator: Accelerator) -> torch.dtype:
-    return torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-
-
-def refuse_when_stopped(stop: threading.Event, out: str) -> None:
-    """Ends the program when a signal asked for it."""
-    if stop.is_set():
-        raise SystemExit(
-            f"stopped: every finished edit and call is kept in {out}; the same command goes on"
-        )
+def draw_edits(job: Job) -> None:
+    """Draws what has to be; an edit's noise comes from its seed alone."""
+    settings = job.settings
+    todo = find_undrawn(job)
+    if not todo:
+        return
+    trust = settings.trust_remote_code
+    place = (job.accelerator.device, job.dtype, settings.resolution)
+    editor = load_editor(settings.base, *place, trust_remote_code=trust)
+    if settings.lora:
+        add_policies(editor, averages=(), start=settings.lora)
+    for edit in job.bar(todo, "edits"):
+        if job.stop.is_set():
+            return
+        sources = [load_image(path) for path in edit.row["images"]]
+        noise = [torch.Generator().manual_seed(settings.seed)]
+        how = (edit.row["prompt"], noise, settings.steps, settings.guidance)
+        with policy(editor, "new" if edit.subject == "trained" else "base"):
+            group = rollout(editor, sources, *how, evaluation=True)
+        if settings.benchmark == "gedit":  # its layout has the source beside
+            with whole_file(edit.path.with_name(f"{edit.path.stem}_SRCIMG.png")) as part:
+                load_image(edit.row["shown"]).save(part, "PNG")
+        info = PngImagePlugin.PngInfo()
+        info.add_text(MADE_FROM, edit.recipe)
+        with whole_file(edit.path) as part:
+            group.images[0].save(part, "PNG", pnginfo=info)
 
 
 # ---------------------------------------------------------------- judge: the calls
@@ -945,60 +950,46 @@ def refuse_when_stopped(stop: threading.Event, out: str) -> None:
 class Call(NamedTuple):
     """One question about one edit."""
 
-    key: dict[str, str]  # what an answer must be for, KEYS
-    text: str
+    record: dict  # `subject`, `row`, `call`, `key`: a hash of what an answer must be for
     row: dict
-    path: Path  # of the edit
+    text: str
+    path: Path | None  # of the edit
 
 
-KEYS = ("subject", "row", "call", "text", "sources", "edit")  # the last three are hashes
-
-
-def identity(record: dict) -> tuple[str, ...]:
-    return tuple(str(record.get(key)) for key in KEYS)
-
-
-def find_calls(settings: Settings, rows: list[dict], names: tuple, text_of: Callable) -> list[Call]:
-    """The calls `names` for every edit that is there; text_of(row, name) is what is asked."""
+def find_calls(job: Job, rows: Rows) -> list[Call]:
+    """The questions about every edit of these rows, also about those that are missing."""
     calls = []
-    for subject, folder in subjects_of(settings).items():
-        for row in rows:
+    for subject, folder in subjects_of(job.settings).items():
+        for row, name in itertools.product(rows, CALLS[job.settings.benchmark]):
             path = find_edit(row, subject, folder)
-            for name in names if path else ():
-                text = text_of(row, name)
-                key = {"subject": subject, "row": row["row"], "call": name}
-                key["text"] = short_hash(text)
-                pictures = [*row["images"], row.get("shown", "")]
-                key["sources"] = short_hash(" ".join(file_hash(picture) for picture in pictures))
-                key["edit"] = file_hash(path)
-                calls.append(Call(key, text, row, path))
+            text = question(job, row, name)
+            pictures = [*row["images"], row.get("shown", ""), path or ""]
+            asked = [row["row"], name, text, [file_hash(picture) for picture in pictures]]
+            record = {"subject": subject, "row": row["row"], "call": name}
+            record["key"] = short_hash(json.dumps(asked))
+            calls.append(Call(record, row, text, path))
     return calls
 
 
-def judge_calls(settings: Settings, rows: list[dict], prompts: dict) -> list[Call]:
-    """What the judge is to be asked about every edit that is there."""
-
-    def text_of(row, call):
-        if settings.benchmark == "heldout":
-            return f"{row['prompt']}\n{requirement_of(row)}"
-        text = prompts[call] if call in prompts else prompts[row["task"]]
-        # the instruction goes in its place; it may itself hold such words
-        return re.sub("<edit_prompt>|<instruction>", lambda place: row["prompt"], text)
-
-    return find_calls(settings, rows, CALLS[settings.benchmark], text_of)
+def question(job: Job, row: dict, call: str) -> str:
+    """What the judge is asked: the prompt with the instruction in its place."""
+    if job.settings.benchmark == "heldout":
+        return f"{row['prompt']}\n{requirement_of(row)}"
+    text = job.prompts.get(call) or job.prompts[row["task"]]
+    # one pass: an instruction may itself hold such words
+    return re.sub("<edit_prompt>|<instruction>", lambda place: row["prompt"], text)
 
 
-def read_answers(out: str, name: str) -> dict[tuple, dict]:
-    """{identity: its newest record} out of every process's file of one name; a line that cannot be
-    read is none."""
+def read_answers(out: str, label: str) -> dict[str, dict]:
+    """{key: its newest record} of all processes' files of a judge; what cannot be read is none."""
     records = []
     faults = []
-    for file in sorted(Path(out).glob(f"{name}-*.jsonl")):
+    for file in Path(out).glob(f"calls-{label}-*.jsonl"):
         records += [record for _, record in read_json_lines(file, faults)]
     if faults:
-        print(f"warning: {len(faults)} lines do not count, such as {faults[0]}", file=sys.stderr)
+        print(f"warning: {len(faults)} calls do not count, such as {faults[0]}", file=sys.stderr)
     records.sort(key=recorded_at)
-    return {identity(record): record for record in records}
+    return {str(record.get("key")): record for record in records}
 
 
 def recorded_at(record: dict) -> float:
@@ -1006,307 +997,203 @@ def recorded_at(record: dict) -> float:
     return seconds if isinstance(seconds, float) else 0.0
 
 
-class Asking(NamedTuple):
-    """How calls are answered."""
-
-    name: str  # of the files of answers
-    answer: Callable[[Call], dict]
-    workers: int
-    judge: str  # named when all goes wrong
+def label_of(job: Job, judge: Judge) -> str:
+    """The judge's name and a hash of how it is asked: results of two labels never mix."""
+    asked = job.prompts or [judge.prompts, *(getattr(job.settings, name) for name in HOW_ASKED)]
+    known = short_hash(json.dumps([judge.name, asked], sort_keys=True))
+    return "-".join([*re.findall(r"[\w.]+", judge.name), known])
 
 
-def answer_calls(
-    settings: Settings,
-    calls: list[Call],
-    asking: Asking,
-    accelerator: Accelerator,
-    stop: threading.Event,
-) -> None:
-    """Answers this process's share of the calls that have no good answer yet, several at a time,
-    and appends each as one line as it comes."""
-    known = read_answers(settings.out, asking.name)
-    accelerator.wait_for_everyone()  # all have read before anyone writes
-    todo = []
-    for call in calls[accelerator.process_index :: accelerator.num_processes]:
-        before = known.get(identity(call.key))
-        if before is None or "failure" in before:
-            todo.append(call)
-    file = Path(settings.out, f"{asking.name}-{accelerator.process_index}.jsonl")
-    quiet = not accelerator.is_main_process
-
-    def answer(call):
-        return {"failure": "stopped"} if stop.is_set() else asking.answer(call)
-
-    failed = 0
-    succeeded = False
-    pool = ThreadPoolExecutor(asking.workers)
-    futures = {pool.submit(answer, call): call for call in todo}
+def judge_edits(job: Job) -> None:
+    """Asks the judge what has no good answer yet, several calls at a time, and appends each as one
+    line as it comes."""
+    settings = job.settings
+    judge = load_judge(settings, job.accelerator.device, job.dtype, stop=job.stop)
+    label = label_of(job, judge)
+    answers = read_answers(settings.out, label)
+    unknown = {"failure": "not asked"}
+    todo = [call for call in find_calls(job, job.mine) if call.path]
+    todo = [call for call in todo if "failure" in answers.get(call.record["key"], unknown)]
+    if job.accelerator.is_main_process:
+        warn_of_own_judge(settings, judge)
+    file = Path(settings.out, f"calls-{label}-{job.accelerator.process_index}.jsonl")
+    pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
+    calls = {pool.submit(answer, job, judge, call): call for call in todo}
+    failures = []
     try:
-        bar = tqdm(as_completed(futures), total=len(todo), desc=asking.name[:24], disable=quiet)
-        for future in bar:
+        for future in job.bar(as_completed(calls), "judge", len(todo)):
             record = future.result()
-            if "failure" not in record:
-                succeeded = True
-            elif stop.is_set():
-                continue  # what was given up is no answer
-            else:
-                failed += 1
-            append_json_line(file, futures[future].key | record | {"time": time.time()})
-            if failed >= 8 and not succeeded:
+            if job.stop.is_set() and "failure" in record:
+                continue  # given up, not answered
+            append_json_line(file, calls[future].record | record | {"time": time.time()})
+            failures.append(record.get("failure"))
+            if len(failures) == 8 and None not in failures:
                 raise BadInput(
-                    f"{asking.judge}: its first {failed} calls all failed ({record['failure']}); "
-                    "see to it, it must take pictures, and start again"
+                    f"{settings.judge}: its first 8 calls all failed ({failures[-1]}); see to the "
+                    "judge, which must take pictures, and start again"
                 )
     finally:
         pool.shutdown(cancel_futures=True)
-    refuse_when_stopped(stop, settings.out)
-
-
-HOW_ASKED = (  # the judge's settings that a held-out score depends on
-    "judge_strategy",
-    "judge_think",
-    "judge_aspects",
-    "judge_reply",
-    "judge_range",
-    "judge_order",
-)
-
-
-def label_of(settings: Settings, judge: Judge, prompts: dict) -> str:
-    """The judge's name and a hash of how it is asked: results of two labels never mix."""
-    asked = prompts
-    if not prompts:
-        asked = {name: getattr(settings, name) for name in HOW_ASKED} | dict(judge.prompts)
-    known = json.dumps([judge.name, asked], sort_keys=True)
-    return "-".join([*re.findall(r"[\w.]+", judge.name), short_hash(known)[:8]])
-
-
-def judge_edits(
-    settings: Settings,
-    rows: list[dict],
-    prompts: dict,
-    accelerator: Accelerator,
-    stop: threading.Event,
-) -> None:
-    """Measures what each edit keeps of its source, and asks the judge about it."""
-    measure_edits(settings, rows, accelerator, stop)
-    judge = load_judge(settings, accelerator.device, dtype_of(accelerator), stop=stop)
-    try:
-        if accelerator.is_main_process:
-            warn_of_own_judge(settings, judge)
-        answer = functools.partial(ask_benchmark, settings, judge)
-        if settings.benchmark == "heldout":
-            answer = functools.partial(ask_heldout, judge)
-        workers = settings.judge_in_flight * (1 + settings.judge.count(","))
-        name = f"calls-{label_of(settings, judge, prompts)}"
-        asking = Asking(name, answer, workers, settings.judge)
-        calls = judge_calls(settings, rows, prompts)
-        answer_calls(settings, calls, asking, accelerator, stop)
-    finally:
         judge.close()
 
 
 def warn_of_own_judge(settings: Settings, judge: Judge) -> None:
     """A warning when the LoRA was trained with this very judge."""
     config = Path(settings.lora).parent / "config.json"
-    if settings.lora and config.is_file():
-        trained = read_json(config, "take the folder of a whole run")
-        if trained.get("judge") == settings.judge:
-            print(
-                f"warning: {judge.name} is the judge that {settings.lora} was trained with; its "
-                "scores tell how well it is pleased: let another judge have the last word",
-                file=sys.stderr,
-            )
+    if not settings.lora or not config.is_file():
+        return
+    if read_json(config, "take a run's own folder").get("judge") == settings.judge:
+        print(
+            f"warning: {judge.name} is the judge that {settings.lora} was trained with; its scores "
+            "tell how well it is pleased: let another judge have the last word",
+            file=sys.stderr,
+        )
 
 
-def ask_benchmark(settings: Settings, judge: Judge, call: Call) -> dict:
-    """The judge's reply to a benchmark's question; a call that failed is a record of its cause."""
-    paths = [call.path]
-    if call.key["call"] != "PQ":  # quality is judged without the source
-        paths = [*call.row["images"], call.path]
+def answer(job: Job, judge: Judge, call: Call) -> dict:
+    """The record of a call: its answer, or the cause of its failure."""
+    if job.stop.is_set():
+        return {"failure": "stopped"}
     try:
-        if settings.benchmark == "gedit":
-            shown = as_gedit_shows(call)
-        else:
-            shown = [load_image(path) for path in paths]
-        return {"reply": judge.ask(call.text, shown, settings.reply_tokens)}
+        *sources, edit = (load_image(path) for path in (*call.row["images"], call.path))
+        if job.settings.benchmark == "heldout":
+            return heldout_answer(judge, call.row, sources, edit)
+        if job.settings.benchmark == "gedit":
+            sources, edit = as_gedit_shows(load_image(call.row["shown"]), edit)
+        if call.record["call"] == "PQ":  # quality is judged without the source
+            sources = []
+        return {"reply": judge.ask(call.text, [*sources, edit], job.settings.reply_tokens)}
     except (JudgeFailure, BadInput) as failure:
         return {"failure": str(failure)}
 
 
-def as_gedit_shows(call: Call) -> list[Image.Image]:
-    """The pictures as GEdit's scorer shows them: the stored source, whose sides are multiples of
-    32 at about 512 x 512 pixels; the edit in the same size; both through JPEG."""
-    source = load_image(call.row["shown"])
-    size = source.size
-    if size[0] % 32 or size[1] % 32:
-        ratio = source.width / source.height
-        size = (512 * math.sqrt(ratio), 512 / math.sqrt(ratio))
-        size = tuple(max(32, 32 * round(side / 32)) for side in size)
-    pictures = [load_image(call.path)]
-    if call.key["call"] != "PQ":  # quality is judged without the source
-        pictures.insert(0, source)
-    shown = []
-    for picture in pictures:
-        content = io.BytesIO()
-        picture.resize(size).save(content, "JPEG")
-        shown.append(load_image(content))
-    return shown
-
-
-def ask_heldout(judge: Judge, call: Call) -> dict:
+def heldout_answer(judge: Judge, row: dict, sources: list[Image.Image], edit: Image.Image) -> dict:
     """The judge's own score of an edit, and the oracle's where there is one."""
-    try:
-        edit = load_image(call.path)
-        scores = judge.score(call.row, [load_image(path) for path in call.row["images"]], [edit])
-    except BadInput as fault:
-        return {"failure": str(fault)}
+    scores = judge.score(row, sources, [edit])
     score = scores.score.item()
     record = {"scores": [score], "reply": "".join(scores.words)}
     if math.isnan(score):
         record = {"failure": "".join(scores.causes) or "no score"}
-    truth = oracle(call.row, edit)
+    truth = oracle(row, edit)
     if truth:
-        record["truth"] = {"oracle": float(truth[0]), "success": float(truth[1])}
+        values = [float(value) for value in truth]
+        record["truth"] = dict(zip(METRICS["heldout"][1:], values, strict=True))
     return record
+
+
+def as_gedit_shows(source: Image.Image, edit: Image.Image) -> tuple[Rows, Image.Image]:
+    """Source and edit as GEdit's scorer shows them: at the size of the stored source, whose sides
+    are multiples of 32 at about 512 x 512 pixels, and through JPEG."""
+    size = source.size
+    if size[0] % 32 or size[1] % 32:  # not the stored one
+        scale = 512 / math.sqrt(size[0] * size[1])
+        size = [max(32, 32 * round(side * scale / 32)) for side in size]
+    shown = []
+    for picture in (source, edit):
+        content = io.BytesIO()
+        picture.resize(size).save(content, "JPEG")
+        shown.append(load_image(content))
+    return shown[:1], shown[1]
 
 
 # ---------------------------------------------------------------- what is kept of the source
 
 
-def measure_edits(
-    settings: Settings, rows: list[dict], accelerator: Accelerator, stop: threading.Event
-) -> None:
-    """PSNR and SSIM of every edit to its first source, as calls of no judge."""
-    asking = Asking("kept", functools.partial(measure, settings), 1, "--edits")
-    answer_calls(settings, kept_calls(settings, rows), asking, accelerator, stop)
-
-
-def kept_calls(settings: Settings, rows: list[dict]) -> list[Call]:
-    def text_of(row, call):
-        return file_hash(find_mask(settings, row) or "")
-
-    calls = find_calls(settings, rows, ("kept",), text_of)
-    return [call for call in calls if call.key["subject"] != "source"]
-
-
-def measure(settings: Settings, call: Call) -> dict:
-    """What an edit keeps of its source, outside the mask if there is one."""
+def kept_of_source(job: Job, call: Call) -> dict[str, float]:
+    """PSNR and SSIM of an edit to its first source, outside the mask if there is one."""
+    mask = call.row.get("mask")
+    if job.settings.masks:
+        mask = find_picture(job.settings.masks, call.row["files"])
     try:
-        edit = load_image(call.path)
-        source = load_image(call.row["images"][0])
-        place = find_mask(settings, call.row)
-        mask = load_image(place) if place else None
-    except BadInput as fault:
-        return {"failure": str(fault)}
+        source, edit = load_image(call.row["images"][0]), load_image(call.path)
+        mask = load_image(mask) if mask else None
+    except BadInput:
+        return {}
     psnr = plain_terms(source, [edit], mask)["psnr"].item()
     return {"psnr": psnr, "ssim": ssim(source, edit, mask)}
 
 
 def ssim(source: Image.Image, edit: Image.Image, mask: Image.Image | None = None) -> float:
-    """Structural similarity of two pictures' luminance, in [-1, 1], at the edit's size.
+    """Structural similarity of two pictures' luminance, in [-1, 1], at the edit's size: the mean
+    over what is not white in the mask, NaN where all is.
 
-    The mean over what is not white in the mask; NaN where all is. Gaussian window of 11 pixels,
-    deviation 1.5 (Wang et al., Image quality assessment, 2004).
+    7 x 7 windows, sample covariance, as scikit-image's default (Wang et al., 2004).
     """
 
-    def plane(picture, how=Image.Resampling.LANCZOS):
-        grey = picture.convert("L").resize(edit.size, how)
-        return torch.from_numpy(np.array(grey, np.float32) / 255)[None, None]  # (1, 1, H, W)
+    def plane(picture):
+        grey = picture.convert("L").resize(edit.size, Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(grey, np.float64) / 255)[None]  # (1, H, W)
 
-    def blur(x):
-        x = F.pad(x, (5, 5, 5, 5), mode="replicate")
-        return F.conv2d(F.conv2d(x, window[None, None, None]), window[None, None, :, None])
+    def mean(x):
+        return F.avg_pool2d(x, 7, stride=1)  # (1, H - 6, W - 6)
 
-    window = torch.exp(-((torch.arange(11.0) - 5) ** 2) / (2 * 1.5**2))
-    window = window / window.sum()  # (11,)
     x, y = plane(source), plane(edit)
-    mean_x, mean_y = blur(x), blur(y)
-    spread = blur(x * x) - mean_x**2 + blur(y * y) - mean_y**2
-    shared = blur(x * y) - mean_x * mean_y
-    light = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
-    alike = light * (2 * shared + 0.03**2) / (spread + 0.03**2)  # (1, 1, H, W)
+    product = mean(x) * mean(y)
+    squares = mean(x) ** 2 + mean(y) ** 2
+    covariance = 49 / 48 * (mean(x * y) - product)
+    variances = 49 / 48 * (mean(x * x + y * y) - squares)
+    light, detail = 0.01**2, 0.03**2  # keep flat and dark places stable
+    alike = (2 * product + light) / (squares + light)
+    alike = alike * (2 * covariance + detail) / (variances + detail)
     if mask is not None:
-        alike = alike[plane(mask, Image.Resampling.NEAREST) < 0.5]
+        alike = alike[plane(mask)[:, 3:-3, 3:-3] < 0.5]
     return alike.mean().item()
 
 
-# ---------------------------------------------------------------- score: tables, report, comparison
+# ---------------------------------------------------------------- score: tables and report
 
-
-MISSING = "no edit"  # the failure of an edit that is not there
 SCORERS = {"imgedit": score_imgedit, "gedit": score_gedit, "heldout": score_heldout}
 ROW_KEYS = ("row", "task", "source", "language", "intersection", "labels", "target_scene")
 
 
-def score_calls(settings: Settings, rows: list[dict], prompts: dict, version: dict) -> list[dict]:
-    """Adds up each judge's calls into scores-JUDGE-MODE.json: what was written of settings.mode.
+def score_calls(job: Job) -> Rows:
+    """Adds up each judge's calls into scores-JUDGE-MODE.json and returns what was written.
 
-    Results of the other mode that lie there are made anew; those of calls that no longer count go.
+    What lay there before goes: calls of other edits or other questions do not count.
     """
-    out = Path(settings.out)
-    files = sorted(out.glob("calls-*.jsonl"))
-    if not files:
-        raise BadInput(f"{out}: holds no calls of a judge; run --stage judge first")
-    labels = {re.fullmatch(r"calls-(.*)-\d+", file.stem)[1] for file in files}
-    wanted = {identity(call.key) for call in judge_calls(settings, rows, prompts)}
-    measured = measurements(settings, rows)
-    old = list(out.glob("scores-*.json"))
-    modes = {settings.mode, *(file.stem.rpartition("-")[2] for file in old)}
+    out = Path(job.settings.out)
+    score = SCORERS[job.settings.benchmark]
+    stems = sorted(file.stem.removeprefix("calls-") for file in out.glob("calls-*.jsonl"))
+    calls = find_calls(job, job.rows)
+    known = known_of_rows(job, calls)
     results = {}
-    for label, mode in itertools.product(sorted(labels), sorted(modes)):
-        answers = read_answers(settings.out, f"calls-{label}")
-        answers = [answer for key, answer in answers.items() if key in wanted]
-        if not answers:
-            continue  # of other edits or other questions
-        records = records_of(settings, rows, answers, measured)
-        score = SCORERS[settings.benchmark]
-        result = {
-            "benchmark": settings.benchmark,
-            "judge": label,
-            "mode": mode,
-            "metadata": version,
-            "subjects": {name: score(records[name], mode) for name in records},
-        }
-        file = out / f"scores-{label}-{mode}.json"
-        with whole_file(file) as part:
-            part.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
-        results[file] = result
+    for label in dict.fromkeys(stem.rpartition("-")[0] for stem in stems):
+        answers = read_answers(job.settings.out, label)
+        records = {}
+        for call, row in zip(calls, known, strict=True):
+            empty = {"failure": "not judged" if call.path else MISSING}
+            said = answers.get(call.record["key"], empty)
+            records.setdefault(call.record["subject"], []).append(said | call.record | row)
+        if any(call.record["key"] in answers for call in calls):
+            results[f"scores-{label}-{job.settings.mode}.json"] = {
+                "benchmark": job.settings.benchmark,
+                "judge": label,
+                "mode": job.settings.mode,
+                "metadata": job.version,
+                "subjects": {name: score(records[name], job.settings.mode) for name in records},
+            }
     if not results:
-        raise BadInput(f"{out}: no call is for the edits that are there; run --stage judge first")
-    for file in set(old) - results.keys():
-        file.unlink()
-    return [result for result in results.values() if result["mode"] == settings.mode]
+        raise BadInput(f"{out}: holds no calls of a judge on these edits; run --stage judge first")
+    for name, result in results.items():
+        with whole_file(out / name) as part:
+            part.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+    for file in out.glob("scores-*.json"):
+        if file.name not in results:
+            file.unlink()
+    return list(results.values())
 
 
-def measurements(settings: Settings, rows: list[dict]) -> dict[tuple[str, str], dict]:
-    """{(subject, row): {"psnr", "ssim"}} of the edits that were measured as they are."""
-    kept = read_answers(settings.out, "kept")
-    found = {}
-    for call in kept_calls(settings, rows):
-        record = kept.get(identity(call.key), {})
-        values = {name: record[name] for name in KEPT if name in record}
-        found[call.key["subject"], call.key["row"]] = values
-    return found
+def known_of_rows(job: Job, calls: list[Call]) -> Rows:
+    """Of each call what its record has of the row, and what the edit keeps of the source."""
 
+    def known(call):
+        row = {key: call.row[key] for key in ROW_KEYS if key in call.row}
+        if call.path is None or call.record["subject"] == "source":
+            return row
+        return row | kept_of_source(job, call)
 
-def records_of(
-    settings: Settings, rows: list[dict], answers: list[dict], measured: dict
-) -> dict[str, list[dict]]:
-    """{subject: a record of every call of every row}, answered or not."""
-    said = {tuple(answer[key] for key in KEYS[:3]): answer for answer in answers}
-    records = {}
-    for subject, folder in subjects_of(settings).items():
-        records[subject] = []
-        for row in rows:
-            there = find_edit(row, subject, folder)
-            empty = {"failure": "not judged" if there else MISSING}
-            known = {key: row[key] for key in ROW_KEYS if key in row}
-            known |= measured.get((subject, row["row"]), {})
-            for call in CALLS[settings.benchmark]:
-                answer = said.get((subject, row["row"], call), empty)
-                records[subject].append(known | answer | {"row": row["row"], "call": call})
-    return records
+    with ThreadPoolExecutor() as pool:
+        return list(job.bar(pool.map(known, calls), "kept of the source", len(calls)))
 
 
 def shown(mean: list, form: str = ".3f") -> str:
@@ -1319,88 +1206,79 @@ def shown(mean: list, form: str = ".3f") -> str:
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def as_text(groups: dict[str, dict], title: str, metrics: tuple) -> str:
+def as_text(groups: dict[str, dict], title: str) -> str:
     """A result's tables: for each group its coverage, and a line a task with the mean and interval
     of each metric."""
     lines = []
     for group, table in groups.items():
-        names = [metric for metric in metrics if metric in table]
+        names = metrics_in(table)
         lines.append(f"{title}, {group}: {table['answered']} of {table['rows']} rows answered")
-        lines.append(" " * 19 + "".join(f"{name:27}" for name in names).rstrip())
+        lines.append(f"  {'':16} " + " ".join(f"{name:26}" for name in names).rstrip())
         for task in table[names[0]]:
-            cells = [f"{shown(table[name].get(task, NOTHING)):26} " for name in names]
-            lines.append(f"  {task:16} " + "".join(cells).rstrip())
+            means = [shown(table[name].get(task, [None] * 3)) for name in names]
+            lines.append(f"  {task:16} " + " ".join(f"{mean:26}" for mean in means).rstrip())
     return "\n".join(lines)
 
 
-NOTHING = [None, None, None]  # the mean of no rows
+def metrics_in(table: dict) -> list[str]:
+    return [name for name in table if name not in ("rows", "answered")]
 
 
-def differences(a: list[dict], b: list[dict], benchmark: str, name_a: str, name_b: str) -> str:
+def differences(a: Rows, b: Rows, benchmark: str, names: tuple[str, str]) -> str:
     """The paired differences of two lists of row results as tables and in words."""
-    metrics = (*METRICS[benchmark], *KEPT)
-    groups = paired_differences(a, b, metrics)
-    lines = [as_text(groups, f"{name_a} - {name_b}", metrics)]
+    groups = paired_differences(a, b, METRICS[benchmark])
+    lines = [as_text(groups, " - ".join(names))]
     for group, table in groups.items():
-        kept = table["psnr"]["macro"] if "psnr" in table else None
-        lines.append(f"{group}: " + verdict(table[metrics[0]]["macro"], name_a, name_b, kept))
+        kept = table.get("psnr", {}).get("macro")
+        lines.append(f"{group}: " + verdict(table[METRICS[benchmark][0]]["macro"], *names, kept))
     return "\n".join(lines)
 
 
 def describe(settings: Settings, result: dict) -> str:
     """What a person reads first: every table, the gain over the baselines, and a row for a table of
     published numbers."""
-    version = result["metadata"]
-    benchmark = settings.benchmark
+    number = result["metadata"]["rows"]
     lines = [
-        f"{benchmark}, {result['mode']} reading, judge and prompts {result['judge']}, "
-        f"{version['rows']} rows, metadata sha256 {version['sha256']}"
+        f"{settings.benchmark}, {result['mode']} reading, judge and prompts {result['judge']}, "
+        f"{number} rows, metadata sha256 {result['metadata']['sha256']}"
     ]
-    name = f"gedit {settings.language}" if benchmark == "gedit" else benchmark
-    published = PUBLISHED_ROWS.get(name, version["rows"])
-    if version["rows"] != published:
+    published = PUBLISHED_ROWS.get(settings.benchmark, number)
+    if settings.language == "both" and settings.benchmark == "gedit":
+        published = 2 * published
+    if number != published:
         lines.append(
             f"warning: the published metadata has {published} rows; these numbers stand beside no "
             "published ones"
         )
-    metrics = (*METRICS[benchmark], *KEPT)
-    for name, content in result["subjects"].items():
-        lines.append(as_text(content["groups"], name, metrics))
-        lines += uncounted(content["rows"], name)
-    first, *others = result["subjects"]
-    rows = {name: content["rows"] for name, content in result["subjects"].items()}
-    for name in others:
-        lines.append(differences(rows[first], rows[name], benchmark, first, name))
-    return "\n".join([*lines, *pasted_rows(settings, result)])
+    rows = {subject: content["rows"] for subject, content in result["subjects"].items()}
+    for subject, content in result["subjects"].items():
+        lines.append(as_text(content["groups"], subject))
+        silent = [row["said"] for row in content["rows"] if not row["answered"]]
+        missing = sum(MISSING in said for said in silent)
+        if silent:
+            unread = len(silent) - missing
+            lines.append(f"warning: {subject}: {missing} edits missing, {unread} without a score")
+    first, *others = rows
+    for other in others:
+        names = (first, other)
+        lines.append(differences(rows[first], rows[other], settings.benchmark, names))
+    return "\n".join([*lines, *pasted_row(settings, result, first)])
 
 
-def uncounted(rows: list[dict], name: str) -> list[str]:
-    """A warning about rows without an answer, if there are any."""
-    silent = [row for row in rows if not row["answered"]]
-    missing = [row for row in silent if MISSING in row["said"]]
-    if not silent:
-        return []
-    counts = f"{len(missing)} edits are missing, {len(silent) - len(missing)} have no score"
-    return [f"warning: {name}: of {len(rows)} rows {counts}; see the mode for how they count"]
-
-
-def pasted_rows(settings: Settings, result: dict) -> list[str]:
-    """The first subject as a row of a Markdown table, with its header, and as one of LaTeX."""
-    subject, content = next(iter(result["subjects"].items()))
-    names = [settings.edits or settings.base, settings.lora if subject == "trained" else ""]
-    cells = {"model": " + ".join(name for name in names if name) or subject}
-    cells["judge"] = result["judge"]
-    metrics = all_metrics(settings.benchmark)
-    for group, metric in itertools.product(content["groups"], metrics):
-        table = content["groups"][group]
-        if metric in table:
+def pasted_row(settings: Settings, result: dict, subject: str) -> list[str]:
+    """A subject as a row of a Markdown table, with its header."""
+    name = settings.edits or settings.base or subject
+    if subject == "trained":
+        name += f" + {settings.lora}"
+    cells = {"model": name, "judge": result["judge"]}
+    for group, table in result["subjects"][subject]["groups"].items():
+        for metric in metrics_in(table):
             cells[f"{group} {metric}"] = shown(table[metric]["macro"])
+    rows = result["subjects"][subject]["rows"]
     cells["mode"] = result["mode"]
-    answered = sum(row["answered"] for row in content["rows"])
-    cells["rows answered"] = f"{answered} of {len(content['rows'])}"
-    lines = [" | ".join(line) for line in (cells, ["---"] * len(cells), cells.values())]
-    latex = re.sub(r"([_%&#])", r"\\\1", "\0".join(cells.values())).replace("\0", " & ")
-    return [*(f"| {line} |" for line in lines), f"LaTeX: {latex} \\\\"]
+    cells["rows answered"] = f"{sum(row['answered'] for row in rows)} of {len(rows)}"
+    lines = (cells, ["---"] * len(cells), cells.values())
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>edit-nft: evaluation</title><style>
@@ -1438,97 +1316,87 @@ order.onchange();</script>
 
 
 class Shown(NamedTuple):
-    """One edit in the report."""
+    """An edit in the report."""
 
-    name: str  # of the subject
-    caption: str
-    words: str  # the judge's
     picture: Image.Image | None
+    caption: str
+    html: str
 
 
-def write_report(settings: Settings, rows: list[dict], results: list[dict], summary: str) -> None:
+def write_report(job: Job, results: Rows, summary: str) -> None:
     """report.html with small pictures beside it, and grid.png: of each task the row with the median
     score."""
-    out = Path(settings.out)
-    main_metric = METRICS[settings.benchmark][0]
-    subjects = subjects_of(settings)
-    found = {}  # (row, subject) -> [its result under each judge]
+    out = Path(job.settings.out)
+    subjects = subjects_of(job.settings)
+    found = {}  # (row, subject) -> its result under each judge
     for result, name in itertools.product(results, subjects):
         for row in result["subjects"][name]["rows"]:
-            found.setdefault((row["row"], name), []).append(row | {"judge": result["judge"]})
+            found.setdefault((row["row"], name), []).append(row | {"by": result["judge"]})
+    main_metric = METRICS[job.settings.benchmark][0]
     articles = []
     by_task = {}
-    for number, row in enumerate(tqdm(rows, desc="report")):
-        figures = []
+    for number, row in enumerate(job.bar(job.rows, "report")):
+        edits = []
         for name in dict.fromkeys(["source", *reversed(subjects)]):  # source, base, trained
             path = find_edit(row, name, subjects.get(name))
-            figures.append(shown_edit(settings, name, path, found.get((row["row"], name), [])))
+            small = out / f"report/{number:05}-{name}.jpg"
+            edits.append(show_edit(name, path, small, found.get((row["row"], name), [])))
         first = found[row["row"], next(iter(subjects))][0]
         score = -1.0 if math.isnan(first[main_metric]) else first[main_metric]
-        articles.append(article(out, number, row, figures, first, score))
-        by_task.setdefault(row["task"], []).append((score, number, figures))
+        articles.append(article(row, first["answered"], score, edits))
+        by_task.setdefault(row["task"], []).append((score, number, edits))
     page = PAGE.replace("@SUMMARY@", escape(summary)).replace("@ROWS@", "".join(articles))
     with whole_file(out / "report.html") as part:
         part.write_text(page, encoding="utf-8")
     pictures = []
     captions = []
-    for _, of_task in sorted(by_task.items()):
-        _, number, figures = sorted(of_task)[len(of_task) // 2]
-        pictures.append([figure.picture for figure in figures])
-        captions.append([f"{figure.name} {figure.caption}" for figure in figures])
-        captions[-1][0] = rows[number]["prompt"]  # below the source
+    for task in sorted(by_task):
+        _, number, edits = sorted(by_task[task])[len(by_task[task]) // 2]
+        pictures.append([edit.picture for edit in edits])
+        captions.append([edit.caption for edit in edits])
+        captions[-1][0] = job.rows[number]["prompt"]  # below the source
     title = f"of each task the row with the median {main_metric}"
     with whole_file(out / "grid.png") as part:
         picture_grid(pictures, captions, title).save(part)
 
 
-def shown_edit(settings: Settings, name: str, path: Path | None, found: list[dict]) -> Shown:
-    """An edit with its scores under each judge and what was said of it."""
-    scores = []
+def show_edit(name: str, path: Path | None, small: Path, found: Rows) -> Shown:
+    """An edit with its scores under each judge and what was said of it; its small picture is
+    written to `small`."""
+    caption = name
     for row in found:
-        metrics = [metric for metric in METRICS[settings.benchmark] if metric in row]
-        values = " ".join(f"{metric} {number(row[metric])}" for metric in metrics)
-        scores.append(values if len(found) == 1 else f"{values} by {row['judge']}")
-    if found and "psnr" in found[0]:
-        scores.append(f"psnr {number(found[0]['psnr'])}")
-    try:
+        values = [f"{key} {row[key]:.2f}" for key in SHOWN_METRICS if key in row]
+        caption += f" {' '.join(values)} by {row['by']};".replace("nan", "missing")
+    picture, image = None, MISSING
+    with suppress(BadInput):
         picture = load_image(path) if path else None
-    except BadInput:
-        picture = None
     if picture:
         picture.thumbnail((384, 384))
-    words = "\n".join(row["said"] for row in found)
-    return Shown(name, "; ".join(scores), words, picture)
+        with whole_file(small) as part:
+            picture.save(part, quality=95, subsampling=0)
+        style = "tiny" if max(picture.size) <= 128 else ""
+        image = f'<img class="{style}" loading="lazy" src="report/{small.name}">'
+    words = escape("\n".join(row["said"] for row in found).strip())
+    if words:
+        words = f"<details><summary>the judge's words</summary>{words}</details>"
+    html = f"<figure><figcaption>{escape(caption)}</figcaption>{image}{words}</figure>"
+    return Shown(picture, caption, html)
 
 
-def number(value: float) -> str:
-    return "missing" if math.isnan(value) else f"{value:.2f}"
+def article(row: dict, answered: bool, score: float, edits: list[Shown]) -> str:
+    """A row of the report."""
+    task, prompt, name = (escape(row[key]) for key in ("task", "prompt", "row"))
+    kinds = row.get("language", "")
+    if not answered:
+        kinds += " failed"
+    figures = "".join(edit.html for edit in edits)
+    return (
+        f'<article data-task="{task}" data-kinds="{kinds}" data-score="{score}"><div><b>{prompt}'
+        f"</b><p>{task}</p><small>{name}</small></div>{figures}</article>\n"
+    )
 
 
-def article(
-    out: Path, place: int, row: dict, figures: list[Shown], first: dict, score: float
-) -> str:
-    """A row of the report; its pictures are written below `out`."""
-    kinds = [row.get("language", ""), "" if first["answered"] else "failed"]
-    parts = [
-        f'<article data-task="{escape(row["task"])}" data-kinds="{" ".join(kinds)}" '
-        f'data-score="{score}"><div><b>{escape(row["prompt"])}</b><p>{escape(row["task"])}</p>'
-        f"<small>{escape(row['row'])}</small></div>"
-    ]
-    for figure in figures:
-        image = MISSING
-        if figure.picture:
-            file = f"report/{place:05}-{figure.name}.jpg"
-            with whole_file(out / file) as part:
-                figure.picture.save(part, quality=95, subsampling=0)
-            style = "tiny" if max(figure.picture.size) <= 128 else ""
-            image = f'<img class="{style}" loading="lazy" src="{file}">'
-        words = ""
-        if figure.words:
-            words = f"<details><summary>the judge's words</summary>{escape(figure.words)}</details>"
-        caption = escape(f"{figure.name} {figure.caption}")
-        parts.append(f"<figure><figcaption>{caption}</figcaption>{image}{words}</figure>")
-    return "".join([*parts, "</article>\n"])
+# ---------------------------------------------------------------- two runs
 
 
 def compare(places: list[str]) -> None:
@@ -1536,38 +1404,34 @@ def compare(places: list[str]) -> None:
     both have."""
     if len(places) != 2:
         raise BadInput("compare: name two runs, python evaluate.py compare RUN_A RUN_B")
-    found = [read_results(Path(place)) for place in places]
-    both = sorted(found[0].keys() & found[1].keys())
-    if not both:
+    first, second = (read_results(Path(place)) for place in places)
+    both = " and ".join(places)
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
         raise BadInput(
-            f"{' and '.join(places)}: no result under one judge, prompts and reading, but "
-            f"{', '.join(found[0])} against {', '.join(found[1])}; score both alike"
+            f"{both}: no result under one judge, prompts and reading, but {', '.join(first)} "
+            f"against {', '.join(second)}; score both alike"
         )
-    for name in both:
-        a, b = (results[name] for results in found)
+    for name in shared:
+        a, b = first[name], second[name]
         if a["metadata"] != b["metadata"]:
-            raise BadInput(
-                f"{' and '.join(places)}: another version of the benchmark in each; score both on "
-                "one"
-            )
+            raise BadInput(f"{both}: another version of the benchmark in each; score both on one")
         print(f"judge and prompts {a['judge']}, {a['mode']} reading")
         rows = [next(iter(result["subjects"].values()))["rows"] for result in (a, b)]
-        print(differences(*rows, a["benchmark"], *places))
+        print(differences(*rows, a["benchmark"], places))
 
 
 def read_results(place: Path) -> dict[str, dict]:
     """{file name: result} of an --out folder; BadInput for none, or for a damaged one."""
     results = {}
-    for file in sorted(place.glob("scores-*.json")):
-        fix = "run --stage score again"
-        result = read_json(file, fix)
-        try:
-            METRICS[result["benchmark"]], result["judge"], result["mode"], result["metadata"]
-            for row in next(iter(result["subjects"].values()))["rows"]:
-                row["row"], row["task"], row["source"], row["answered"]
-        except (KeyError, TypeError, AttributeError, StopIteration):
-            raise BadInput(f"{file}: is no result of this script; {fix}") from None
-        results[file.name] = result
+    for file in place.glob("scores-*.json"):
+        result = read_json(file, "run --stage score again")
+        try:  # whether it can be added up
+            first = next(iter(result["subjects"].values()))
+            grouped(first["rows"], METRICS[result["benchmark"]])
+            results[file.name] = {"metadata": None, "judge": "", "mode": ""} | result
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
+            raise BadInput(f"{file}: is damaged; run --stage score again") from None
     if not results:
         raise BadInput(f"{place}: holds no scores; name an --out folder of evaluate.py")
     return results
@@ -1593,12 +1457,9 @@ def read_ratings(file: Path) -> list[Rated]:
     second, 0.5 neither. Paths are relative to the file.
     """
     groups = []
-    load = functools.cache(load_image)
     for row in read_rows(file.parent, file.stem):
         try:
-            labels = row.get("scores")
-            if labels is None:
-                labels = [1 - row["preference"], row["preference"]]
+            labels = row.get("scores") or [1 - row["preference"], row["preference"]]
             labels = [float(label) for label in labels]
             edits = [load_image(file.parent / path) for path in row["edits"]]
         except (KeyError, TypeError, ValueError):
@@ -1610,7 +1471,7 @@ def read_ratings(file: Path) -> list[Rated]:
                 f"{file}: {row['id']} has {len(edits)} edits and {len(labels)} scores; give one "
                 "for each"
             )
-        groups.append(Rated(row, [load(path) for path in row["images"]], edits, labels))
+        groups.append(Rated(row, [load_image(path) for path in row["images"]], edits, labels))
     return groups
 
 
@@ -1619,11 +1480,9 @@ def pair_outcomes(scores: list[float], labels: list[float]) -> list[float]:
     0.5 if they tie. Pairs with a score that is NaN are left out."""
     outcomes = []
     for (a, x), (b, y) in itertools.combinations(zip(scores, labels, strict=True), 2):
-        if x == y or math.isnan(a - b):
-            continue
-        if abs(a - b) < 1e-6:
+        if abs(a - b) < 1e-6 and x != y:
             outcomes.append(0.5)
-        else:
+        elif abs(a - b) >= 1e-6 and x != y:
             outcomes.append(1.0 if (a > b) == (x > y) else 0.0)
     return outcomes
 
@@ -1645,15 +1504,14 @@ class AgreeSettings(JudgeSettings):
         super().__post_init__()
         for name in self.strategies:
             if name not in STRATEGIES:
-                raise BadInput(f"--strategies {name}: no strategy; take of {', '.join(STRATEGIES)}")
+                known = ", ".join(STRATEGIES)
+                raise BadInput(f"--strategies {name}: no strategy; take of {known}")
 
 
 def agree(words: list[str]) -> None:
-    """Prints, for each strategy, how far the judge orders edits as people do: Table 4 of the paper."""
+    """Prints, for each strategy, how far the judge orders edits as people do."""
     if not words or not words[0].endswith(".jsonl"):
-        raise BadInput(
-            "agree: names no file; write python evaluate.py agree FILE.jsonl --judge ..."
-        )
+        raise BadInput("agree: names no file; write evaluate.py agree FILE.jsonl --judge ...")
     settings = parse_settings(AgreeSettings, words[1:], description=agree.__doc__, judge=TOY)
     groups = read_ratings(Path(words[0]))
     judge = load_judge(settings, stop=catch_signals())
@@ -1665,10 +1523,9 @@ def agree(words: list[str]) -> None:
     for strategy in settings.strategies:
         try:
             judge.use(strategy)
+            print(f"{strategy:12} {agreement(judge, groups)}")
         except BadInput as error:
             print(f"{strategy:12} {error}")
-            continue
-        print(f"{strategy:12} {agreement(judge, groups)}")
     judge.close()
 
 
@@ -1676,84 +1533,27 @@ def agreement(judge: Judge, groups: list[Rated]) -> str:
     """A line of agree's table."""
     start = time.perf_counter()
     results = [judge.score(group.row, group.sources, group.edits) for group in groups]
-    scores = torch.cat([result.score for result in results])  # (all edits,)
-    pace = (time.perf_counter() - start) / len(scores)
-    labels = torch.tensor([label for group in groups for label in group.labels])
+    seconds = time.perf_counter() - start
     outcomes = []
     places = []  # the group of each pair
-    for place, (group, result) in enumerate(zip(groups, results, strict=True)):
+    spreads = []
+    for group, result in zip(groups, results, strict=True):
         pairs = pair_outcomes(result.score.tolist(), group.labels)
         outcomes += pairs
-        places += [str(place)] * len(pairs)
+        places += [str(id(group))] * len(pairs)
+        spreads.append(result.score[~result.score.isnan()].std(unbiased=False))
     _, draws = bootstrap(outcomes, ["all"] * len(outcomes), places)
-    right = shown(interval(outcomes, draws.flatten()), ".1%")
+    right = shown(interval(outcomes, draws), ".1%")
     ties = outcomes.count(0.5) / max(len(outcomes), 1)
+    scores = torch.cat([result.score for result in results])  # (all edits,)
+    labels = torch.cat([torch.tensor(group.labels) for group in groups])
     known = ~scores.isnan()
     order = spearman(scores[known], labels[known])
-    spreads = [result.score[~result.score.isnan()].std(unbiased=False) for result in results]
-    spread = torch.stack(spreads).nanmean().item()
-    mass = torch.cat([result.mass for result in results]).nanmean().item()
-    failed = 1 - known.float().mean().item()
+    spread = torch.stack(spreads).nanmean()
+    mass = torch.cat([result.mass for result in results]).nanmean()
+    failed = 1 - known.float().mean()
+    pace = seconds / len(scores)
     return f"{right:26} {order:8.3f} {ties:6.1%} {spread:7.3f} {mass:6.3f} {failed:6.1%} {pace:.4f}"
-
-
-# ---------------------------------------------------------------- runs as pictures
-
-CURVES = {  # panel: the record's key
-    "reward": "reward/mean",
-    "held-out judge": "heldout/new/judge",
-    "held-out oracle": "heldout/new/oracle",
-    "held-out success": "heldout/new/success",
-    "kept groups": "groups/kept",
-    "drift from the base": "update/drift_base",
-    "norm of v to the base's": "update/norm_ratio",
-    "PSNR to the source": "reward/psnr",
-}
-
-
-def curves(places: list[str]) -> None:
-    """Draws curves.png from the log.jsonl of training runs; runs that differ in nothing but their
-    seed are one line, their mean, in a band from the least to the greatest."""
-    if not places:
-        raise BadInput("curves: names no run; write python evaluate.py curves RUN [RUN ...]")
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("curves: needs matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = {}  # settings but for the seed -> {run: its records}
-    for place in places:
-        config = read_json(Path(place, "config.json"), "name the folder of a training run")
-        same = {key: value for key, value in config.items() if key not in ("seed", "out", "resume")}
-        records = [record for _, record in read_json_lines(Path(place, "log.jsonl"), [])]
-        groups.setdefault(json.dumps(same, sort_keys=True), {})[place] = records
-    figure, axes = pyplot.subplots(2, 4, figsize=(18, 8))
-    for axis, (title, key) in zip(axes.flat, CURVES.items(), strict=True):
-        for runs in groups.values():
-            epochs, values = curve(list(runs.values()), key)
-            line = axis.plot(epochs, values.mean(0), label=" ".join(runs))
-            if len(runs) > 1:
-                colour = line[0].get_color()
-                axis.fill_between(epochs, values.min(0), values.max(0), alpha=0.2, color=colour)
-        axis.set(title=title, xlabel="epoch")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    with whole_file("curves.png") as part:
-        figure.savefig(part)
-    print("wrote curves.png")
-
-
-def curve(runs: list[list[dict]], key: str) -> tuple[list[int], np.ndarray]:
-    """A key's epochs (E,) and values (runs, E), at the epochs where all runs have a number."""
-    by_epoch = []
-    for records in runs:
-        known = {record.get("epoch"): record.get(key) for record in records}
-        by_epoch.append({e: v for e, v in known.items() if isinstance(v, (int, float))})
-    epochs = sorted(set.intersection(*(set(values) for values in by_epoch)))
-    rows = [[values[epoch] for epoch in epochs] for values in by_epoch]
-    return epochs, np.array(rows, float).reshape(len(runs), len(epochs))
 
 
 # ---------------------------------------------------------------- the command
@@ -1763,72 +1563,62 @@ def claim(settings: Settings) -> Settings:
     """Settings with what --out was begun with; BadInput when edits of another making lie there."""
     file = Path(settings.out, "config.json")
     if file.is_file():
-        fix = "give another --out"
-        before = read_json(file, fix)
-        if any(key not in before for key in (*DRAWN, "baselines")):
-            raise BadInput(f"{settings.out}: is a folder of something else, see {file}; {fix}")
+        before = read_json(file, "give another --out")
+        if not before.keys() >= {*DRAWN, "baselines"}:
+            raise BadInput(f"{settings.out}: belongs to another program; give another --out")
+        begun = {key: before[key] for key in DRAWN}
         if settings.stage in ("judge", "score"):
-            wanted = sorted({*before["baselines"], *settings.baselines})
-            return replace(settings, baselines=wanted, **{key: before[key] for key in DRAWN})
-        for key in DRAWN:
-            if before[key] != getattr(settings, key):
-                own = getattr(settings, key)
-                raise BadInput(
-                    f"{settings.out}: was begun with --{key} {before[key]}, not {own}; {fix}"
-                )
+            baselines = sorted({*before["baselines"], *settings.baselines})
+            return replace(settings, baselines=baselines, **begun)
+        for key, value in begun.items():
+            if value != getattr(settings, key):
+                said = f"was begun with --{key} {value}, not {getattr(settings, key)}"
+                raise BadInput(f"{settings.out}: {said}; give another --out")
     with whole_file(file) as part:
         part.write_text(json.dumps(asdict(settings), indent=1))
     return settings
 
 
-def wait_for_all(accelerator: Accelerator, stop: threading.Event, out: str) -> None:
-    """Waits until every process is here; ends in one line when another is gone."""
-    try:
-        accelerator.wait_for_everyone()
-    except RuntimeError as error:  # gloo and NCCL raise it when a process has ended
-        refuse_when_stopped(stop, out)
-        reason = str(error).splitlines()[0][:120]
-        raise BadInput(f"{out}: another process ended ({reason}); start again to go on") from None
-    refuse_when_stopped(stop, out)
-
-
-def evaluate(settings: Settings, accelerator: Accelerator, stop: threading.Event) -> None:
-    """Runs the stages."""
-    with accelerator.main_process_first():
+def run_stages(settings: Settings, accelerator: Accelerator, stop: threading.Event) -> None:
+    """Draws, judges and adds up. Raises Stopped on all processes when one has to stop."""
+    with together(accelerator, stop), accelerator.main_process_first():
         settings = claim(settings)
-        rows, prompts, version = load_benchmark(settings)
-    check_folders(settings, rows)
-    if settings.stage in ("all", "sample"):
-        draw_edits(settings, rows, accelerator, stop)
-        wait_for_all(accelerator, stop, settings.out)
-    if settings.stage in ("all", "judge"):
-        judge_edits(settings, rows, prompts, accelerator, stop)
-        wait_for_all(accelerator, stop, settings.out)
+        job = Job(settings, accelerator, stop, *load_benchmark(settings))
+        for flag in ("edits", "masks"):
+            if getattr(settings, flag):
+                check_folder(f"--{flag}", getattr(settings, flag), job.rows)
+    for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
+        with together(accelerator, stop):
+            if settings.stage in ("all", stage):
+                work(job)
     if settings.stage in ("all", "score") and accelerator.is_main_process:
-        results = score_calls(settings, rows, prompts, version)
+        results = score_calls(job)
         summary = "\n".join(describe(settings, result) for result in results)
-        write_report(settings, rows, results, summary)
+        write_report(job, results, summary)
         print(summary, f"wrote {settings.out}/report.html and grid.png", sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else "no command"
-    others = {"compare": compare, "agree": agree, "curves": curves}
-    if command in others:
-        return others[command](argv[1:])
+    if command in ("compare", "agree"):
+        return {"compare": compare, "agree": agree}[command](argv[1:])
     if command not in METRICS:
-        raise BadInput(
-            f"{command}: say what to score: imgedit, gedit, heldout, or compare RUN_A RUN_B, agree "
-            "FILE.jsonl, curves RUN"
-        )
+        known = f"{', '.join(METRICS)}; or compare RUN_A RUN_B, or agree FILE.jsonl"
+        raise BadInput(f"{command}: say what to score: {known}")
     about = __doc__.splitlines()[0]
     settings = parse_settings(Settings, ["--benchmark", *argv], description=about)
     stop = catch_signals()
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one may be done long before
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
-    with locked(settings.out) if accelerator.is_main_process else nullcontext():
-        evaluate(settings, accelerator, stop)
+    try:
+        with locked(settings.out) if accelerator.is_main_process else nullcontext():
+            run_stages(settings, accelerator, stop)
+    except Stopped as stopped:
+        if stopped.__cause__:
+            raise stopped.__cause__ from None
+        kept = f"every finished edit and call is kept in {settings.out}"
+        raise SystemExit(f"stopped: {kept}; the same command goes on") from None
     accelerator.end_training()
 
 
