@@ -265,9 +265,11 @@ def labelled_scores(text: str, start: str, top: int, labels: tuple = ()) -> list
 
 
 def columns_as_lines(text: str) -> str:
-    """The columns of a table as lines `label | value`, for one whose labels are its first row."""
+    """A table of two rows, labels above values, as lines `label | value`; "" for any other."""
     rows = [line.strip(" |").split("|") for line in text.splitlines() if "|" in line]
-    rows = [row for row in rows if re.search(r"\w", "".join(row))]
+    rows = [row for row in rows if re.search(r"\w", "".join(row))]  # but for |---|---|
+    if len(rows) != 2:
+        return ""
     return "\n".join(" | ".join(column) for column in zip(*rows, strict=False))
 
 

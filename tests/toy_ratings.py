@@ -1,5 +1,5 @@
-"""Writes FOLDER/ratings.jsonl for `python reward_mllm.py agree`: edits of the toy's held-out rows by its base editor, rated
-by the oracle.
+"""Writes FOLDER/ratings.jsonl for `python evaluate.py agree`: edits of the toy's held-out rows by
+its base editor, rated by the oracle.
 
     python tests/toy_ratings.py [data/toy]
 """
@@ -17,7 +17,8 @@ from data_prep import draw_edits, oracle_scores, read_rows, scenes_of, to_pil  #
 
 
 def write_ratings(folder, rows=120, copies=4, editor="editor"):
-    """`copies` edits of each of the first `rows` rows of test.jsonl, with the oracle's score in [0, 1]: the file's path."""
+    """`copies` edits of each of the first `rows` rows of test.jsonl, with the oracle's score in
+    [0, 1]: the file's path."""
     pipe = FluxKontextPipeline.from_pretrained(folder / editor)
     pipe.set_progress_bar_config(disable=True)
     asked = read_rows(folder, "test")[:rows]
@@ -33,7 +34,7 @@ def write_ratings(folder, rows=120, copies=4, editor="editor"):
         {key: row[key] for key in ("prompt", "image", "task")} | {"edits": [], "scores": []}
         for row in asked
     ]
-    for i, (edit, score) in enumerate(zip(edits, scores.tolist())):
+    for i, (edit, score) in enumerate(zip(edits, scores.tolist(), strict=True)):
         to_pil(edit).save(folder / "ratings" / f"{i:04}.png")
         lines[i // copies]["edits"].append(f"ratings/{i:04}.png")
         lines[i // copies]["scores"].append(round(score, 4))
