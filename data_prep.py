@@ -78,9 +78,12 @@ def run_script(main: Callable[[], None]) -> None:
             "base over several GPUs with --shard"
         )
     except BrokenPipeError:
-        if not stdout_is_gone():
-            raise
-        sys.exit(141)
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            drop_output()
+            sys.exit(141)
+        raise  # it was not stdout
 
 
 def fail(message: str) -> None:
@@ -94,17 +97,12 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        stdout_is_gone()
+        drop_output()
 
 
-def stdout_is_gone() -> bool:
-    """Whether stdout cannot be written; if so, it leads nowhere from now on."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def drop_output() -> None:
+    """Leads stdout nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error: Exception) -> str:
@@ -532,8 +530,10 @@ MIN_SIDE = 16  # pixels; a shorter side is a fault of a dataset
 @contextmanager
 def opened(picture: str | Path | io.IOBase) -> Iterator[Image.Image]:
     """A picture's file, opened but not decoded; all that Pillow raises in the block is BadInput."""
-    name = getattr(picture, "name", picture)
-    if isinstance(picture, (str, Path)):
+    name = picture
+    if isinstance(picture, io.IOBase):
+        name = getattr(picture, "name", "a picture")
+    else:
         check_plain(picture, "correct the path in the row, or add the file", "picture")
     try:
         with Image.open(picture) as image:
