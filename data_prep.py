@@ -31,6 +31,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import textwrap
 import threading
@@ -40,12 +41,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, fields
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -120,7 +125,7 @@ def catch_signals() -> threading.Event:
 
     def catch(number, frame):
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         stop.set()
 
     signal.signal(signal.SIGTERM, catch)
@@ -228,6 +233,15 @@ def parse_settings(cls, argv: list[str] | None = None, description: str = "", **
     parser = SettingsParser(cls, description=description, allow_abbrev=False)
     parser.set_defaults(**defaults)
     return cls(**vars(parser.parse_args(argv)))
+
+
+def changed(before: dict, now: dict, harmless: str) -> list[str]:
+    """In words, which settings are not what they were; harmless: names that do not count."""
+    changes = []
+    for name, value in now.items():
+        if before.get(name) != value and name not in harmless.split():
+            changes.append(f"{name} was {before.get(name)} and is {value}")
+    return changes
 
 
 # ---------------------------------------------------------------- files, whole or not at all
@@ -390,6 +404,38 @@ def locked(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
+def newest_whole(folder: Path, name: str) -> Path | None:
+    """Of the folders NAME-<digits> the one with the highest number that is whole; None without any.
+
+    Names on stderr the damaged ones that it passes over; BadInput when all of them are.
+    """
+    folders = numbered_folders(folder, name)
+    for path in folders:
+        if is_whole(path):
+            return path
+        print(f"{path}: damaged; going back to the one before", file=sys.stderr)
+    if folders:
+        raise BadInput(f"{folder}: every {name} is damaged; mend one, or name another folder")
+    return None
+
+
+def numbered_folders(folder: Path, name: str) -> list[Path]:
+    """The folders NAME-<digits>, highest number first; what has another name is not ours."""
+    folders = []
+    for path in folder.glob(f"{name}-*"):
+        if re.fullmatch(rf"{name}-[0-9]+", path.name):
+            folders.append(path)
+    return sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+
+
+def prune_folders(folder: Path, name: str, keep: int, best: int) -> None:
+    """Removes all folders NAME-<digits> but those with the highest `keep` numbers and with `best`."""
+    for path in numbered_folders(folder, name)[keep:]:
+        if path.name != f"{name}-{best}":
+            gone = path.rename(folder / f".part-{path.name}-{os.getpid()}")  # never half a folder
+            shutil.rmtree(gone)
+
+
 # ---------------------------------------------------------------- JSON lines
 
 
@@ -447,6 +493,13 @@ def write_json_lines(path: str | Path, objects: Iterable[dict]) -> None:
         part.write_bytes(b"".join(map(json_line, objects)))
 
 
+def keep_json_lines(path: str | Path, is_kept: Callable[[dict], bool]) -> None:
+    """Leaves of a JSON lines file, if there is one, the whole objects that are to be kept."""
+    if os.path.exists(path):
+        objects = [value for _, value in read_json_lines(path, faults=[])]
+        write_json_lines(path, filter(is_kept, objects))
+
+
 def append_json_line(path: str | Path, value: dict) -> None:
     """Adds one whole line to a log, or nothing: BadInput where the disk has no room for it.
 
@@ -484,6 +537,70 @@ def end_last_line(file: io.FileIO) -> None:
         file.write(b"\n")
     except BadInput:
         file.truncate(start)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+PATIENCE = timedelta(hours=2)  # one process may be done so long before another
+
+
+class Stopped(Exception):
+    """All processes leave what they do: a signal came to one, or an error, which is the cause."""
+
+
+def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
+    """This process's place among those that `accelerate launch` started.
+
+    report_to: a tracker of accelerate's, which may write below `out`. BadInput where it is not
+    installed, and on a CPU node whose name means itself to the others: all would wait in vain.
+    """
+    if report_to != "none" and not find_spec(report_to):
+        raise BadInput(f"--report_to {report_to}: is not installed; pip install {report_to}")
+    is_one_node = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not (is_one_node or torch.cuda.is_available() or "GLOO_SOCKET_IFNAME" in os.environ):
+        name = socket.gethostname()
+        address = socket.gethostbyname(name)
+        if address.startswith("127."):
+            raise BadInput(
+                f"{name}: is {address}, where other nodes find themselves; set GLOO_SOCKET_IFNAME "
+                "to the network interface that leads to them, on every node"
+            )
+    cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=cpu,
+        project_dir=out or None,
+        log_with=None if report_to == "none" else report_to,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if cpu:
+        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
+    return accelerator
+
+
+def any_rank(accelerator: Accelerator, here: bool) -> bool:
+    """Whether something is so on any of the processes: the same answer on all."""
+    flag = torch.tensor([float(here)], device=accelerator.device)
+    return accelerator.reduce(flag, "sum").item() > 0
+
+
+@contextmanager
+def together(accelerator: Accelerator, stop: threading.Event) -> Iterator[None]:
+    """A piece of work that all processes do, and at whose end they look at each other.
+
+    When a signal came to one of them, or one raised an error, all raise Stopped here, so that none
+    waits for another in vain.
+    """
+    fault = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the others must learn of it
+        fault = error
+    if any_rank(accelerator, fault is not None or stop.is_set()):
+        told = gather_object([repr(fault)])
+        if repr(fault) in told[: accelerator.process_index]:
+            fault = None  # said by one process is enough
+        raise Stopped from fault
 
 
 # ---------------------------------------------------------------- models without torchvision

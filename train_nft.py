@@ -1,67 +1,87 @@
-"""DiffusionNFT with a multimodal LLM as the judge: improves an image editor by its own graded edits.
+"""DiffusionNFT with a multimodal LLM as judge: an image editor learns from its own graded edits.
 
-    accelerate launch train_nft.py                                   # the toy world, two CPU cores, minutes
-    accelerate launch train_nft.py --base black-forest-labs/FLUX.1-Kontext-dev --data DIR --judge local:MODEL
+    accelerate launch train_nft.py                         # the toy world, two CPU cores, minutes
+    accelerate launch train_nft.py --base black-forest-labs/FLUX.1-Kontext-dev --data DIR
 
-Algorithm 1 of DiffusionNFT (arXiv:2509.16117v2) as UniWorld-V2 (arXiv:2510.16888, Edit-R1) applies it. Each epoch: the old
-policy draws K edits of each of G rows (rollout); the judge scores them (reward); groups whose scores say nothing go (filter);
-the new policy is regressed towards good edits and away from bad ones (update); the old policy follows softly.
+Algorithm 1 of DiffusionNFT (arXiv:2509.16117v2) as UniWorld-V2 (arXiv:2510.16888, Edit-R1) applies
+it. In each epoch the old policy draws K edits of each of G rows (rollout), the judge scores them
+(reward), groups whose scores say nothing are dropped (filter), the new policy is regressed towards
+the good edits and away from the bad ones (update), and the old policy follows it softly.
 
-Shapes: G groups, K copies in a group, B a batch of (edit, flow time) pairs, N tokens of an edit, C latent channels.
-t is flow time in [0, 1]: x_t = (1 - t) x_0 + t noise, velocity v = noise - x_0, x_0 = x_t - t v.
+Shapes: G groups, K copies in a group, B a batch of (edit, flow time) pairs, N tokens of an edit,
+C latent channels. t is flow time in [0, 1]: x_t = (1 - t) x_0 + t noise, v = noise - x_0.
 
-Departures from the papers and the authors' released code:
-1. A dropped group costs nothing: no forward, no place in a mean, no share in the std that scales the advantages.
-2. The gradient is the mean over the kept pairs of all ranks, summed over ranks once a step: N ranks do what one does.
-3. A score that the judge could not give drops its edit; it is never 0.
-4. A group is a row of the data, not a prompt. Its K copies live on one rank, in as many pipeline calls as fit.
-5. Filter: the paper's rule (high mean and low spread), not the released code's; `--filter released` is that one.
-6. Scores nearer than `score_noise` are equal: such a group is skipped, and the advantages' scale is never below it.
+Departures from the papers and their released code:
+1. A dropped group costs nothing: no forward, no place in a mean or in the advantages' scale.
+2. The gradient is the mean over the kept pairs of all ranks: N ranks do what one does.
+3. An edit that the judge could not score is dropped; it does not count as 0.
+4. A group is a row of the data, not a prompt. One rank draws all its copies.
+5. The filter is the paper's (high mean and low spread). `--filter released` is the code's rule
+   without its second half, which also bars such a row from all later epochs.
+6. A group whose scores differ by less than the judge's own noise is dropped, whatever the filter.
+7. The trained times are any of the rollout's, drawn anew for each edit, each with its own noise.
+8. The EMA, for saving and evaluation only, has no warm-up; it is not what is drawn from.
+9. The toy's own settings (TOY) are none of the papers': a tiny editor learns faster.
 """
 
 import json
 import math
-import os
-import resource
 import secrets
-import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
-from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from statistics import median
+from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Literal
 from zlib import crc32
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from accelerate.utils import gather_object, send_to_device
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
 
 from data_prep import (
     BadInput,
+    Stopped,
     ToySettings,
+    any_rank,
+    append_json_line,
     build_toy,
     catch_signals,
+    changed,
+    keep_json_lines,
     load_image,
     load_rows,
+    locked,
+    newest_whole,
     oracle,
     paired_gain,
     parse_settings,
     picture_grid,
+    prune_folders,
     rows_of_epoch,
     run_script,
+    say,
     seeded,
+    setting,
+    start_processes,
+    together,
+    whole_file,
+    whole_folder,
 )
-from reward_mllm import JudgeSettings, check_judge, load_judge
+from reward_mllm import Judge, JudgeSettings, Scores, check_judge, load_judge
 from sample import (
+    Editor,
+    Group,
     add_policies,
     check_editor,
     compile_blocks,
@@ -71,960 +91,856 @@ from sample import (
     parked,
     policy,
     rollout,
+    row_fault,
     save_lora,
     shard_base,
     soft_update,
     velocity,
 )
 
+WEIGHT_DECAY = 1e-4  # of AdamW; its betas are PyTorch's, 0.9 and 0.999
+GRAD_CLIP = 1.0  # largest norm of the gradient
+LEAST_SPREAD = 0.005  # below it r lies within 0.005 of 1/2: nothing to learn
+SHOWN_ROWS = 8  # held-out rows in the pictures under samples/
+HOPELESS = 10  # epochs in a row without a kept group that end a run
+EXPLODED = 20  # latents are of size 1: errors so large are no training any more
+TRACKERS = ("none", "tensorboard", "wandb", "trackio", "swanlab")
+
+# What an epoch's line shows of its record, and how.
+SHOWN = {
+    "reward/mean": "reward {:.3f}",
+    "reward/spread": "+-{:.3f}",
+    "groups/kept": "kept {:.0%}",
+    "update/loss": "loss {:.2f}",
+    "grad/norm": "grad {:.2g}",
+    "update/drift_base": "drift {:.4f}",
+    "update/norm_ratio": "norm {:.2f}",
+    "seconds/rollout": "rollout {:.1f} s",
+    "seconds/reward": "reward {:.1f} s",
+    "seconds/update": "update {:.1f} s",
+}
+
+HELD_OUT = "{:.3f} -> {:.3f} ({:+.3f}, 95% {:+.3f} to {:+.3f})"
+
 # ---------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
 class Settings(JudgeSettings):
-    """Defaults are the paper's for FLUX.1-Kontext-dev; without --base the toy world's, TOY below, take their place."""
+    """The paper's for FLUX.1-Kontext-dev; without --base the toy world's, TOY, take their place."""
 
-    base: str = HfArg(default="", help="The editor, a hub id or folder. [the toy's]")
-    seed: int = HfArg(default=0, help="Seed of every draw.")
-    resolution: int = HfArg(default=512, help="Square root of the working pixels.")
-    guidance: float | None = HfArg(
-        default=None, help="Guidance in rollouts and training. [the family's]"
-    )
-    rollout_steps: int = HfArg(default=6, help="Solver steps of a rollout.")
-    solver_order: Literal[1, 2] = HfArg(default=2, help="1 Euler, 2 second-order multistep.")
-    groups: int = HfArg(default=24, help="Rows drawn per epoch, over all ranks.")
-    group_size: int = HfArg(default=12, help="K, edits drawn of each row.")
+    base: str = setting("", "The editor, a hub id or folder. [the toy's]")
+    data: str = setting("", "A dataset folder with train.jsonl and test.jsonl.")
+    out: str = setting("runs/nft", "The run's folder.")
+    seed: int = setting(0, "Seed of every draw.", at_least=0)
+    epochs: int = setting(300, "A rollout and one optimizer step each.", at_least=1)
+    # rollout
+    resolution: int = setting(512, "Square root of the working pixels.", at_least=16)
+    guidance: float | None = setting(None, "Guidance of rollouts. [the family's]", at_least=0)
+    rollout_steps: int = setting(6, "Solver steps of a rollout.", at_least=1)
+    solver_order: Literal[1, 2] = setting(2, "1 Euler, 2 second-order multistep.")
+    groups: int = setting(24, "Rows drawn per epoch, over all ranks.", at_least=1)
+    group_size: int = setting(12, "K, edits drawn of each row.", at_least=2)
     # filter and advantage
-    filter: Literal["paper", "released", "none"] = HfArg(
-        default="paper", help="Which groups to drop."
+    filter: Literal["paper", "released", "none"] = setting("paper", "Which groups to drop.")
+    filter_mean: float = setting(
+        0.9, "A group above this mean may be dropped.", at_least=0, at_most=1
     )
-    filter_mean: float = HfArg(default=0.9, help="A group above this mean may be dropped.")
-    filter_std: float = HfArg(default=0.05, help="A group below this spread may be dropped.")
-    score_noise: float = HfArg(
-        default=0.005, help="Spread of scores below which they count as equal."
+    filter_std: float = setting(
+        0.05, "A group below this spread may be dropped.", at_least=0, at_most=1
     )
-    advantage_clip: float = HfArg(
-        default=5.0, help="Advantages are cut to +- this; it also multiplies the loss."
-    )
+    advantage_clip: float = setting(5.0, "Cuts advantages; also multiplies the loss.", above=0)
     # update
-    train_timesteps: int = HfArg(
-        default=5, help="Flow times trained per edit, out of the rollout's."
+    train_timesteps: int = setting(5, "Flow times trained per edit, of the rollout's.", at_least=1)
+    nft_beta: float = setting(
+        1.0, "Distance of v+ and v- to v_old, in units of v - v_old.", above=0
     )
-    train_steps_from: int = HfArg(
-        default=6, help="Of the rollout's times the noisiest this many may be trained."
+    kl_weight: float = setting(1e-4, "Weight of the distance to the base; 0 skips it.", at_least=0)
+    start_lora: str = setting("", "A LoRA to start from, with its own rank and layers.")
+    lora_rank: int = setting(32, "Rank of the LoRA.", at_least=1)
+    lora_alpha: int = setting(64, "The LoRA is scaled by alpha / rank.", at_least=1)
+    lora_targets: list[str] | None = setting(None, "Names of layers. [the family's]")
+    lr: float = setting(3e-4, "AdamW's learning rate.", above=0, at_most=1)
+    decay_rate: float = setting(
+        0.001, "In epoch n old keeps decay_rate n of itself ...", at_least=0, at_most=1
     )
-    optimizer_steps: int = HfArg(
-        default=1, help="Optimizer steps per epoch; the trained times are dealt out to them."
-    )
-    nft_beta: float = HfArg(
-        default=1.0, help="How far v+ and v- lie from v_old, in units of v - v_old."
-    )
-    kl_weight: float = HfArg(
-        default=1e-4, help="Weight of the squared velocity distance to the base. 0 skips it."
-    )
-    start_lora: str = HfArg(
-        default="",
-        help="A LoRA, folder or hub id, to start from; rank, alpha, targets are its own.",
-    )
-    lora_rank: int = HfArg(default=32, help="Rank of the LoRA.")
-    lora_alpha: int = HfArg(default=64, help="Its alpha; the update is scaled by alpha / rank.")
-    lora_targets: list[str] | None = HfArg(
-        default=None, help="Endings of module names. [q k v out, both streams]"
-    )
-    lr: float = HfArg(default=3e-4, help="AdamW's learning rate.")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW's beta 1.")
-    adam_beta2: float = HfArg(default=0.999, help="AdamW's beta 2.")
-    weight_decay: float = HfArg(default=1e-4, help="AdamW's weight decay.")
-    grad_clip: float = HfArg(default=1.0, help="Largest gradient norm.")
-    decay_rate: float = HfArg(
-        default=0.001, help="After epoch n, old <- d old + (1 - d) new, d = decay_rate n ..."
-    )
-    decay_max: float = HfArg(default=0.5, help="... up to this d.")
-    ema_decay: float = HfArg(
-        default=0.9, help="An average of new for saving and evaluation only. 0: none."
-    )
-    # evaluation and records; from here on a resumed run may have other settings without becoming another run
-    data: str = HfArg(default="", help="A dataset folder with train.jsonl and test.jsonl.")
-    out: str = HfArg(default="runs/nft", help="The run's folder.")
-    epochs: int = HfArg(
-        default=300, help="Epochs: rollouts of `groups` rows each, and their update."
-    )
-    max_failed: float = HfArg(
-        default=0.1, help="Share of an epoch's scores that may fail before the run stops."
-    )
-    eval_every: int = HfArg(default=10, help="Epochs between held-out evaluations.")
-    eval_rows: int = HfArg(default=64, help="Rows of test.jsonl that they use, from the first.")
-    eval_copies: int = HfArg(default=1, help="Edits of each.")
-    eval_steps: int = HfArg(default=15, help="Solver steps of their edits.")
-    eval_guidance: float | None = HfArg(
-        default=None, help="Their guidance. [the family's for evaluation]"
-    )
-    log_every: int = HfArg(default=1, help="Epochs between lines of log.jsonl.")
-    save_every: int = HfArg(default=30, help="Epochs between checkpoints.")
-    keep_checkpoints: int = HfArg(
-        default=3, help="The newest this many are kept, and the best held-out one."
-    )
-    keep_samples: int = HfArg(
-        default=50, help="The newest this many grids are kept under samples/."
-    )
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = HfArg(
-        default="none", help="Where to log, too."
-    )
-    resume: Literal["never", "auto"] = HfArg(
-        default="never", help="auto: go on from the newest whole checkpoint."
-    )
-    force: bool = HfArg(default=False, help="Resume with other settings, too.")
-    bad_rows: Literal["stop", "skip"] = HfArg(
-        default="stop", help="What a faulty row or picture does to the run."
+    decay_max: float = setting(0.5, "... but at most this much.", at_least=0, at_most=1)
+    ema_decay: float = setting(0.9, "Of an average for evaluation; 0: none.", at_least=0, at_most=1)
+    # evaluation and records
+    eval_every: int = setting(10, "Epochs between held-out evaluations.", at_least=1)
+    eval_rows: int = setting(64, "Rows of test.jsonl that they use.", at_least=1)
+    eval_steps: int = setting(15, "Solver steps of their edits.", at_least=1)
+    eval_guidance: float | None = setting(None, "Their guidance. [the family's]", at_least=0)
+    save_every: int = setting(30, "Epochs between checkpoints.", at_least=1)
+    keep_checkpoints: int = setting(3, "The newest so many are kept, and the best.", at_least=1)
+    report_to: Literal[TRACKERS] = setting("none", "Where to log beside log.jsonl.")
+    resume: Literal["never", "auto"] = setting("never", "auto: go on where the run stopped.")
+    force: bool = setting(False, "Resume with other settings, too.")
+    bad_rows: Literal["stop", "skip"] = setting("stop", "What a faulty row does to the run.")
+    max_failed: float = setting(
+        0.1, "Share of scores that may fail in an epoch.", at_least=0, at_most=1
     )
     # the machine
-    rollout_batch: int = HfArg(default=12, help="Edits in one pipeline call.")
-    train_batch: int = HfArg(default=12, help="(edit, time) pairs of one row in one forward.")
-    gradient_checkpointing: bool = HfArg(
-        default=True, help="Recompute activations in backward: less memory."
-    )
-    offload: bool = HfArg(
-        default=True, help="Text encoders and VAE leave the GPU while the update runs."
-    )
-    compile: bool = HfArg(default=False, help="Compile the transformer's blocks (torch.compile).")
-    shard: bool = HfArg(
-        default=False, help="Spread the frozen base over the GPUs (FSDP2); slower, for large bases."
-    )
-    dry_run: bool = HfArg(
-        default=False,
-        help="One group, one step; print peak memory and seconds by phase; save nothing.",
-    )
+    rollout_batch: int = setting(12, "Edits in one pipeline call.", at_least=1)
+    train_batch: int = setting(12, "(edit, time) pairs in one forward.", at_least=1)
+    gradient_checkpointing: bool = setting(True, "Less memory, a third more time.")
+    offload: bool = setting(True, "Text encoders and VAE leave the GPU in the update.")
+    compile: bool = setting(False, "Compile the transformer's blocks.")
+    shard: bool = setting(False, "Spread a large base over the GPUs (FSDP2).")
+    dry_run: bool = setting(False, "One small epoch: its memory and time, no files.")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in (
-            "epochs",
-            "groups",
-            "rollout_batch",
-            "train_batch",
-            "lora_rank",
-            "lora_alpha",
-            "lr",
-            "nft_beta",
-            "advantage_clip",
-            "grad_clip",
-            "eval_every",
-            "eval_rows",
-            "eval_copies",
-            "eval_steps",
-            "log_every",
-            "save_every",
-            "keep_checkpoints",
-            "keep_samples",
-            "score_noise",
-        ):
-            if getattr(self, name) <= 0:
-                raise BadInput(f"--{name} {getattr(self, name)}: give a value above 0")
-        if self.group_size < 2:
-            raise BadInput(
-                f"--group_size {self.group_size}: an edit is judged against its group; give at least 2"
-            )
-        if (
-            not 1
-            <= self.optimizer_steps
-            <= self.train_timesteps
-            <= self.train_steps_from
-            <= self.rollout_steps
-        ):
-            raise BadInput(
-                "--optimizer_steps, --train_timesteps, --train_steps_from, --rollout_steps: give rising values"
-            )
+        if self.train_timesteps > self.rollout_steps:
+            raise BadInput(f"--train_timesteps {self.train_timesteps}: above --rollout_steps")
         if self.base and not self.data:
-            raise BadInput(
-                "--data is missing; name a dataset folder with train.jsonl and test.jsonl"
-            )
-        if self.report_to != "none" and not find_spec(self.report_to):
-            raise BadInput(
-                f"--report_to {self.report_to}: is not installed; pip install {self.report_to}"
-            )
+            raise BadInput("--data is missing; name a folder with train.jsonl and test.jsonl")
 
 
-HARMLESS = {
-    *list(Settings.__dataclass_fields__)[list(Settings.__dataclass_fields__).index("data") :],
-    "ranks",
-    "judge_batch",
-    "judge_device",
-    "judge_in_flight",
-    "judge_timeout",
-    "judge_patience",
+# With others of these a resumed run is still the same run; all other settings make it another one.
+HARMLESS = """data out epochs eval_every eval_rows eval_steps eval_guidance save_every
+keep_checkpoints report_to resume force bad_rows max_failed rollout_batch train_batch
+gradient_checkpointing offload compile shard dry_run ranks trust_remote_code judge_device
+judge_batch judge_in_flight judge_timeout judge_patience judge_check"""
+
+TOY = {
+    "base": "data/toy/editor",
+    "data": "data/toy",
+    "judge": "local:data/toy/judge",
+    "out": "runs/toy",
+    "resolution": 32,
+    "epochs": 80,
+    "groups": 16,
+    "rollout_batch": 64,
+    "judge_batch": 256,
+    "train_timesteps": 3,
+    "train_batch": 256,
+    "gradient_checkpointing": False,
+    "lora_rank": 16,
+    "lora_alpha": 16,
+    "lr": 4e-3,
+    "kl_weight": 0.05,
+    "ema_decay": 0.0,
+    "eval_every": 40,
+    "eval_rows": 240,
+    "eval_steps": 6,
+    "eval_guidance": 2.5,
 }
-TOY = dict(
-    data="data/toy",
-    judge="",
-    out="runs/toy",
-    resolution=32,
-    epochs=80,
-    groups=16,
-    group_size=12,
-    rollout_batch=64,
-    judge_batch=256,
-    train_timesteps=3,
-    train_steps_from=4,
-    train_batch=256,
-    lora_rank=16,
-    lora_alpha=16,
-    lr=4e-3,
-    kl_weight=0.05,
-    ema_decay=0.0,
-    gradient_checkpointing=False,
-    eval_every=40,
-    eval_rows=240,
-    eval_steps=6,
-    eval_guidance=2.5,
-)
 
 # ---------------------------------------------------------------- the maths
 
 
-def self_normalised_mse(prediction, target):
-    """Mean squared error over its own detached mean absolute error, per sample: (B, N, C) twice -> (B,).
+def self_normalised_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over its own mean absolute error, per sample: (B, N, C) twice -> (B,).
 
-    The adaptive weight of DiffusionNFT, Sec. 3.3: all samples pull about equally hard, whatever their t.
+    The adaptive weight of DiffusionNFT, Sec. 3.3.
     """
     error = prediction - target  # (B, N, C)
+    # Without the weight the noisy times, where x_0 is hard to guess, would drown the others.
+    # Detached, it scales a sample's gradient and leaves its direction alone.
     weight = error.detach().abs().mean((1, 2)).clamp(min=1e-5)  # (B,)
     return error.square().mean((1, 2)) / weight
 
 
-def nft_loss(v, v_old, x_t, x_0, t, r, beta):
-    """The loss of DiffusionNFT (Eq. 5 of arXiv:2509.16117v2) in its x_0 form, divided by beta: -> (B,), float32.
+def nft_loss(
+    v: Tensor, v_old: Tensor, x_t: Tensor, x_0: Tensor, t: Tensor, r: Tensor, beta: float
+) -> Tensor:
+    """Eq. 5 of DiffusionNFT in its x_0 form, divided by beta: -> (B,), float32.
 
-    v, v_old, x_t, x_0: (B, N, C); t, r: (B,), r in [0, 1] is the edit's optimality. No gradient reaches v_old. At
-    v = v_old the gradient is along -(2 r - 1) (noise - x_0 - v_old): none at r = 1/2, and independent of beta.
+    v, v_old, x_t, x_0: (B, N, C); t, r: (B,). r in [0, 1] is the edit's optimality. At v = v_old
+    the gradient lies along -(2 r - 1) (noise - x_0 - v_old), whatever beta is.
     """
-    assert v.ndim == 3 and v.shape == v_old.shape == x_t.shape == x_0.shape, (
-        "v, v_old, x_t, x_0 are (B, N, C)"
-    )
-    assert t.shape == r.shape == v.shape[:1], (
-        f"t and r are ({len(v)},), not {tuple(t.shape)} and {tuple(r.shape)}"
-    )
-    v, v_old, x_t, x_0 = v.float(), v_old.detach().float(), x_t.float(), x_0.float()
-    t_ = t.float()[:, None, None]  # (B, 1, 1)
+    assert v.shape == v_old.shape == x_t.shape == x_0.shape, "v, v_old, x_t, x_0 differ in shape"
+    assert t.shape == r.shape == v.shape[:1], "t and r are (B,)"
+    v = v.float()
+    v_old = v_old.detach().float()
+    t = t.float()[:, None, None]  # (B, 1, 1)
 
-    # Thm 3.2: both policies are read off the one network, as v and its mirror image about v_old
+    # One network is both policies: v, and its mirror image about v_old (Thm 3.2).
     v_pos = (1 - beta) * v_old + beta * v  # (B, N, C)
     v_neg = (1 + beta) * v_old - beta * v  # (B, N, C)
 
-    # x_0 = x_t - t v, so each velocity names a clean edit
-    pos = self_normalised_mse(x_t - t_ * v_pos, x_0)  # (B,) small when v points at this edit
-    neg = self_normalised_mse(x_t - t_ * v_neg, x_0)  # (B,) small when v points away from it
+    # Each velocity names a clean edit, x_0 = x_t - t v. pos is small where v points at this
+    # edit, neg where v points away from it; r says which of the two is wanted.
+    pos = self_normalised_mse(x_t.float() - t * v_pos, x_0.float())  # (B,)
+    neg = self_normalised_mse(x_t.float() - t * v_neg, x_0.float())  # (B,)
+
+    # Both slopes grow with beta: without the division it would be a second learning rate.
     return (r * pos + (1 - r) * neg) / beta
 
 
+def drop_reason(
+    scores: Tensor, rule: str, filter_mean: float, filter_std: float, least_spread: float
+) -> str:
+    """Why a group is dropped, "" if it is kept; scores (K,), NaN where the judge failed."""
+    known = scores[~scores.isnan()]
+    if len(known) < 2:
+        return "failed"
+    spread = known.std(unbiased=False)
+    is_high = known.mean() > filter_mean
+    is_flat = spread < filter_std
+    if rule == "paper" and is_high and is_flat:
+        return "filtered"  # solved: what is left to tell apart is noise
+    if rule == "released" and (is_high or is_flat):
+        return "filtered"
+    if spread < least_spread:
+        return "no spread"  # dividing by it would blow rounding up to full advantages
+    return ""
+
+
 def group_advantages(
-    scores, clip=5.0, filter="paper", filter_mean=0.9, filter_std=0.05, score_noise=0.005
-):
-    """Optimality probabilities of an epoch's edits, and why groups were dropped.
+    scores: Tensor,
+    clip: float = 5.0,
+    filter: str = "paper",
+    filter_mean: float = 0.9,
+    filter_std: float = 0.05,
+    least_spread: float = LEAST_SPREAD,
+) -> tuple[Tensor, list[str]]:
+    """The edits' optimality r (G, K) in [0, 1], NaN for what is not trained; and G drop_reasons.
 
-    scores: (G, K) in [0, 1], NaN where the judge failed. Returns r (G, K) in [0, 1], NaN for what is not trained, and
-    a list of G reasons, "" for a kept group. A = (score - group's mean) / (std of all kept scores), cut to +-clip;
-    r = A / (2 clip) + 1/2 (UniWorld-V2, Sec. 2.3). "paper" drops a group with a high mean and a low spread; "released"
-    keeps only groups with a low mean and a high spread.
+    A = (score - its group's mean) / (std of all kept scores), cut to +-clip; r = A / (2 clip) + 1/2
+    (UniWorld-V2, Sec. 2.3). scores: (G, K) in [0, 1], NaN where the judge failed.
     """
-    scores = torch.as_tensor(scores).double()
-    assert scores.ndim == 2, f"scores are (G, K), not {tuple(scores.shape)}"
-    scores = scores.masked_fill(~scores.isfinite(), torch.nan)
-    valid, mean = (~scores.isnan()).sum(1), scores.nanmean(1)  # (G,)
-    spread = (scores - mean[:, None]).square().nanmean(1).sqrt()  # (G,)
-    high, flat = mean > filter_mean, spread < filter_std
-    drop = {"paper": high & flat, "released": high | flat, "none": high & ~high}[filter]
-    reasons = [
-        "failed" if n < 2 else "filtered" if d else "no spread" if s < score_noise else ""
-        for n, d, s in zip(valid, drop, spread)
-    ]
-    kept = torch.tensor([not reason for reason in reasons])  # (G,)
-    trained = scores[kept][~scores[kept].isnan()]
-    scale = (
-        trained.std(unbiased=False) if len(trained) else torch.tensor(1.0)
-    )  # at least score_noise, as every kept group's
-    advantage = ((scores - mean[:, None]) / scale).clamp(-clip, clip)  # (G, K)
-    return (advantage / (2 * clip) + 0.5).masked_fill(~kept[:, None], torch.nan), reasons
+    scores = scores.double()
+    scores = scores.masked_fill(scores.isinf(), torch.nan)
+    limits = (filter, filter_mean, filter_std, least_spread)
+    reasons = [drop_reason(group, *limits) for group in scores]
+    dropped = torch.tensor([reason != "" for reason in reasons])  # (G,)
+    scores = scores.masked_fill(dropped[:, None], torch.nan)
+    if dropped.all():
+        return scores, reasons
+
+    # The mean is the group's own: rows differ in difficulty. The scale is that of all groups:
+    # one's own would make a hair's breadth in an even group count like success and failure.
+    scale = scores[~scores.isnan()].std(unbiased=False)
+    advantage = (scores - scores.nanmean(1, keepdim=True)) / scale  # (G, K)
+    return advantage.clamp(-clip, clip) / (2 * clip) + 0.5, reasons
 
 
-# ---------------------------------------------------------------- one epoch's parts
+# ---------------------------------------------------------------- what all parts work with
 
 
-def draw(editor, judge, rows, keys, settings, stop, bar, steps, guidance, **mode):
-    """Edits of each row by the active policy; the judge scores a group while the next is drawn.
+@dataclass
+class Run:
+    """A training: what it is made of, and what it was when it was last saved."""
 
-    keys: for each row the names of its copies' noises. Returns Groups and Futures of their Scores; a filled `stop` ends it.
+    settings: Settings
+    accelerator: Accelerator
+    stop: Event  # set by a signal to this process
+    rows: dict  # {"train": ..., "test": ...}
+    editor: Editor
+    judge: Judge
+    optimizer: torch.optim.Optimizer
+    saved: dict  # the state in the newest checkpoint
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.out)
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+# ---------------------------------------------------------------- rollout and reward
+
+
+@dataclass
+class Job:
+    """A group to be drawn: its row, and the name of its noises, to which a copy's number is added."""
+
+    row: dict
+    key: tuple
+
+
+def draw(
+    run: Run, jobs: list[Job], copies: int, bar: str, **how
+) -> tuple[list[Group | None], list[Future]]:
+    """Groups of edits by the active policy, and Futures of their Scores.
+
+    Every rank has equally many jobs. bar: what the progress bar is called; how: as rollout takes
+    it. A group is None, and its scores are missing, where --bad_rows skip left a row out.
     """
-    groups, verdicts = [], []
-    for row, names in zip(rows, keys):
-        if stop.is_set() and not settings.shard:
-            break
-        sources, noises = (
-            [load_image(path) for path in row["images"]],
-            [seeded(*name) for name in names],
-        )
-        groups.append(
-            rollout(
-                editor,
-                sources,
-                row["prompt"],
-                noises,
-                steps,
-                guidance,
-                settings.rollout_batch,
-                **mode,
-            )
-        )
-        verdicts.append(judge.submit(row, sources, groups[-1].images))
-        bar.update()
+    groups = []
+    verdicts = []
+    for job in tqdm(jobs, bar, leave=False, disable=not run.is_main):
+        with together(run.accelerator, run.stop):
+            try:
+                sources = [load_image(path) for path in job.row["images"]]
+                noises = [seeded(*job.key, copy) for copy in range(copies)]
+                how["rollout_batch"] = run.settings.rollout_batch
+                group = rollout(run.editor, sources, job.row["prompt"], noises, **how)
+                # Not awaited here: the judge works on this group while the next one is drawn.
+                verdict = run.judge.submit(job.row, sources, group.images)
+            except BadInput as fault:
+                leave_out(run.settings, job.row, fault)
+                group = None
+                verdict = Future()
+                verdict.set_result(Scores.missing(copies, "bad row"))
+            groups.append(group)
+            verdicts.append(verdict)
     return groups, verdicts
 
 
-def training_pairs(groups, numbers, r, step, settings, epoch):
-    """The (edit, time) pairs of this rank's kept groups in one optimizer step, in chunks of one group each.
-
-    Yields (group, number, copy (B,), x_0 (B, N, C), noise (B, N, C), t (B,), r (B,)); r (G, K) is NaN for what is dropped.
-    """
-    for group, number in zip(groups, numbers):
-        columns = []
-        for copy in torch.nonzero(~r[number].isnan()).flatten().tolist():
-            draws = seeded(settings.seed, "train", epoch, number, copy)
-            order = torch.randperm(settings.train_steps_from, generator=draws)[
-                : settings.train_timesteps
-            ]
-            noise = torch.randn(len(order), *group.x_0.shape[1:], generator=draws)  # (T, N, C)
-            mine = range(step, len(order), settings.optimizer_steps)
-            columns += [
-                (
-                    torch.tensor(copy),
-                    group.x_0[copy],
-                    noise[i],
-                    group.sigmas[order[i]],
-                    r[number, copy].float(),
-                )
-                for i in mine
-            ]
-        columns = [torch.stack(column).to(group.x_0.device) for column in zip(*columns)]
-        for chunk in zip(*(column.split(settings.train_batch) for column in columns)):
-            yield group, number, *chunk
+def leave_out(settings: Settings, row: dict, fault: BadInput) -> None:
+    """Names a faulty row, as an error unless --bad_rows skip lets the run go on without it."""
+    fault = f"{row['where']}, row {row['id']}: {fault}"
+    if settings.bad_rows == "stop":
+        raise BadInput(fault)
+    print(f"\nskipped: {fault}", file=sys.stderr)
 
 
-def equally_often(items, spare, accelerator):
-    """(1.0, item) for each item, then, unless `spare` is None, (0.0, spare) until every rank has had as many.
-
-    All ranks gather a sharded base in each of its forwards, so all must call it equally often.
-    """
-    if spare is None:
-        yield from ((1.0, item) for item in items)
-        return
-    items = iter(items)
-    while any(gather_object([(item := next(items, None)) is not None])):
-        yield (0.0, spare) if item is None else (1.0, item)
+def await_scores(run: Run, verdicts: list[Future]) -> Scores:
+    """The Scores of all ranks' groups, (G, K). A signal ends the waiting; so do too many failures."""
+    pending = verdicts
+    while any_rank(run.accelerator, len(pending) > 0):
+        with together(run.accelerator, run.stop):
+            done, pending = wait(verdicts, timeout=1.0)
+            refuse_failures(run, done, len(verdicts))
+    return Scores.stack(gather_object([verdict.result() for verdict in verdicts]))
 
 
-def update(editor, optimizer, groups, numbers, r, settings, epoch, accelerator, bar):
-    """Alg. 1 lines 9-13: optimizer steps on this rank's groups; r (G, K), NaN for what is dropped, is all ranks'.
-
-    Each step's gradient is the mean over all kept pairs of all ranks. Returns (pairs, 6) with group, copy, t, loss and
-    squared distances to old and to base of this rank's pairs, and the gradient's norm in each step: NaN or infinite
-    where the step was skipped, because its gradient was not finite.
-    """
-    seen, norms = [torch.empty(0, 6)], []
-    trained = list(lora_parameters(editor, "new").values())
-    for step in range(settings.optimizer_steps):
-        pairs = int((~r.isnan()).sum()) * len(
-            range(step, settings.train_timesteps, settings.optimizer_steps)
-        )
-        if pairs == 0:
-            break  # everything was dropped: the optimizer does not step
-        chunks = training_pairs(groups, numbers, r, step, settings, epoch)
-        spare = (
-            next(training_pairs(groups, numbers, torch.full_like(r, 0.5), step, settings, epoch))
-            if settings.shard
-            else None
-        )
-        for share, (group, number, copy, x_0, noise, t, weight) in equally_often(
-            chunks, spare, accelerator
-        ):
-            t_ = t[:, None, None]
-            x_t = (1 - t_) * x_0 + t_ * noise  # (B, N, C)
-            with torch.no_grad(), policy(editor, "old"):
-                v_old = velocity(editor, x_t, t, group.cond)
-            v = velocity(editor, x_t, t, group.cond)
-            losses = settings.advantage_clip * nft_loss(
-                v, v_old, x_t, x_0, t, weight, settings.nft_beta
-            )  # (B,)
-            drift_old, drift_base = (v - v_old).square().mean((1, 2)), torch.full_like(t, torch.nan)
-            if (
-                settings.kl_weight
-            ):  # the base's forward is a fifth of the cost: not for a weight of 0
-                with torch.no_grad(), policy(editor, "base"):
-                    v_base = velocity(editor, x_t, t, group.cond)
-                drift_base = (v - v_base).square().mean((1, 2))
-                losses = losses + settings.kl_weight * drift_base
-            (share * losses.sum() / pairs).backward()
-            columns = (
-                torch.full_like(t, number),
-                copy,
-                t,
-                losses.detach(),
-                drift_old.detach(),
-                drift_base.detach(),
-            )
-            seen += [torch.stack([column.float() for column in columns], 1).cpu()] * bool(share)
-            bar.update(len(t))
-        gradient = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained]
-        )
-        gradient = accelerator.reduce(gradient, "sum")  # the one message between ranks in a step
-        norms.append(gradient.norm().item())
-        if math.isfinite(norms[-1]):
-            gradient *= min(1.0, settings.grad_clip / max(norms[-1], 1e-12))
-            for p, part in zip(trained, gradient.split([p.numel() for p in trained])):
-                p.grad = part.view_as(p)
-            optimizer.step()
-        optimizer.zero_grad()
-    return torch.cat(seen), norms
-
-
-# ---------------------------------------------------------------- evaluation and records
-
-
-def evaluate(editor, judge, rows, settings, name, accelerator, stop):
-    """One policy's held-out edits, the same seeds for every policy: a list of dicts, in order, on every rank."""
-    rank, ranks, results = accelerator.process_index, accelerator.num_processes, []
-    numbers = range(rank, -(-len(rows) // ranks) * ranks, ranks)  # the same count on every rank
-    mine = [rows[number % len(rows)] for number in numbers]
-    keys = [
-        [(settings.seed, "eval", number, copy) for copy in range(settings.eval_copies)]
-        for number in numbers
-    ]
-    with (
-        policy(editor, name),
-        tqdm(total=len(mine), desc=f"held-out, {name}", leave=False, disable=rank > 0) as bar,
-    ):
-        groups, verdicts = draw(
-            editor,
-            judge,
-            mine,
-            keys,
-            settings,
-            stop,
-            bar,
-            settings.eval_steps,
-            settings.eval_guidance,
-            evaluation=True,
-        )
-    for number, row, group, verdict in zip(numbers, mine, groups, verdicts):
-        for copy, (edit, mark) in enumerate(zip(group.images, verdict.result().score.tolist())):
-            truth = dict(
-                zip(("oracle", "success"), oracle(row, edit) or ())
-            )  # nothing for rows that are not the toy's
-            shown = {"image": edit} if number < 8 and copy == 0 else {}
-            results += [{"row": number, "copy": copy, "judge": mark, **truth, **shown}] * (
-                number < len(rows)
-            )
-    return sorted(gather_object(results), key=lambda result: (result["row"], result["copy"]))
-
-
-def time_and_memory(device):
-    """Now in seconds, and peak memory in GB: the GPU's since the last call, or this process's so far."""
-    if device.type == "cpu":
-        return time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) / 1e9
-    torch.cuda.reset_peak_memory_stats(device)
-    return time.time(), peak
-
-
-def epoch_record(epoch, verdicts, r, reasons, seen, norms, clock, decay):
-    """One line of log.jsonl; `seen` and `norms` as update returns them, of all ranks; clock: four of time_and_memory."""
-    scores, mass = (
-        torch.stack([getattr(verdict, key) for verdict in verdicts]) for key in ("score", "mass")
-    )
-    terms = {
-        name: torch.cat([verdict.terms[name] for verdict in verdicts]).nanmean().item()
-        for name in verdicts[0].terms
-    }
-    steps = sum(map(math.isfinite, norms))
-    times, peaks = zip(*clock)
-    seconds = dict(zip(("rollout", "reward", "update"), np.diff(times).round(3).tolist()))
-    mean = lambda values: values.mean().item() if len(values) and values.isfinite().all() else None  # noqa: E731
-    return {
-        "epoch": epoch + 1,
-        "reward": scores.nanmean().item(),
-        "reward spread": (scores - scores.nanmean(1, keepdim=True))
-        .square()
-        .nanmean()
-        .sqrt()
-        .item(),
-        "terms": terms,
-        "digit mass": mass.nanmean().item(),
-        "failed scores": int(scores.isnan().sum()),
-        "causes": Counter(cause for verdict in verdicts for cause in verdict.causes if cause),
-        "groups kept": reasons.count("") / len(reasons),
-        "groups dropped": {reason: reasons.count(reason) for reason in sorted(set(reasons) - {""})},
-        "r histogram": torch.histc(r[~r.isnan()], 10, 0, 1).int().tolist(),
-        "loss": mean(seen[:, 3]),
-        "drift old": mean(seen[:, 4]),
-        "drift base": mean(seen[:, 5]),
-        "loss by t": [mean(seen[(5 * seen[:, 2]).long().clamp(max=4) == i, 3]) for i in range(5)],
-        "grad norm": max(filter(math.isfinite, norms), default=None),
-        "optimizer steps": steps,
-        "skipped steps": len(norms) - steps,
-        "old decay": decay,
-        "seconds": seconds,
-        "edits per second": scores.numel() / sum(seconds.values()),
-        "peak GB": dict(zip(seconds, np.round(peaks[1:], 3).tolist())),
-    }
-
-
-def epoch_line(record, epochs, pace):
-    """What the terminal shows of a record; pace in seconds an epoch, evaluations included."""
-    show = lambda key, digits: "-" if record[key] is None else f"{record[key]:.{digits}f}"  # noqa: E731
-    line = (
-        f"epoch {record['epoch']}/{epochs}  reward {show('reward', 3)} +-{show('reward spread', 3)}  "
-        f"kept {record['groups kept']:.0%}  loss {show('loss', 2)}  grad {show('grad norm', 2)}  "
-        f"drift {show('drift base', 4)}  "
-        + "GRADIENT SPIKE  " * record.get("grad spike", False)
-        + "STEP SKIPPED  " * record["skipped steps"]
-        + "  ".join(f"{key} {s:.1f} s" for key, s in record["seconds"].items())
-        + f"  left {pace * (epochs - record['epoch']) / 60:.1f} min"
-    )
-    for name, marks in record.get("held-out", {}).items():
-        line += f"\n   held-out, {name}: " + "; ".join(
-            f"{key} {m['base']:.3f} -> {m['now']:.3f} ({m['gain']:+.3f}, 95% {m['low']:+.3f} to {m['high']:+.3f})"
-            + f", {m['missing']} missing" * (m["missing"] > 0)
-            for key, m in marks.items()
-        )
-    return line
-
-
-def not_finite(out, rows, scores, seen):
-    """The error that ends a run after three steps without a finite gradient; writes what led to the last of them."""
-    guilty = seen[~seen[:, 3].isfinite()] if not seen[:, 3].isfinite().all() else seen
-    pairs = [
-        {
-            "row": rows[int(g)]["id"],
-            "copy": int(c),
-            "t": t,
-            "loss": str(loss),
-            "score": scores[int(g), int(c)].item(),
-        }
-        for g, c, t, loss, *_ in guilty.tolist()
-    ]
-    (out / "not-finite.json").write_text(json.dumps(pairs, indent=1))
-    return BadInput(
-        f"three steps in a row had no finite gradient and were left out; see {out / 'not-finite.json'} for rows, "
-        "times and scores; lower --lr or mend those rows, then go on with --resume auto"
-    )
-
-
-# ---------------------------------------------------------------- checkpoints and pictures
-
-
-def read_state(folder):
-    """The state of a checkpoint whose files are all as they were written; {} when one is missing or damaged."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        marks = {name: sha256((folder / name).read_bytes()).hexdigest() for name in state["files"]}
-        return state if marks == state["files"] else {}
-    except (OSError, ValueError, KeyError):
-        return {}
-
-
-def checkpoints(out):
-    """The checkpoint folders of a run, newest first."""
-    return sorted(
-        Path(out).glob("checkpoint-*"),
-        key=lambda folder: int(folder.name.split("-")[1]),
-        reverse=True,
-    )
-
-
-def save_checkpoint(editor, optimizer, out, state, keep):
-    """Writes out/checkpoint-{epoch} beside and renames it: it is whole or not there. new lies on top, averages below.
-
-    Then drops all but the newest `keep` and the one with the best state["held-out"]. BadInput when it cannot be written;
-    the ones before it are then untouched.
-    """
-    folder = Path(out) / f"checkpoint-{state['epoch']}"
-    part = folder.with_name(f".{folder.name}.part")
-    for left in folder.parent.glob(".checkpoint-*.part"):  # by a kill
-        shutil.rmtree(left)
-    try:
-        for name in editor.policies:
-            save_lora(editor, part / name.removeprefix("new"), name)
-        moments = optimizer.state_dict()["state"]
-        save_file(
-            {f"{i}.{key}": value for i in moments for key, value in moments[i].items()},
-            part / "optimizer.safetensors",
-        )
-        files = [path for path in sorted(part.rglob("*")) if path.is_file()]
-        files = {
-            str(path.relative_to(part)): sha256(path.read_bytes()).hexdigest() for path in files
-        }
-        (part / "state.json").write_text(json.dumps(state | {"files": files}, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)  # one that was damaged
-        part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
+def refuse_failures(run: Run, done: set[Future], groups: int) -> None:
+    """BadInput as soon as the judge failed on too many edits of so many groups."""
+    causes = Counter()
+    edits = 0
+    for verdict in done:
+        causes.update(verdict.result().causes)
+        edits = groups * len(verdict.result().causes)
+    del causes[""], causes["bad row"]
+    if causes.total() > run.settings.max_failed * edits:
         raise BadInput(
-            f"{folder}: could not be written ({error}); the checkpoints before it are whole: make room and go "
-            "on with --resume auto"
-        ) from error
-    folders = checkpoints(out)
-    marks = {
-        folder: mark
-        for folder in folders
-        if (mark := read_state(folder).get("held-out")) is not None
-    }
-    for old in folders[keep:]:
-        if old != max(marks, key=marks.get, default=None):
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.part")))
+            f"the judge failed on {causes.total()} of {edits} edits ({dict(causes)}); see to "
+            f"{run.settings.judge} and go on with --resume auto, or raise --max_failed"
+        )
 
 
-def load_checkpoint(editor, optimizer, out, settings, harmless, force=False):
-    """Puts back the newest whole checkpoint of a run: its state, {} when there is none. Says which were damaged.
+# ---------------------------------------------------------------- update
 
-    settings: what the run is now; what differs from the checkpoint's is printed, and BadInput unless it is among the
-    `harmless` names or `force` is set. The state comes with the new settings.
+
+@dataclass
+class Chunk:
+    """Pairs of one group for one forward. Names only: from them any rank can draw the tensors."""
+
+    number: int  # of the group in the epoch
+    pairs: list  # B of (copy, pick): which edit, and which of its trained times
+    share: float = 1.0  # in the gradient; 0 where it only keeps its rank in step
+
+
+def deal_chunks(run: Run, r: Tensor) -> list[Chunk]:
+    """This rank's share of the epoch's chunks, as many as any other's; r (G, K) of all ranks."""
+    settings = run.settings
+    ranks = run.accelerator.num_processes
+    chunks = []
+    for number, group in enumerate(r):
+        copies = (~group.isnan()).nonzero().flatten().tolist()
+        pairs = list(product(copies, range(settings.train_timesteps)))
+        for first in range(0, len(pairs), settings.train_batch):
+            chunks.append(Chunk(number, pairs[first : first + settings.train_batch]))
+    # The filter leaves ranks unequally many groups, so chunks are dealt out like cards. Padding
+    # is free, as ranks wait for the slowest; and a sharded base needs all ranks in each forward.
+    while len(chunks) % ranks:
+        chunks.append(replace(chunks[0], share=0.0))
+    return chunks[run.accelerator.process_index :: ranks]
+
+
+@dataclass
+class Pairs:
+    """B noised edits of one group."""
+
+    copy: Tensor  # (B,) which of its edits
+    x_0: Tensor  # (B, N, C) clean latents
+    noise: Tensor  # (B, N, C)
+    t: Tensor  # (B,) flow time
+    r: Tensor  # (B,) optimality
+
+
+def draw_pairs(run: Run, group: Group, chunk: Chunk, r: Tensor, epoch: int) -> Pairs:
+    """The tensors of a chunk, on this rank's device; r (K,) is its group's."""
+    noise = []
+    t = []
+    for copy, pick in chunk.pairs:
+        draws = seeded(run.settings.seed, "train", epoch, chunk.number, copy)
+        # Only times of the rollout: elsewhere the model may be asked what it never sees in use.
+        order = torch.randperm(len(group.sigmas), generator=draws)
+        shape = (run.settings.train_timesteps, *group.x_0.shape[1:])  # (T, N, C)
+        noise.append(torch.randn(shape, generator=draws)[pick])
+        t.append(group.sigmas[order[pick]])
+    copies = torch.tensor([copy for copy, _ in chunk.pairs])
+    tensors = (copies, group.x_0[copies], torch.stack(noise), torch.stack(t), r[copies].float())
+    return Pairs(*send_to_device(tensors, run.accelerator.device))
+
+
+def pair_losses(run: Run, pairs: Pairs, cond: dict) -> dict[str, Tensor]:
+    """The loss (B,) of each pair, and what else is worth a look: name -> (B,)."""
+    editor = run.editor
+    settings = run.settings
+    t = pairs.t[:, None, None]  # (B, 1, 1)
+    x_t = (1 - t) * pairs.x_0 + t * pairs.noise  # (B, N, C)
+    with torch.no_grad(), policy(editor, "old"):
+        v_old = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
+    v = velocity(editor, x_t, pairs.t, cond)  # (B, N, C), the new policy's
+    loss = nft_loss(v, v_old, x_t, pairs.x_0, pairs.t, pairs.r, settings.nft_beta)
+    loss = settings.advantage_clip * loss  # (B,)
+    measured = {"copy": pairs.copy, "t": pairs.t}
+    measured["drift_old"] = (v - v_old).square().mean((1, 2))
+    if settings.kl_weight:  # a fifth of the update's time: not for a weight of 0
+        with torch.no_grad(), policy(editor, "base"):
+            v_base = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
+        # For Gaussian steps of equal variance the KL divergence is a squared distance.
+        measured["drift_base"] = (v - v_base).square().mean((1, 2))
+        loss = loss + settings.kl_weight * measured["drift_base"]
+        # The cheapest alarm for a policy that games its judge: its velocities grow long.
+        measured["norm_ratio"] = v.flatten(1).norm(dim=1) / v_base.flatten(1).norm(dim=1)
+    return measured | {"loss": loss}
+
+
+def update(
+    run: Run, groups: list[Group | None], r: Tensor, epoch: int
+) -> tuple[dict[str, Tensor], float]:
+    """Algorithm 1, lines 9-13: one step along the mean gradient over all kept pairs of all ranks.
+
+    groups, r (G, K): of all ranks. Returns what was measured of the P trained pairs, name -> (P,),
+    and the gradient's norm. The optimizer does not step if that is not finite, or NaN for P = 0.
     """
-    for folder in checkpoints(out):
-        if not (state := read_state(folder)):
-            print(f"{folder}: damaged; going back to the one before", file=sys.stderr)
-            continue
-        changed = {
-            key: f"{key} was {state['settings'].get(key)} and is {settings[key]}"
-            for key in settings
-            if settings[key] != state["settings"].get(key)
-        }
-        serious = [change for key, change in changed.items() if key not in harmless]
-        if serious and not force:
-            raise BadInput(
-                f"{folder}: {'; '.join(serious)}; give what it was trained with, or --force true"
-            )
-        print("".join(f"resuming although {change}\n" for change in changed.values()), end="")
-        for name in editor.policies:
-            load_lora(editor, folder / name.removeprefix("new"), name)
-        moments = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
-            moments.setdefault(int(key.split(".")[0]), {})[key.split(".")[1]] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        return state | {"settings": settings}
-    return {}
+    chunks = deal_chunks(run, r)
+    if not chunks:
+        return {}, math.nan
+    total = int((~r.isnan()).sum()) * run.settings.train_timesteps  # P
+    trained = list(lora_parameters(run.editor, "new").values())
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    parts = []
+    with parked(run.editor, run.settings.offload):
+        for chunk in tqdm(chunks, f"update {epoch + 1}", leave=False, disable=not run.is_main):
+            with together(run.accelerator, run.stop):
+                group = groups[chunk.number]
+                pairs = draw_pairs(run, group, chunk, r[chunk.number], epoch)
+                cond = send_to_device(group.cond, run.accelerator.device)
+                measured = pair_losses(run, pairs, cond)
+                (chunk.share * measured["loss"].sum() / total).backward()
+                if chunk.share:
+                    measured["group"] = torch.full_like(pairs.copy, chunk.number)
+                    parts.append({name: values.detach() for name, values in measured.items()})
+
+    # All messages come before the step: one that fails must find the weights of the last epoch.
+    parts = gather_object(send_to_device(parts, "cpu"))
+    grads = [parameter.grad for parameter in trained]
+    message = run.accelerator.reduce(parameters_to_vector(grads), "sum")  # the only one of a step
+    vector_to_parameters(message, grads)
+    norm = clip_grad_norm_(trained, GRAD_CLIP).item()
+    if math.isfinite(norm):
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, norm
 
 
-def comparison_grid(rows, base, now):
-    """A grid of held-out edits: source, base, now and, where it is known, the target, with instruction and judge's score.
+# ---------------------------------------------------------------- evaluation
 
-    base, now: dicts with `row`, `judge` and, for those that are shown, `image`, in the same order.
+
+def evaluate(run: Run, name: str) -> list[dict]:
+    """One policy's held-out edits, the same noises for every policy: a dict for each row, in order.
+
+    `row` (its number), `judge`, for the toy's rows also `oracle` and `success`, NaN where unknown;
+    the first SHOWN_ROWS have their picture as `image`.
     """
-    pictures, captions = [], []
-    for before, after in zip(base, now):
-        if "image" in before:
-            row = rows[before["row"]]
-            target = [load_image(row["target"])] if "target" in row else []
-            pictures.append(
-                [load_image(row["images"][0]), before["image"], after["image"], *target]
-            )
-            marks = [
-                f"{name} {result['judge']:.2f}"
-                for name, result in (("base", before), ("now", after))
-            ]
-            captions.append([row["prompt"], *marks, *["target"] * len(target)])
+    settings = run.settings
+    rows = list(enumerate(run.rows["test"]))
+    how = {"steps": settings.eval_steps, "guidance": settings.eval_guidance, "evaluation": True}
+    # Padded, so that every rank draws equally many; what is double goes at the end.
+    with run.accelerator.split_between_processes(rows, apply_padding=True) as mine:
+        jobs = [Job(row, (settings.seed, "eval", number)) for number, row in mine]
+        with policy(run.editor, name):
+            groups, verdicts = draw(run, jobs, 1, f"held-out, {name}", **how)
+    await_scores(run, verdicts)
+    results = {}
+    for (number, row), group, verdict in zip(mine, groups, verdicts, strict=True):
+        result = {"row": number, "judge": verdict.result().score.item(), "image": None}
+        result |= {"oracle": math.nan, "success": math.nan}
+        if group:
+            result |= oracle(row, group.images[0]) or {}
+        if group and number < SHOWN_ROWS:
+            result["image"] = group.images[0]
+        results[number] = result
+    every = {result["row"]: result for result in gather_object(list(results.values()))}
+    return list(every.values())
+
+
+def held_out_record(base: list[dict], results: list[dict], name: str) -> dict:
+    """Entries of a record: one policy's held-out scores, and what they gained over the base's."""
+    record = {}
+    for key in ("judge", "oracle", "success"):
+        if any(math.isfinite(result[key]) for result in results):
+            gain = paired_gain(base, results, key)
+            record[f"heldout/{name}/{key}"] = gain["now"]
+            record |= {f"heldout/{name}/{key}/{part}": value for part, value in gain.items()}
+    return record
+
+
+def comparison_grid(rows: list[dict], base: list[dict], now: list[dict]) -> Image.Image:
+    """Of the first held-out rows: source, base's edit, now's, and the target where it is known."""
+    pictures = []
+    captions = []
+    for row, before, after in zip(rows, base, now, strict=True):
+        if before["image"] and after["image"]:
+            target = load_image(row["target"]) if "target" in row else None
+            source = load_image(row["images"][0])
+            pictures.append([source, before["image"], after["image"], target])
+            marks = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
+            captions.append([row["prompt"], *marks, "target" if target else ""])
     return picture_grid(pictures, captions, "source, base, now, with the judge's score")
 
 
-def save_newest(image, path, keep):
-    """Writes a picture and removes the oldest of its folder, by name, beyond the newest `keep`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    for old in sorted(path.parent.glob(f"*{path.suffix}"))[:-keep]:
-        old.unlink()
+# ---------------------------------------------------------------- records
 
 
-def cut_log(file, epoch):
-    """Leaves the whole lines up to `epoch` in a log.jsonl and returns them: a kill may have cut the last one short."""
-    kept = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        kept += [record] * (record["epoch"] <= epoch)
-    if file.exists():
-        part = file.with_suffix(".part")
-        part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        part.replace(file)
-    return kept
+@contextmanager
+def timed(record: dict, phase: str, device: torch.device) -> Iterator[None]:
+    """Adds the seconds of a phase to the record, and on a GPU its peak memory in GB."""
+    begun = time.time()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        record[f"peak_gb/{phase}"] = torch.cuda.max_memory_allocated(device) / 1e9
+    record[f"seconds/{phase}"] = time.time() - begun
 
 
-# ---------------------------------------------------------------- the run
+def counted(prefix: str, words: list[str]) -> dict[str, int]:
+    """How often each word occurs, but for the empty one: prefix/word -> number."""
+    return {f"{prefix}/{word}": number for word, number in Counter(words).items() if word}
 
 
-def load_all(settings, accelerator):
-    """Data, judge and editor with its policies and optimizer, each refused in one line if it cannot serve."""
-    rows = load_rows(settings.data, settings.bad_rows == "skip")
-    rows["test"] = rows["test"][: settings.eval_rows]
-    device, dtype = (
-        accelerator.device,
-        torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32,
-    )
+def epoch_record(
+    scores: Scores, r: Tensor, reasons: list[str], measured: dict[str, Tensor], norm: float
+) -> dict:
+    """What scores and update of an epoch say, as flat numbers; what nothing is known of is NaN."""
+    centred = scores.score - scores.score.nanmean(1, keepdim=True)  # (G, K)
+    record = {
+        "reward/mean": scores.score.nanmean().item(),
+        "reward/spread": centred.square().nanmean().sqrt().item(),
+        "judge/mass": scores.mass.nanmean().item(),
+        "judge/failed": int(scores.score.isnan().sum()),
+        "groups/kept": reasons.count("") / len(reasons),
+        "grad/norm": norm,
+        "steps/made": int(math.isfinite(norm)),
+        "steps/skipped": int(len(measured) > 0 and not math.isfinite(norm)),
+    }
+    for name, values in scores.terms.items():
+        record[f"reward/{name}"] = values.nanmean().item()
+    record |= counted("judge/failed", scores.causes)
+    record |= counted("groups", reasons)
+    for tenth, count in enumerate(torch.histc(r[~r.isnan()], 10, 0, 1).tolist()):
+        record[f"r/{tenth}"] = count
+    if measured:
+        for name in ("loss", *sorted(measured.keys() - {"group", "copy", "t", "loss"})):
+            record[f"update/{name}"] = measured[name].mean().item()
+        for fifth in range(5):  # of flow time; t = 1 belongs to the last
+            is_in = (5 * measured["t"]).long().clamp(max=4) == fifth  # (P,)
+            record[f"loss/t{fifth}"] = measured["loss"][is_in].mean().item()
+    return record
+
+
+def epoch_line(record: dict) -> str:
+    """What the terminal shows of a record."""
+    parts = [f"epoch {record['epoch']}"]
+    parts += [form.format(record[key]) for key, form in SHOWN.items() if key in record]
+    if record["steps/skipped"]:
+        parts.append("STEP SKIPPED")
+    for key in record:
+        if key.startswith("heldout/") and key.count("/") == 2:  # heldout/new/judge
+            numbers = [record[f"{key}/{part}"] for part in ("base", "now", "gain", "low", "high")]
+            parts.append(f"\n   {key} {HELD_OUT.format(*numbers)}")
+    return "  ".join(parts)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(run: Run, state: dict) -> None:
+    """Writes checkpoint-{epoch}, whole or not at all; then only the newest few and the best stay.
+
+    new lies on top, as diffusers reads it, old and ema in folders of their own.
+    """
+    with whole_folder(run.out / f"checkpoint-{state['epoch']}") as part:
+        for name in run.editor.policies:
+            save_lora(run.editor, part / name.removeprefix("new"), name)
+        torch.save(run.optimizer.state_dict()["state"], part / "optimizer.pt")
+        (part / "state.json").write_text(json.dumps(state, indent=1))
+    run.saved = dict(state)
+    keep = run.settings.keep_checkpoints
+    prune_folders(run.out, "checkpoint", keep, best=state["best_epoch"])
+
+
+def load_checkpoint(run: Run, state: dict) -> dict:
+    """The state of the newest whole checkpoint, its weights put back; `state` if there is none."""
+    folder = newest_whole(run.out, "checkpoint")
+    if folder is None:
+        return state
+    stored = json.loads((folder / "state.json").read_text())
+    changes = changed(stored["settings"], state["settings"], HARMLESS)
+    if changes and not run.settings.force:
+        raise BadInput(f"{folder}: {'; '.join(changes)}; give what it was, or --force true")
+    for change in changes:
+        run.accelerator.print(f"resuming although {change}")
+    for name in run.editor.policies:
+        load_lora(run.editor, folder / name.removeprefix("new"), name)
+    moments = torch.load(folder / "optimizer.pt", weights_only=True)
+    run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": moments})
+    run.saved = stored
+    return stored | {"settings": state["settings"]}
+
+
+def start_state(run: Run) -> dict:
+    """The state of a run before its next epoch, and its folder and trackers as they were then."""
+    settings = asdict(run.settings)
+    contents = repr([(row["id"], row["prompt"]) for row in run.rows["train"]]).encode()
+    state = {
+        "epoch": 0,  # finished so far
+        "record": None,  # of a finished epoch that is not evaluated and logged yet
+        "bad_steps": 0,  # in a row
+        "silent_epochs": 0,  # in a row
+        "best": -1.0,  # held-out score
+        "best_epoch": 0,
+        "run": secrets.token_hex(4),  # names it to trackers
+        "settings": settings | {"ranks": run.accelerator.num_processes, "rows": crc32(contents)},
+    }
+    if run.settings.resume == "auto":
+        state = load_checkpoint(run, state)
+    if run.is_main:
+        with whole_file(run.out / "config.json") as part:
+            part.write_text(json.dumps(settings, indent=1))
+        keep_json_lines(run.out / "log.jsonl", lambda record: record["epoch"] <= state["epoch"])
+    same_run = {"id": state["run"], "resume": "allow"}
+    options = {
+        "tensorboard": {"purge_step": state["epoch"] + 1},
+        "wandb": same_run,
+        "trackio": {"name": state["run"], "resume": "allow"},
+        "swanlab": same_run,
+    }
+    shown = {name: str(value) for name, value in settings.items()}
+    run.accelerator.init_trackers("edit-nft", shown, options)
+    return state
+
+
+# ---------------------------------------------------------------- before and after an epoch
+
+
+def set_up(argv: list[str]) -> tuple[Settings, Accelerator]:
+    """The settings of a command line, and this process's place among the ranks."""
+    has_base = any(word.split("=")[0] == "--base" for word in argv)
+    defaults = {} if has_base else TOY
+    settings = parse_settings(Settings, argv, __doc__.splitlines()[0], **defaults)
+    if (Path(settings.out) / "log.jsonl").exists() and settings.resume == "never":
+        raise BadInput(f"{settings.out}: holds a run already; give --resume auto or another --out")
+    accelerator = start_processes(settings.out, settings.report_to)
+    ranks = accelerator.num_processes
+    if settings.dry_run:
+        settings = replace(settings, epochs=1, eval_rows=1, groups=ranks)
+    if settings.groups % ranks:
+        raise BadInput(f"--groups {settings.groups}: not divisible by {ranks} processes")
+    if not has_base:
+        with accelerator.main_process_first():
+            build_toy(ToySettings())
+    return settings, accelerator
+
+
+def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
+    """Data, editor, judge and optimizer; BadInput for one that cannot serve."""
+    rows = load_rows(settings.data, settings.bad_rows == "skip", accelerator)
+    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    place = "cpu" if settings.shard else accelerator.device
     editor = load_editor(
         settings.base,
-        "cpu" if settings.shard else device,
+        place,
         dtype,
         settings.resolution,
         solver_order=settings.solver_order,
         trust_remote_code=settings.trust_remote_code,
     )
+    rows["test"] = rows["test"][: settings.eval_rows]
+    for split, of_split in rows.items():
+        rows[split] = [row for row in of_split if is_fit(settings, editor, row)]
+    averages = ("old", "ema") if settings.ema_decay else ("old",)
     add_policies(
         editor,
         settings.lora_rank,
         settings.lora_alpha,
         settings.lora_targets,
         settings.seed,
-        ("old", "ema") if settings.ema_decay else ("old",),
+        averages,
         settings.start_lora,
     )
     if settings.gradient_checkpointing:
         editor.pipe.transformer.enable_gradient_checkpointing()
     if settings.shard:
         shard_base(editor, accelerator)
-    judge = load_judge(settings, device, dtype)
-    optimizer = torch.optim.AdamW(
-        lora_parameters(editor, "new").values(),
-        settings.lr,
-        weight_decay=settings.weight_decay,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-    )
-    check_editor(
-        editor, rows["train"][0], settings.guidance, optimizer, started=bool(settings.start_lora)
-    )
-    check_judge(judge, settings.judge, rows["train"])
+    judge = load_judge(settings, accelerator.device, dtype, stop)
+    trained = lora_parameters(editor, "new").values()
+    optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=WEIGHT_DECAY)
+    check_editor(editor, rows["train"][0], settings.guidance, optimizer, bool(settings.start_lora))
+    check_judge(judge, settings, rows["train"])
     if settings.compile:
         compile_blocks(editor)
-    return rows, editor, judge, optimizer
+    return Run(settings, accelerator, stop, rows, editor, judge, optimizer, saved={})
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    toy = not any(word.split("=")[0] == "--base" for word in argv)
-    settings = parse_settings(
-        Settings, argv, description=__doc__.splitlines()[0], **(TOY if toy else {})
-    )
-    out, stop = Path(settings.out), catch_signals()
-    if (out / "log.jsonl").exists() and settings.resume == "never" and not settings.dry_run:
+def is_fit(settings: Settings, editor: Editor, row: dict) -> bool:
+    """Whether the editor can take a row; BadInput if it cannot and --bad_rows is stop."""
+    fault = row_fault(editor, row)
+    if fault:
+        leave_out(settings, row, BadInput(fault))
+    return not fault
+
+
+def close_epoch(run: Run, state: dict, base: list[dict]) -> None:
+    """Evaluates, logs and saves a finished epoch, as far as that is due.
+
+    Until then its record stays in the state: a run that is stopped in between makes up for it.
+    """
+    settings = run.settings
+    epoch = state["epoch"]
+    record = dict(state["record"])
+    results = {}
+    if epoch == settings.epochs or epoch % settings.eval_every == 0:
+        results = {name: evaluate(run, name) for name in run.editor.policies}
+    for name in results:
+        record |= held_out_record(base, results[name], name)
+    known = {key: value for key, value in record.items() if math.isfinite(value)}  # JSON has no NaN
+    with together(run.accelerator, run.stop):
+        if run.is_main:
+            if results:
+                with whole_file(run.out / "samples" / f"epoch-{epoch:04}.png") as part:
+                    comparison_grid(run.rows["test"], base, results["new"]).save(part)
+            append_json_line(run.out / "log.jsonl", known)
+            say(epoch_line(known))
+    run.accelerator.log(known, epoch)
+    state["record"] = None
+    is_best = known.get("heldout/new/judge", -1.0) > state["best"]
+    if is_best:
+        state |= {"best": known["heldout/new/judge"], "best_epoch": epoch}
+    if run.is_main and (is_best or epoch % settings.save_every == 0):
+        save_checkpoint(run, state)
+
+
+def refuse_hopeless(
+    run: Run, state: dict, record: dict, measured: dict[str, Tensor], drawn: list[dict]
+) -> None:
+    """BadInput after three steps in a row that did harm, or many epochs without a kept group."""
+    exploded = EXPLODED * run.settings.advantage_clip
+    is_bad = record["steps/skipped"] or record.get("update/loss", 0.0) > exploded
+    state["bad_steps"] = state["bad_steps"] + 1 if is_bad else 0
+    state["silent_epochs"] = 0 if record["groups/kept"] else state["silent_epochs"] + 1
+    if state["bad_steps"] == 3:
+        pairs = {name: values.tolist() for name, values in measured.items()}
+        pairs["row"] = [drawn[number]["id"] for number in pairs["group"]]
+        with whole_file(run.out / "bad-steps.json") as part:
+            part.write_text(json.dumps(pairs, indent=1))
         raise BadInput(
-            f"{out}: holds a run already; give --resume auto, another --out, or remove it"
+            f"three steps in a row were not finite or had a loss above {exploded:g}; "
+            f"{run.out}/bad-steps.json has their rows and times; lower --lr or mend those rows, "
+            "and go on from an earlier checkpoint with --resume auto"
         )
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        project_dir=settings.out,
-        log_with=None if settings.report_to == "none" else settings.report_to,
-    )
-    rank, ranks, chief = (
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.is_main_process,
-    )
-    if settings.groups % ranks:
+    if state["silent_epochs"] == HOPELESS:
         raise BadInput(
-            f"--groups {settings.groups}: not divisible by {ranks} processes; give a multiple of {ranks}"
-        )
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, os.cpu_count() // ranks))
-    if toy:
-        with accelerator.main_process_first():
-            build_toy(ToySettings(out=settings.data))
-        settings = replace(
-            settings,
-            base=f"{settings.data}/editor",
-            judge=settings.judge or f"local:{settings.data}/judge",
-        )
-    if settings.dry_run:
-        settings = replace(settings, epochs=1, groups=ranks, eval_rows=1)
-    rows, editor, judge, optimizer = load_all(settings, accelerator)
-    accelerator.print(
-        f"{len(rows['train'])} training rows, {len(rows['test'])} held-out; LoRA on {len(editor.lora_layers)} "
-        f"modules; {settings.groups} x {settings.group_size} edits an epoch on {ranks} ranks"
-    )
-    now = asdict(settings) | {
-        "ranks": ranks,
-        "rows": crc32(repr([(row["id"], row["prompt"]) for row in rows["train"]]).encode()),
-    }
-    state = {
-        "epoch": 0,
-        "skipped in a row": 0,
-        "best": -1.0,
-        "run": secrets.token_hex(4),
-        "settings": now,
-    }
-    if settings.resume == "auto":
-        state |= load_checkpoint(editor, optimizer, out, now, HARMLESS, settings.force)
-    first, saved, fault, usual = (
-        state["epoch"],
-        state["epoch"],
-        None,
-        [],
-    )  # usual: gradient norms of the last steps
-    if chief and not settings.dry_run:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(settings), indent=1))
-        cut_log(out / "log.jsonl", state["epoch"])
-    same_run = {"wandb": {"id": state["run"], "resume": "allow"}, "trackio": {"name": state["run"]}}
-    accelerator.init_trackers(
-        "edit-nft", {key: str(value) for key, value in asdict(settings).items()}, same_run
-    )
-    base = (
-        []
-        if settings.dry_run
-        else evaluate(editor, judge, rows["test"], settings, "base", accelerator, stop)
-    )
-    start, stopped = (
-        time.time(),
-        lambda: any(gather_object([stop.is_set()])),
-    )  # a signal to one rank stops all
-
-    for epoch in range(first, settings.epochs):
-        clock = [time_and_memory(accelerator.device)]
-        numbers = list(range(rank, settings.groups, ranks))  # groups live whole on one rank
-        chosen = list(rows_of_epoch(settings.groups, len(rows["train"]), settings.seed, epoch))
-        bar = tqdm(
-            total=2 * len(numbers), desc=f"epoch {epoch + 1}", leave=False, disable=not chief
+            f"nothing was kept for {HOPELESS} epochs in a row: all rows are solved, or the judge "
+            "tells no edits apart; see to --judge, --filter and --guidance"
         )
 
-        # ---------------- rollout: the old policy draws a group of edits for each row
-        keys = [
-            [(settings.seed, "rollout", epoch, number, copy) for copy in range(settings.group_size)]
-            for number in numbers
-        ]
-        with policy(editor, "old"):
-            mine = [rows["train"][chosen[number]] for number in numbers]
-            groups, verdicts = draw(
-                editor,
-                judge,
-                mine,
-                keys,
-                settings,
-                stop,
-                bar,
-                settings.rollout_steps,
-                settings.guidance,
-            )
-        clock.append(time_and_memory(accelerator.device))
 
-        # ---------------- reward: the judge scores them; every rank learns all scores
-        verdicts = gather_object(
-            [(number, verdict.result()) for number, verdict in zip(numbers, verdicts)]
-        )
-        verdicts = [verdict for _, verdict in sorted(verdicts, key=lambda pair: pair[0])]
-        if stopped():
-            break  # the weights are as they were after the last epoch
-        scores = torch.stack([verdict.score for verdict in verdicts])  # (G, K)
-        if (failed := int(scores.isnan().sum())) > settings.max_failed * scores.numel():
-            causes = dict(
-                Counter(cause for verdict in verdicts for cause in verdict.causes if cause)
-            )
-            fault = BadInput(
-                f"epoch {epoch + 1}: the judge failed on {failed} of {scores.numel()} edits ({causes}); see to "
-                f"{settings.judge} and go on with --resume auto, or raise --max_failed"
-            )
-            break
-        clock.append(time_and_memory(accelerator.device))
+# ---------------------------------------------------------------- Algorithm 1
 
-        # ---------------- filter: groups that say nothing are dropped, the rest become optimality probabilities
-        r, reasons = group_advantages(
-            scores,
-            settings.advantage_clip,
-            settings.filter,
-            settings.filter_mean,
-            settings.filter_std,
-            settings.score_noise,
-        )
-        if settings.dry_run:  # whatever the judge says, one step is to be measured
-            r, reasons = (
-                torch.linspace(0, 1, settings.group_size).expand_as(scores),
-                [""] * len(scores),
-            )
 
-        # ---------------- update: towards good edits, away from bad ones; then the old policy follows softly
-        with parked(editor, settings.offload):
-            seen, norms = update(
-                editor, optimizer, groups, numbers, r, settings, epoch, accelerator, bar
-            )
-        decay = min(settings.decay_rate * (epoch + 1), settings.decay_max)
-        soft_update(editor, decay)
+def run_epochs(run: Run, state: dict) -> None:
+    """The method: epoch after epoch, from the one that the state names."""
+    settings = run.settings
+    device = run.accelerator.device
+    least_spread = max(LEAST_SPREAD, 3 * run.judge.noise)
+    base = evaluate(run, "base")
+    if state["record"]:
+        close_epoch(run, state, base)
+
+    left = range(state["epoch"], settings.epochs)
+    for epoch in tqdm(left, "epochs", disable=not run.is_main):
+        record = {"epoch": epoch + 1}
+
+        # ---------------- rollout: the old policy draws K edits of each row
+        # Rows and noises are functions of the epoch's number, so that a resumed run goes on
+        # as if it had never stopped, and N ranks draw what one would.
+        numbers = rows_of_epoch(settings.groups, len(run.rows["train"]), settings.seed, epoch)
+        drawn = [run.rows["train"][number] for number in numbers]  # G
+        key = (settings.seed, "rollout", epoch)
+        jobs = [Job(row, (*key, number)) for number, row in enumerate(drawn)]
+        how = {"steps": settings.rollout_steps, "guidance": settings.guidance}
+        with (
+            timed(record, "rollout", device),
+            policy(run.editor, "old"),
+            run.accelerator.split_between_processes(jobs) as mine,
+        ):
+            groups, verdicts = draw(run, mine, settings.group_size, f"rollout {epoch + 1}", **how)
+
+        # ---------------- reward: every rank learns all scores, and gets all edits' latents
+        with timed(record, "reward", device):
+            scores = await_scores(run, verdicts)
+            groups = gather_object([group and group.for_training() for group in groups])
+
+        # ---------------- filter: what says nothing goes, the rest becomes optimality
+        limits = (settings.filter, settings.filter_mean, settings.filter_std, least_spread)
+        r, reasons = group_advantages(scores.score, settings.advantage_clip, *limits)  # r: (G, K)
+        if settings.dry_run:  # whatever the judge says, a full step is to be measured
+            r = torch.linspace(0, 1, settings.group_size).expand_as(r)
+
+        # ---------------- update: towards good edits, away from bad ones
+        with timed(record, "update", device):
+            measured, norm = update(run, groups, r, epoch)
+
+        # ---------------- the old policy follows, at first at once, later ever more slowly:
+        # fresh data while the policy moves fast, a steady anchor once it is good
+        record["old_decay"] = min(settings.decay_rate * (epoch + 1), settings.decay_max)
+        soft_update(run.editor, record["old_decay"])
         if settings.ema_decay:
-            soft_update(editor, settings.ema_decay, "ema")
-        clock.append(time_and_memory(accelerator.device))
-        bar.close()
+            soft_update(run.editor, settings.ema_decay, "ema")
 
-        # ---------------- log, evaluate, save
-        seen, last = torch.cat(gather_object([seen])), epoch + 1 == settings.epochs
-        record = epoch_record(epoch, verdicts, r, reasons, seen, norms, clock, decay)
+        # ---------------- the epoch counts from here on, whatever ends the run
+        record |= epoch_record(scores, r, reasons, measured, norm)
+        state |= {"epoch": epoch + 1, "record": record}
+        close_epoch(run, state, base)
+        with together(run.accelerator, run.stop):
+            refuse_hopeless(run, state, record, measured, drawn)
+
+
+def main(argv: list[str] | None = None) -> None:
+    stop = catch_signals()
+    settings, accelerator = set_up(sys.argv[1:] if argv is None else argv)
+    with TemporaryDirectory() as scratch:
         if settings.dry_run:
-            return accelerator.print(
-                epoch_line(record, 1, 0) + f"\npeak GB: {record['peak GB']}; nothing was saved"
-            )
-        state |= {"epoch": epoch + 1, "held-out": None}
-        record["grad spike"] = len(usual) > 4 and (record["grad norm"] or 0) > 5 * median(usual)
-        usual = [*usual, *filter(math.isfinite, norms)][-20:]
-        for norm in norms:
-            state["skipped in a row"] = 0 if math.isfinite(norm) else state["skipped in a row"] + 1
-        if state["skipped in a row"] >= 3:
-            fault = not_finite(out, [rows["train"][row] for row in chosen], scores, seen)
-        if not fault and (last or (epoch + 1) % settings.eval_every == 0):
-            held_out = {
-                name: evaluate(editor, judge, rows["test"], settings, name, accelerator, stop)
-                for name in editor.policies
-            }
-            if not stopped():  # else some of the edits were not drawn
-                record["held-out"] = {
-                    name: {
-                        key: paired_gain(base, results, key)
-                        for key in ("judge", "oracle", "success")
-                        if key in base[0]
-                    }
-                    for name, results in held_out.items()
-                }
-                state["held-out"] = record["held-out"]["new"]["judge"]["now"]
-        if chief:
-            if "held-out" in record:
-                file = out / "samples" / f"epoch-{epoch + 1:04}.png"
-                save_newest(
-                    comparison_grid(rows["test"], base, held_out["new"]),
-                    file,
-                    settings.keep_samples,
-                )
-            if (epoch + 1) % settings.log_every == 0 or "held-out" in record:
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(record) + "\n")
-            print(
-                epoch_line(record, settings.epochs, (time.time() - start) / (epoch + 1 - first)),
-                flush=True,
-            )
-            if (epoch + 1) % settings.save_every == 0 or (state["held-out"] or -1.0) > state[
-                "best"
-            ]:
-                state["best"], saved = max(state["best"], state["held-out"] or -1.0), epoch + 1
-                save_checkpoint(editor, optimizer, out, state, settings.keep_checkpoints)
-        accelerator.log(
-            {key: value for key, value in record.items() if isinstance(value, (int, float))},
-            epoch + 1,
-        )
-        if fault or stopped():
-            break
+            settings = replace(settings, out=scratch)
+        with locked(settings.out) if accelerator.is_main_process else nullcontext():
+            train(load_all(settings, accelerator, stop))
 
-    if chief and state["epoch"] > saved:
-        save_checkpoint(editor, optimizer, out, state, settings.keep_checkpoints)
-    accelerator.wait_for_everyone()  # a rank that leaves early would break the others' last messages
-    accelerator.end_training()
+
+def train(run: Run) -> None:
+    """A run to its end, or to a stop. Every way out keeps the last finished epoch."""
+    state = start_state(run)
+    fault = None
+    try:
+        run_epochs(run, state)
+    except Stopped as stopped:
+        fault = stopped.__cause__
+    finally:
+        if run.is_main and state["epoch"] and state != run.saved:
+            save_checkpoint(run, state)
+        run.judge.close()
+    run.accelerator.wait_for_everyone()  # a rank that leaves early breaks the others' messages
+    run.accelerator.end_training()
     if fault:
         raise fault
-    if state["epoch"] < settings.epochs:
-        accelerator.print(
-            f"stopped after epoch {state['epoch']} of {settings.epochs}; go on with --resume auto"
+    if state["epoch"] < run.settings.epochs or state["record"]:
+        due = ", not evaluated yet" if state["record"] else ""
+        run.accelerator.print(
+            f"stopped after epoch {state['epoch']} of {run.settings.epochs}{due}; "
+            "go on with --resume auto"
         )
 
 

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: tiny random editors of every family, of the real classes."""
+"""Fixtures of several test files: tiny random editors of every family, of the real classes."""
 
 import inspect
 import json
@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 torch.set_num_threads(1)
 
-WORDS = "make the red circle blue remove square add green triangle".split()
+WORDS = ["make", "the", "red", "circle", "blue", "remove", "square", "add", "green", "triangle"]
 
 
 def tiny_tokenizers():
@@ -25,8 +26,7 @@ def tiny_tokenizers():
     merges, known = [], set(pieces)
     for word in WORDS:
         left = word[0]
-        for i, letter in enumerate(word[1:], 2):
-            right = letter + "</w>" * (i == len(word))
+        for right in [*word[1:-1], word[-1] + "</w>"]:
             if left + right not in known:
                 merges.append((left, right))
                 known.add(left + right)
@@ -34,15 +34,14 @@ def tiny_tokenizers():
             left += right
     vocab = {piece: i for i, piece in enumerate(pieces + ["<|startoftext|>", "<|endoftext|>"])}
     clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
-    entries = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)] + [
-        ("▁" + word, -1.0) for word in WORDS
-    ]
+    entries = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+    entries += [("▁" + word, -1.0) for word in WORDS]
     t5 = T5TokenizerFast(vocab=entries, extra_ids=0, model_max_length=12)
     return clip, t5, len(vocab)
 
 
 def tiny_kontext(seed=0):
-    """A random FluxKontextPipeline of the real classes: x4 VAE, 8 latent channels, 1 double and 1 single block."""
+    """A random FluxKontextPipeline of the real classes: x4 VAE, 1 double and 1 single block."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -114,11 +113,14 @@ def kontext_folder(tmp_path_factory):
     """The folder of a tiny random FLUX-Kontext editor for 32 x 32 pictures."""
     folder = tmp_path_factory.mktemp("kontext")
     pipe = tiny_kontext()
-    pipe.vae.decoder.conv_out.weight.data *= (
-        4  # a random decoder paints one grey: make its pictures differ
-    )
+    make_louder(pipe.vae)
     pipe.save_pretrained(folder)
     return folder
+
+
+def make_louder(vae):
+    """A random decoder paints one grey: makes its pictures differ."""
+    vae.decoder.conv_out.weight.data *= 4
 
 
 @pytest.fixture(scope="session")
@@ -131,15 +133,16 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def run(kontext_folder, dataset, tmp_path, monkeypatch):
-    """run(out="a", **settings) calls main with the rule judge and returns the run's folder; goes on where it holds one."""
-    import train_nft
+    """run(out="a", **settings) trains with the rule judge, or goes on, and returns the folder."""
     from rule_judge import RuleJudge, arguments
+
+    import train_nft
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def call(out="run", judge=RuleJudge(), **changes):
-        monkeypatch.setattr(train_nft, "load_judge", lambda *args: judge)
+    def call(out="run", judge=None, **changes):
+        monkeypatch.setattr(train_nft, "load_judge", lambda *args, **kwargs: judge or RuleJudge())
         train_nft.main(arguments(kontext_folder, dataset, tmp_path / out, resume="auto", **changes))
         return tmp_path / out
 
@@ -159,12 +162,18 @@ MARKS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-MISTRAL_CHAT = "{% for m in messages %}[{{ m.role }}]{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+MISTRAL_CHAT = (
+    "{% for m in messages %}[{{ m.role }}]"
+    "{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+)
 
 
 def tiny_qwen_tokenizer(chat=CHAT, longest=40):
-    """A Qwen2Tokenizer that knows the pipelines' own templates by the word, as the real one does."""
+    """A Qwen2Tokenizer that knows the pipelines' templates by the word, as the real one does."""
     from diffusers.pipelines.flux2 import system_messages
     from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
@@ -173,10 +182,8 @@ def tiny_qwen_tokenizer(chat=CHAT, longest=40):
 
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    known = [
-        inspect.getsource(m)
-        for m in (pipeline_qwenimage_edit_plus, pipeline_longcat_image_edit, system_messages)
-    ]
+    modules = (pipeline_qwenimage_edit_plus, pipeline_longcat_image_edit, system_messages)
+    known = [inspect.getsource(module) for module in modules]
     trainer = trainers.BpeTrainer(
         vocab_size=3000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
@@ -245,7 +252,7 @@ def tiny_qwen_vl(tokenizer):
 
 
 def tiny_vae(cls, latent_channels=8, **kwargs):
-    """A random convolutional VAE, x4; its decoder is made louder, or it would paint one grey."""
+    """A random convolutional VAE, x4."""
     vae = cls(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -257,7 +264,7 @@ def tiny_vae(cls, latent_channels=8, **kwargs):
         mid_block_add_attention=False,
         **kwargs,
     )
-    vae.decoder.conv_out.weight.data *= 4
+    make_louder(vae)
     return vae
 
 
@@ -268,7 +275,7 @@ def flow_scheduler():
 
 
 def tiny_qwen_edit(cls, zero_cond_t=False):
-    """A random QwenImageEditPipeline or QwenImageEditPlusPipeline; zero_cond_t as in Qwen-Image-Edit-2511."""
+    """A random QwenImageEdit(Plus)Pipeline; zero_cond_t as in Qwen-Image-Edit-2511."""
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
     tokenizer = tiny_qwen_tokenizer(longest=512)
@@ -282,7 +289,7 @@ def tiny_qwen_edit(cls, zero_cond_t=False):
         latents_mean=[0.1] * 8,
         latents_std=[0.9] * 8,
     )
-    vae.decoder.conv_out.weight.data *= 4
+    make_louder(vae)
     transformer = QwenImageTransformer2DModel(
         in_channels=32,
         out_channels=8,
@@ -338,7 +345,7 @@ def tiny_longcat(cls):
 
 
 def tiny_flux2(cls, **kwargs):
-    """A random Flux2Pipeline or Flux2KleinPipeline; they read hidden layers up to the 30th or 27th of their encoders."""
+    """A random Flux2(Klein)Pipeline; they read their encoder's 30th or 27th hidden layer."""
     from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
     from transformers import (
         Mistral3Config,
@@ -348,7 +355,10 @@ def tiny_flux2(cls, **kwargs):
     )
 
     klein = cls.__name__ == "Flux2KleinPipeline"
-    tokenizer = tiny_qwen_tokenizer(*((CHAT, 40) if klein else (MISTRAL_CHAT, 80)))
+    if klein:
+        tokenizer = tiny_qwen_tokenizer(CHAT, longest=40)
+    else:
+        tokenizer = tiny_qwen_tokenizer(MISTRAL_CHAT, longest=80)
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -407,41 +417,51 @@ def tiny_editor(name):
 
     torch.manual_seed(0)
     kind, _, variant = name.partition("-")
+    cls = getattr(diffusers, kind)
     if kind == "FluxKontextPipeline":
         pipe = tiny_kontext()
-        pipe.vae.decoder.conv_out.weight.data *= 4
+        make_louder(pipe.vae)
         return pipe
-    cls = getattr(diffusers, kind)
     if kind.startswith("Qwen"):
         return tiny_qwen_edit(cls, zero_cond_t=variant == "2511")
-    if kind.startswith("Flux2"):
-        return tiny_flux2(
-            cls, **({"is_distilled": variant == "distilled"} if "Klein" in kind else {})
-        )
+    if kind == "Flux2KleinPipeline":
+        return tiny_flux2(cls, is_distilled=variant == "distilled")
+    if kind == "Flux2Pipeline":
+        return tiny_flux2(cls)
     return tiny_longcat(cls)
+
+
+def save_editor(pipe, folder):
+    """Saves a tiny pipeline as the released one of its class lies in its folder.
+
+    The released processors cannot be built where torchvision is missing, so their halves are saved
+    and model_index.json names the whole.
+    """
+    processors = {}
+    for part in {"processor", "text_processor"} & set(pipe.components):
+        processors[part] = getattr(pipe, part)
+    pipe.register_modules(**dict.fromkeys(processors))
+    pipe.save_pretrained(folder)
+    pipe.register_modules(**processors)
+    index = json.loads((folder / "model_index.json").read_text())
+    for part, processor in processors.items():
+        index[part] = ["transformers", "Qwen2_5_VLProcessor"]
+        processor.image_processor.save_pretrained(folder / part)
+        processor.tokenizer.save_pretrained(folder / part)
+    if type(pipe).__name__ == "Flux2Pipeline":
+        index["tokenizer"] = ["transformers", "PixtralProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 @pytest.fixture(scope="session")
 def editor_folder(tmp_path_factory):
-    """A function from a name as tiny_editor takes it to the folder of that pipeline, built once.
-
-    model_index.json names the processors of the released models: these cannot be built where torchvision is missing.
-    """
+    """A function from a name as tiny_editor takes it to that pipeline's folder, built once."""
     folders = {}
 
     def folder_of(name):
         if name not in folders:
-            folders[name] = folder = tmp_path_factory.mktemp(name)
-            pipe = tiny_editor(name)
-            pipe.save_pretrained(folder)
-            index = json.loads((folder / "model_index.json").read_text())
-            for part in ("processor", "text_processor"):
-                if part in index:
-                    index[part] = ["transformers", "Qwen2_5_VLProcessor"]
-                    getattr(pipe, part).save_pretrained(folder / part)
-            if name == "Flux2Pipeline":
-                index["tokenizer"] = ["transformers", "PixtralProcessor"]
-            (folder / "model_index.json").write_text(json.dumps(index))
+            folders[name] = tmp_path_factory.mktemp(name)
+            save_editor(tiny_editor(name), folders[name])
         return folders[name]
 
     return folder_of

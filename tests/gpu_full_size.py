@@ -243,8 +243,8 @@ def measure(args):
     from PIL import Image
     from rule_judge import RuleJudge, log, write_dataset
 
+    import sample
     import train_nft
-    from sample import as_editor, time_and_memory
 
     class EvenJudge(RuleJudge):
         def score(self, rows, sources, edits):
@@ -255,22 +255,15 @@ def measure(args):
     total = 0 if args.tiny else torch.cuda.get_device_properties(0).total_memory
     if args.cap:
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 1e9 / total))
-    meter, edits = Meter(time_and_memory, device), args.groups * COPIES
+    meter = Meter(train_nft.time_and_memory, device)
+    edits = args.groups * COPIES
 
-    def load(base, device, dtype, resolution, solver_order, **_):
-        return as_editor(
-            meter.listen(build(args.models[0], device, args.tiny)),
-            base,
-            device,
-            resolution,
-            solver_order=solver_order,
-        )
+    def load(base, dtype, trust_remote_code):
+        return meter.listen(build(args.models[0], device, args.tiny))
 
-    train_nft.load_editor, train_nft.load_judge, train_nft.time_and_memory = (
-        load,
-        lambda *_: EvenJudge(),
-        meter.lap,
-    )
+    sample.load_pipeline = load
+    train_nft.load_judge = lambda *args, **kwargs: EvenJudge()
+    train_nft.time_and_memory = meter.lap
     with tempfile.TemporaryDirectory() as folder:
         data, side = write_dataset(Path(folder) / "data"), 64 if args.tiny else SIDE
         for path in data.glob("*.png"):

@@ -1,7 +1,8 @@
-"""Every family of editors, each as a tiny random model of the real classes, saved and loaded like a released one."""
+"""Every family of editors, as tiny random models of the real classes, saved like released ones."""
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import sample  # noqa: E402
 import train_nft  # noqa: E402
-from data_prep import BadInput, PictureProcessor, seeded  # noqa: E402
+from data_prep import BadInput, load_processor, seeded  # noqa: E402
 from rule_judge import RuleJudge  # noqa: E402
 
 KONTEXT, QWEN, PLUS = "FluxKontextPipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"
@@ -103,7 +105,7 @@ def test_velocity_is_the_pipelines_own_conditional_prediction_at_every_step(
             calls[0][0]["encoder_hidden_states"], calls[1][0]["encoder_hidden_states"][:, :1]
         )
     assert len(group.images) == 3 and len(set(pixels(group.images))) == 3
-    assert all(len(value) == 1 for key, value in group.cond.items() if sample._per_copy(key, value))
+    assert all(len(value) == 1 for key, value in group.cond.items() if sample.has_batch(key, value))
 
 
 @pytest.mark.parametrize("name", EDITORS)
@@ -309,7 +311,7 @@ def test_guidance_that_shares_a_batch_with_the_edits_is_refused(load, monkeypatc
     hook = lambda module, args, kwargs: (
         args,
         {
-            key: torch.cat([value] * 2) if sample._per_copy(key, value) else value  # noqa: E731
+            key: torch.cat([value] * 2) if sample.has_batch(key, value) else value  # noqa: E731
             for key, value in kwargs.items()
         },
     )
@@ -397,15 +399,18 @@ def train(base, rows, out, **changes):
 @pytest.fixture
 def watched(monkeypatch):
     """A rule for a judge, and the editor that training loads."""
-    loaded, load_editor = [], train_nft.load_editor
-    monkeypatch.setattr(train_nft, "signals_caught", list)  # pytest keeps its own handlers
-    monkeypatch.setattr(
-        train_nft, "load_editor", lambda *a, **k: loaded.append(load_editor(*a, **k)) or loaded[-1]
-    )
+    loaded = []
+    load_editor = train_nft.load_editor
+
+    def load(*args, **kwargs):
+        loaded.append(load_editor(*args, **kwargs))
+        return loaded[-1]
+
+    monkeypatch.setattr(train_nft, "load_editor", load)
     monkeypatch.setattr(train_nft, "load_judge", lambda *args, **kwargs: RuleJudge())
-    monkeypatch.setattr(
-        torch, "set_num_threads", lambda number: None
-    )  # two threads on a busy machine take turns waiting
+    monkeypatch.setattr(train_nft, "catch_signals", threading.Event)  # pytest keeps its handlers
+    # two threads on a busy machine take turns waiting
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     return loaded
 
 
@@ -427,7 +432,7 @@ def plain_pipeline(folder):
     parts, late = {}, {}
     for name, kind in json.loads((folder / "model_index.json").read_text()).items():
         if kind == ["transformers", "Qwen2_5_VLProcessor"]:
-            parts[name] = PictureProcessor.from_pretrained(folder / name)
+            parts[name] = load_processor(Qwen2_5_VLProcessor, folder / name)
         if kind == ["transformers", "PixtralProcessor"]:
             parts[name], late[name] = None, sample.AutoTokenizer.from_pretrained(folder / name)
     pipe = DiffusionPipeline.from_pretrained(folder, **parts)
@@ -663,9 +668,9 @@ def test_with_torchvision_the_standard_processors_are_loaded(editor_folder, monk
     monkeypatch.setattr(
         DiffusionPipeline, "from_pretrained", lambda base, **kwargs: passed.append(kwargs) or pipe
     )
-    assert sample.load_pipeline(str(editor_folder(name)), torch.float32) is pipe and passed == [
-        {"dtype": torch.float32, "trust_remote_code": False}
-    ]
+    assert sample.load_pipeline(
+        str(editor_folder(name)), torch.float32, False
+    ) is pipe and passed == [{"dtype": torch.float32, "trust_remote_code": False}]
 
 
 def test_a_processor_that_cannot_be_had_without_torchvision_is_one_clear_line(
@@ -707,7 +712,7 @@ def test_a_lora_for_another_family_is_refused_in_one_line(load, tmp_path):
         assert "\n" not in str(error.value)
     wider = {
         f"base_model.model.{key}": torch.zeros(value.shape[0], 2 * value.shape[1])
-        for key, value in sample.read_lora(tmp_path / "kontext")[0].items()
+        for key, value in sample.read_lora(tmp_path / "kontext").weights.items()
     }
     save_file(wider, tmp_path / "kontext" / "adapter_model.safetensors")
     with pytest.raises(

@@ -61,18 +61,17 @@ def test_every_second_belongs_to_one_phase_and_evaluation_to_none():
 
 
 def test_a_model_that_does_not_fit_is_a_row_and_no_crash(monkeypatch):
+    import sample
     import train_nft
 
     def full(argv):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for name in (
-        "main",
-        "load_editor",
-        "load_judge",
-        "time_and_memory",
-    ):  # measure puts its own there: take them out again
-        monkeypatch.setattr(train_nft, name, full)
+    monkeypatch.setattr(train_nft, "main", full)
+    # measure puts its own there: pytest takes them out again
+    monkeypatch.setattr(sample, "load_pipeline", full)
+    monkeypatch.setattr(train_nft, "load_judge", full)
+    monkeypatch.setattr(train_nft, "time_and_memory", full)
     row = gpu_full_size.measure(
         Namespace(models=["klein"], tiny=True, cap=0.0, groups=1, compile="no")
     )["row"]

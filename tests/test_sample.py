@@ -464,15 +464,6 @@ def places(grid, image, column):
     ]
 
 
-def test_the_grid_holds_every_picture_enlarged_without_smoothing():
-    small = picture("another", 16, 16)
-    grid = sample.picture_grid([[picture(), None], [picture(), small]], [["a", "b"]], "title")
-    assert (
-        len(places(grid, picture(), 0)) == 2
-        and places(grid, small, 1) == places(grid, picture(), 0)[1:]
-    )
-
-
 def complaint(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         sample.run_script(lambda: sample.main([str(word) for word in argv]))
@@ -496,7 +487,7 @@ def test_bad_input_is_one_line_that_names_the_thing_and_the_mend(
     good = ["--image", "in.png", "--prompt", PROMPT]
     for said, argv in {
         "run python data_prep.py toy first": good,
-        "name a model folder": [*good, "--base", "no/such/folder"],
+        "name a whole model folder": [*good, "--base", "no/such/folder"],
         "empty: not a diffusers model": [*good, "--base", "empty"],
         "t2i: FluxPipeline edits no pictures": [*good, "--base", "t2i"],
         "resolution 100": [*good, "--base", kontext_folder, "--resolution", 100],
@@ -505,7 +496,7 @@ def test_bad_input_is_one_line_that_names_the_thing_and_the_mend(
         "--image is missing": ["--prompt", PROMPT],
         "--prompt is empty": ["--image", "in.png"],
         "add --lora": [*good, "--compare"],
-        "give at least 1": [*good, "--num", 0],
+        "give a number at least 1": [*good, "--num", 0],
         "end it in .png": [*good, "--out", "out"],
         "2 pictures": [*good, "--image", "in.png", "in.png", "--base", kontext_folder],
         "empty: not a LoRA": [*good, "--base", kontext_folder, "--lora", "empty"],
