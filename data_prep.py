@@ -429,7 +429,7 @@ def numbered_folders(folder: Path, name: str) -> list[Path]:
 
 
 def prune_folders(folder: Path, name: str, keep: int, best: int) -> None:
-    """Removes all folders NAME-<digits> but those with the highest `keep` numbers and with `best`."""
+    """Removes all folders NAME-<digits> but the `keep` with the highest numbers, and `best`."""
     for path in numbered_folders(folder, name)[keep:]:
         if path.name != f"{name}-{best}":
             gone = path.rename(folder / f".part-{path.name}-{os.getpid()}")  # never half a folder
@@ -863,8 +863,6 @@ def gathered(value: Any, accelerator) -> list:
     """A value of every process, in the order of their ranks."""
     if accelerator is None:
         return [value]
-    from accelerate.utils import gather_object
-
     return gather_object([value])
 
 
