@@ -607,10 +607,9 @@ def read_heldout(folder: Path) -> Rows:
 
 def safe_name(text: str) -> str:
     """A file name for any text: itself where it is plain, else what is plain of it and a hash."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:80]
-    if plain == text and not plain.startswith("."):
+    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,80}", text):
         return text
-    return f"{plain.lstrip('.')}-{short_hash(text)}"
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:80] + "-" + short_hash(text)
 
 
 def read_imgedit(folder: Path, prompts_file: str) -> tuple[Rows, dict, str]:
