@@ -1018,14 +1018,11 @@ def noise_picture(*key):
 
 
 def test_pairs_are_counted_as_right_wrong_or_half():
-    assert evaluate.ordered_pairs([0.9, 0.1, 0.5], [3, 1, 2]) == (3, 3, 0)
-    assert evaluate.ordered_pairs([0.1, 0.9], [3, 1]) == (1, 0, 0)
-    assert evaluate.ordered_pairs([0.5, 0.5, 0.7], [1, 2, 2]) == (
-        2,
-        1.5,
-        1,
-    )  # one tie, one right, one without a label
-    assert evaluate.ordered_pairs([0.5, float("nan")], [1, 2]) == (0, 0, 0)
+    assert evaluate.ordered_pairs([0.9, 0.1, 0.5], [3, 1, 2]) == [1, 1, 1]
+    assert evaluate.ordered_pairs([0.1, 0.9], [3, 1]) == [0]
+    # one tie, one right, one without a label
+    assert evaluate.ordered_pairs([0.5, 0.5, 0.7], [1, 2, 2]) == [0.5, 1]
+    assert evaluate.ordered_pairs([0.5, float("nan")], [1, 2]) == []
 
 
 def ratings(folder, *lines):
@@ -1346,10 +1343,13 @@ def test_a_verdict_says_how_much_of_the_source_is_kept(imgedit, edits, tmp_path,
 # ---------------------------------------------------------------- a stop
 
 
-def start(imgedit, edits, out, server, *words):
-    """evaluate.py as a process, with its words captured."""
+def start(imgedit, edits, out, server, processes=1):
+    """evaluate.py as a process, or as several under torchrun, with its words captured."""
     command = [ROOT / "evaluate.py", "imgedit", "--bench", imgedit, "--judge", server.url]
-    command += ["--edits", edits, "--out", out, *words]
+    command += ["--edits", edits, "--out", out]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        command = [*launcher, *command]
     return subprocess.Popen(
         [sys.executable, *(str(word) for word in command)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -1391,7 +1391,23 @@ def test_a_stop_gives_up_the_wait_keeps_what_is_finished_and_says_how_to_go_on(
     assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 6
 
 
-def test_a_stop_while_drawing_keeps_the_finished_edits(imgedit, tmp_path, kontext_folder, capfd):
+def test_a_stop_reaches_all_processes_and_is_said_once(imgedit, edits, tmp_path, server):
+    def rule(text, pictures):
+        if "circle 5" in text:
+            time.sleep(60)
+        return by_brightness(text, pictures)
+
+    server.rule = rule
+    child = start(imgedit, edits, tmp_path / "out", server, processes=2)
+    wait_for(lambda: len(calls_bytes(tmp_path / "out")) == 5)
+    begun = time.time()
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=40)
+    assert time.time() - begun < 15 and len(calls(tmp_path / "out")) == 5
+    assert said.count("the same command goes on") == 1
+
+
+def test_a_stop_while_drawing_keeps_the_finished_edits(imgedit, tmp_path, kontext_folder, capsys):
     drawn = []
     draw = evaluate.rollout
 
@@ -1403,9 +1419,10 @@ def test_a_stop_while_drawing_keeps_the_finished_edits(imgedit, tmp_path, kontex
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "rollout", slow)
-        with pytest.raises(SystemExit, match="the same command goes on"):
+        with pytest.raises(SystemExit, match="1"):
             run("imgedit", imgedit, tmp_path / "out", base=kontext_folder, steps=1, stage="sample")
     assert sorted(times_of(tmp_path / "out/base")) == ["0", "1", "2"]
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_two_runs_never_share_a_folder(imgedit, edits, tmp_path, server):
