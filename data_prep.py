@@ -42,6 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -233,6 +234,15 @@ def parse_settings(cls, argv: list[str] | None = None, description: str = "", **
     parser = SettingsParser(cls, description=description, allow_abbrev=False)
     parser.set_defaults(**defaults)
     return cls(**vars(parser.parse_args(argv)))
+
+
+def changed(before: dict, now: dict, harmless: str) -> list[str]:
+    """In words, which settings are not what they were; harmless: names that do not count."""
+    changes = []
+    for name, value in now.items():
+        if before.get(name) != value and name not in harmless.split():
+            changes.append(f"{name} was {before.get(name)} and is {value}")
+    return changes
 
 
 # ---------------------------------------------------------------- files, whole or not at all
@@ -543,11 +553,14 @@ class Stopped(Exception):
     """All processes leave what they do: a signal came to one, or an error, which is the cause."""
 
 
-def start_processes(**options) -> Accelerator:
-    """This process's place among those that `accelerate launch` started; options: Accelerator's.
+def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
+    """This process's place among those that `accelerate launch` started.
 
-    BadInput on a CPU node whose name means itself to the others: all would wait in vain.
+    report_to: a tracker of accelerate's, which may write below `out`. BadInput where it is not
+    installed, and on a CPU node whose name means itself to the others: all would wait in vain.
     """
+    if report_to != "none" and not find_spec(report_to):
+        raise BadInput(f"--report_to {report_to}: is not installed; pip install {report_to}")
     is_one_node = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not (is_one_node or torch.cuda.is_available() or "GLOO_SOCKET_IFNAME" in os.environ):
         name = socket.gethostname()
@@ -557,9 +570,13 @@ def start_processes(**options) -> Accelerator:
                 f"{name}: is {address}, where other nodes find themselves; set GLOO_SOCKET_IFNAME "
                 "to the network interface that leads to them, on every node"
             )
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
     cpu = not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patience], **options)
+    accelerator = Accelerator(
+        cpu=cpu,
+        project_dir=out or None,
+        log_with=None if report_to == "none" else report_to,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     if cpu:
         torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
     return accelerator

@@ -245,6 +245,26 @@ class Scores(NamedTuple):
     words: list = ()  # n strings: what the judge would most likely say; "" where not known
     shares: list = ()  # n tuples: probability of each answer that counts, among them, of the first aspect; () where not known
 
+    @staticmethod
+    def missing(n, cause):
+        """The Scores of n edits that could not be judged."""
+        none = torch.full((n,), torch.nan)
+        return Scores(none, none, {}, [cause] * n, [""] * n)
+
+    @staticmethod
+    def stack(groups):
+        """G groups' Scores as one, (G, n); its causes are those of all G n edits."""
+        known = {}
+        for group in groups:
+            known |= group.terms
+        nothing = torch.full_like(groups[0].score, torch.nan)
+        terms = {name: torch.stack([g.terms.get(name, nothing) for g in groups]) for name in known}
+        causes = []
+        for group in groups:
+            causes += group.causes
+        score = torch.stack([group.score for group in groups])
+        return Scores(score, torch.stack([group.mass for group in groups]), terms, causes)
+
 
 class Answer(NamedTuple):
     score: float = torch.nan

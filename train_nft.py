@@ -32,14 +32,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
-from typing import Literal, NamedTuple
+from typing import Literal
 from zlib import crc32
 
 import torch
@@ -47,16 +46,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from data_prep import (
     BadInput,
     Stopped,
     ToySettings,
-    append_json_line,
     any_rank,
+    append_json_line,
     build_toy,
     catch_signals,
+    changed,
     keep_json_lines,
     load_image,
     load_rows,
@@ -97,10 +98,12 @@ from sample import (
     velocity,
 )
 
+WEIGHT_DECAY = 1e-4  # of AdamW; its betas are PyTorch's, 0.9 and 0.999
+GRAD_CLIP = 1.0  # largest norm of the gradient
 LEAST_SPREAD = 0.005  # below it r lies within 0.005 of 1/2: nothing to learn
 SHOWN_ROWS = 8  # held-out rows in the pictures under samples/
 HOPELESS = 10  # epochs in a row without a kept group that end a run
-EXPLODED = 10  # a loss so many times the first one's is no training any more
+EXPLODED = 20  # latents are of size 1: errors so large are no training any more
 TRACKERS = ("none", "tensorboard", "wandb", "trackio", "swanlab")
 
 # What an epoch's line shows of its record, and how.
@@ -158,8 +161,6 @@ class Settings(JudgeSettings):
     lora_alpha: int = setting(64, "The LoRA is scaled by alpha / rank.", at_least=1)
     lora_targets: list[str] | None = setting(None, "Names of layers. [the family's]")
     lr: float = setting(3e-4, "AdamW's learning rate.", above=0, at_most=1)
-    weight_decay: float = setting(1e-4, "AdamW's weight decay.", at_least=0, at_most=1)
-    grad_clip: float = setting(1.0, "Largest gradient norm.", above=0)
     decay_rate: float = setting(
         0.001, "In epoch n old keeps decay_rate n of itself ...", at_least=0, at_most=1
     )
@@ -194,9 +195,6 @@ class Settings(JudgeSettings):
             raise BadInput(f"--train_timesteps {self.train_timesteps}: above --rollout_steps")
         if self.base and not self.data:
             raise BadInput("--data is missing; name a folder with train.jsonl and test.jsonl")
-        if self.report_to != "none" and not find_spec(self.report_to):
-            name = self.report_to
-            raise BadInput(f"--report_to {name}: is not installed; pip install {name}")
 
 
 # With others of these a resumed run is still the same run; all other settings make it another one.
@@ -252,7 +250,6 @@ def nft_loss(
     v, v_old, x_t, x_0: (B, N, C); t, r: (B,). r in [0, 1] is the edit's optimality. At v = v_old
     the gradient lies along -(2 r - 1) (noise - x_0 - v_old), whatever beta is.
     """
-    assert v.ndim == 3, "v is (B, N, C)"
     assert v.shape == v_old.shape == x_t.shape == x_0.shape, "v, v_old, x_t, x_0 differ in shape"
     assert t.shape == r.shape == v.shape[:1], "t and r are (B,)"
     v = v.float()
@@ -371,6 +368,7 @@ def draw(
             try:
                 sources = [load_image(path) for path in job.row["images"]]
                 noises = [seeded(*job.key, copy) for copy in range(copies)]
+                how["rollout_batch"] = run.settings.rollout_batch
                 group = rollout(run.editor, sources, job.row["prompt"], noises, **how)
                 # Not awaited here: the judge works on this group while the next one is drawn.
                 verdict = run.judge.submit(job.row, sources, group.images)
@@ -398,16 +396,18 @@ def await_scores(run: Run, verdicts: list[Future]) -> Scores:
     while any_rank(run.accelerator, len(pending) > 0):
         with together(run.accelerator, run.stop):
             done, pending = wait(verdicts, timeout=1.0)
-            refuse_failures(run, [verdict.result() for verdict in done], len(verdicts))
+            refuse_failures(run, done, len(verdicts))
     return Scores.stack(gather_object([verdict.result() for verdict in verdicts]))
 
 
-def refuse_failures(run: Run, scores: list[Scores], groups: int) -> None:
+def refuse_failures(run: Run, done: set[Future], groups: int) -> None:
     """BadInput as soon as the judge failed on too many edits of so many groups."""
     causes = Counter()
-    for group in scores:
-        causes.update(cause for cause in group.causes if cause not in ("", "bad row"))
-    edits = groups * len(scores[0].causes) if scores else 0
+    edits = 0
+    for verdict in done:
+        causes.update(verdict.result().causes)
+        edits = groups * len(verdict.result().causes)
+    del causes[""], causes["bad row"]
     if causes.total() > run.settings.max_failed * edits:
         raise BadInput(
             f"the judge failed on {causes.total()} of {edits} edits ({dict(causes)}); see to "
@@ -418,7 +418,8 @@ def refuse_failures(run: Run, scores: list[Scores], groups: int) -> None:
 # ---------------------------------------------------------------- update
 
 
-class Chunk(NamedTuple):
+@dataclass
+class Chunk:
     """Pairs of one group for one forward. Names only: from them any rank can draw the tensors."""
 
     number: int  # of the group in the epoch
@@ -439,7 +440,7 @@ def deal_chunks(run: Run, r: Tensor) -> list[Chunk]:
     # The filter leaves ranks unequally many groups, so chunks are dealt out like cards. Padding
     # is free, as ranks wait for the slowest; and a sharded base needs all ranks in each forward.
     while len(chunks) % ranks:
-        chunks.append(chunks[0]._replace(share=0.0))
+        chunks.append(replace(chunks[0], share=0.0))
     return chunks[run.accelerator.process_index :: ranks]
 
 
@@ -494,17 +495,6 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict) -> dict[str, Tensor]:
     return measured | {"loss": loss}
 
 
-def sum_over_ranks(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
-    """Replaces the gradients by their sums over all ranks, in one message."""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    message = torch.cat([grad.flatten() for grad in grads])
-    message = accelerator.reduce(message, "sum")
-    for parameter, grad in zip(
-        parameters, message.split([p.numel() for p in parameters]), strict=True
-    ):
-        parameter.grad = grad.view_as(parameter)
-
-
 def update(
     run: Run, groups: list[Group | None], r: Tensor, epoch: int
 ) -> tuple[dict[str, Tensor], float]:
@@ -516,7 +506,10 @@ def update(
     chunks = deal_chunks(run, r)
     if not chunks:
         return {}, math.nan
-    total = int((~r.isnan()).sum()) * run.settings.train_timesteps
+    total = int((~r.isnan()).sum()) * run.settings.train_timesteps  # P
+    trained = list(lora_parameters(run.editor, "new").values())
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
     parts = []
     with parked(run.editor, run.settings.offload):
         for chunk in tqdm(chunks, f"update {epoch + 1}", leave=False, disable=not run.is_main):
@@ -529,11 +522,13 @@ def update(
                 if chunk.share:
                     measured["group"] = torch.full_like(pairs.copy, chunk.number)
                     parts.append({name: values.detach() for name, values in measured.items()})
+
     # All messages come before the step: one that fails must find the weights of the last epoch.
     parts = gather_object(send_to_device(parts, "cpu"))
-    trained = list(lora_parameters(run.editor, "new").values())
-    sum_over_ranks(run.accelerator, trained)
-    norm = torch.nn.utils.clip_grad_norm_(trained, run.settings.grad_clip).item()
+    grads = [parameter.grad for parameter in trained]
+    message = run.accelerator.reduce(parameters_to_vector(grads), "sum")  # the only one of a step
+    vector_to_parameters(message, grads)
+    norm = clip_grad_norm_(trained, GRAD_CLIP).item()
     if math.isfinite(norm):
         run.optimizer.step()
     run.optimizer.zero_grad()
@@ -588,13 +583,11 @@ def comparison_grid(rows: list[dict], base: list[dict], now: list[dict]) -> Imag
     captions = []
     for row, before, after in zip(rows, base, now, strict=True):
         if before["image"] and after["image"]:
-            shown = [load_image(row["images"][0]), before["image"], after["image"]]
-            said = [row["prompt"], f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
-            if "target" in row:
-                shown.append(load_image(row["target"]))
-                said.append("target")
-            pictures.append(shown)
-            captions.append(said)
+            target = load_image(row["target"]) if "target" in row else None
+            source = load_image(row["images"][0])
+            pictures.append([source, before["image"], after["image"], target])
+            marks = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
+            captions.append([row["prompt"], *marks, "target" if target else ""])
     return picture_grid(pictures, captions, "source, base, now, with the judge's score")
 
 
@@ -686,11 +679,7 @@ def load_checkpoint(run: Run, state: dict) -> dict:
     if folder is None:
         return state
     stored = json.loads((folder / "state.json").read_text())
-    changes = []
-    for name, value in state["settings"].items():
-        before = stored["settings"].get(name)
-        if before != value and name not in HARMLESS.split():
-            changes.append(f"{name} was {before} and is {value}")
+    changes = changed(stored["settings"], state["settings"], HARMLESS)
     if changes and not run.settings.force:
         raise BadInput(f"{folder}: {'; '.join(changes)}; give what it was, or --force true")
     for change in changes:
@@ -712,7 +701,6 @@ def start_state(run: Run) -> dict:
         "record": None,  # of a finished epoch that is not evaluated and logged yet
         "bad_steps": 0,  # in a row
         "silent_epochs": 0,  # in a row
-        "first_loss": None,
         "best": -1.0,  # held-out score
         "best_epoch": 0,
         "run": secrets.token_hex(4),  # names it to trackers
@@ -746,8 +734,7 @@ def set_up(argv: list[str]) -> tuple[Settings, Accelerator]:
     settings = parse_settings(Settings, argv, __doc__.splitlines()[0], **defaults)
     if (Path(settings.out) / "log.jsonl").exists() and settings.resume == "never":
         raise BadInput(f"{settings.out}: holds a run already; give --resume auto or another --out")
-    tracker = None if settings.report_to == "none" else settings.report_to
-    accelerator = start_processes(project_dir=settings.out, log_with=tracker)
+    accelerator = start_processes(settings.out, settings.report_to)
     ranks = accelerator.num_processes
     if settings.dry_run:
         settings = replace(settings, epochs=1, eval_rows=1, groups=ranks)
@@ -764,21 +751,34 @@ def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     rows = load_rows(settings.data, settings.bad_rows == "skip", accelerator)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     place = "cpu" if settings.shard else accelerator.device
-    how = {"solver_order": settings.solver_order, "trust_remote_code": settings.trust_remote_code}
-    editor = load_editor(settings.base, place, dtype, settings.resolution, **how)
+    editor = load_editor(
+        settings.base,
+        place,
+        dtype,
+        settings.resolution,
+        solver_order=settings.solver_order,
+        trust_remote_code=settings.trust_remote_code,
+    )
     rows["test"] = rows["test"][: settings.eval_rows]
     for split, of_split in rows.items():
         rows[split] = [row for row in of_split if is_fit(settings, editor, row)]
     averages = ("old", "ema") if settings.ema_decay else ("old",)
-    lora = (settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
-    add_policies(editor, *lora, averages, settings.start_lora)
+    add_policies(
+        editor,
+        settings.lora_rank,
+        settings.lora_alpha,
+        settings.lora_targets,
+        settings.seed,
+        averages,
+        settings.start_lora,
+    )
     if settings.gradient_checkpointing:
         editor.pipe.transformer.enable_gradient_checkpointing()
     if settings.shard:
         shard_base(editor, accelerator)
     judge = load_judge(settings, accelerator.device, dtype, stop)
     trained = lora_parameters(editor, "new").values()
-    optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=WEIGHT_DECAY)
     check_editor(editor, rows["train"][0], settings.guidance, optimizer, bool(settings.start_lora))
     check_judge(judge, settings, rows["train"])
     if settings.compile:
@@ -828,9 +828,8 @@ def refuse_hopeless(
     run: Run, state: dict, record: dict, measured: dict[str, Tensor], drawn: list[dict]
 ) -> None:
     """BadInput after three steps in a row that did harm, or many epochs without a kept group."""
-    loss = record.get("update/loss", 0.0)
-    state["first_loss"] = state["first_loss"] or loss
-    is_bad = record["steps/skipped"] or loss > EXPLODED * state["first_loss"]
+    exploded = EXPLODED * run.settings.advantage_clip
+    is_bad = record["steps/skipped"] or record.get("update/loss", 0.0) > exploded
     state["bad_steps"] = state["bad_steps"] + 1 if is_bad else 0
     state["silent_epochs"] = 0 if record["groups/kept"] else state["silent_epochs"] + 1
     if state["bad_steps"] == 3:
@@ -839,7 +838,7 @@ def refuse_hopeless(
         with whole_file(run.out / "bad-steps.json") as part:
             part.write_text(json.dumps(pairs, indent=1))
         raise BadInput(
-            f"three steps in a row were not finite, or had {EXPLODED} times the first loss; "
+            f"three steps in a row were not finite or had a loss above {exploded:g}; "
             f"{run.out}/bad-steps.json has their rows and times; lower --lr or mend those rows, "
             "and go on from an earlier checkpoint with --resume auto"
         )
@@ -871,15 +870,15 @@ def run_epochs(run: Run, state: dict) -> None:
         # as if it had never stopped, and N ranks draw what one would.
         numbers = rows_of_epoch(settings.groups, len(run.rows["train"]), settings.seed, epoch)
         drawn = [run.rows["train"][number] for number in numbers]  # G
-        keys = [(settings.seed, "rollout", epoch, number) for number in range(settings.groups)]
-        jobs = list(map(Job, drawn, keys))
+        key = (settings.seed, "rollout", epoch)
+        jobs = [Job(row, (*key, number)) for number, row in enumerate(drawn)]
         how = {"steps": settings.rollout_steps, "guidance": settings.guidance}
-        how["rollout_batch"] = settings.rollout_batch
-        with timed(record, "rollout", device), policy(run.editor, "old"):
-            with run.accelerator.split_between_processes(jobs) as mine:
-                groups, verdicts = draw(
-                    run, mine, settings.group_size, f"rollout {epoch + 1}", **how
-                )
+        with (
+            timed(record, "rollout", device),
+            policy(run.editor, "old"),
+            run.accelerator.split_between_processes(jobs) as mine,
+        ):
+            groups, verdicts = draw(run, mine, settings.group_size, f"rollout {epoch + 1}", **how)
 
         # ---------------- reward: every rank learns all scores, and gets all edits' latents
         with timed(record, "reward", device):
@@ -917,7 +916,7 @@ def main(argv: list[str] | None = None) -> None:
     with TemporaryDirectory() as scratch:
         if settings.dry_run:
             settings = replace(settings, out=scratch)
-        with locked(settings.out, accelerator):
+        with locked(settings.out) if accelerator.is_main_process else nullcontext():
             train(load_all(settings, accelerator, stop))
 
 
