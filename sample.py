@@ -272,7 +272,7 @@ def load_editor(
     loads, when it is no image editor, or when it cannot take the resolution.
     """
     base = str(base)
-    pipe = load_pipeline(base, dtype, trust_remote_code)
+    pipe = load_pipeline(base, device, dtype, trust_remote_code)
     family = family_of(pipe, base)
     resolution = checked_resolution(pipe, family, base, resolution)
     max_text = max_text or default_max_text(pipe)
@@ -284,10 +284,12 @@ def load_editor(
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-    return Editor(pipe.to(device), family, resolution, max_text)
+    return Editor(pipe, family, resolution, max_text)
 
 
-def load_pipeline(base: str, dtype: torch.dtype, trust_remote_code: bool) -> DiffusionPipeline:
+def load_pipeline(
+    base: str, device: str | torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> DiffusionPipeline:
     """The pipeline in a folder or of a hub id as diffusers loads it; BadInput if it cannot."""
     fix = "name a whole model folder or a hub id owner/name"
     if base == TOY and not Path(base).is_dir():
@@ -304,8 +306,8 @@ def load_pipeline(base: str, dtype: torch.dtype, trust_remote_code: bool) -> Dif
             **dict.fromkeys(tokenizers),
         )
         pipe.register_modules(**tokenizers)  # diffusers would refuse their class above
-        return pipe
-    except BadInput:
+        return pipe.to(device)  # where weights are missing, this is what fails
+    except (BadInput, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what a damaged folder makes four libraries raise has no end
         reason = one_line(error)

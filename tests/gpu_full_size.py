@@ -258,7 +258,7 @@ def measure(args):
     meter = Meter(train_nft.time_and_memory, device)
     edits = args.groups * COPIES
 
-    def load(base, dtype, trust_remote_code):
+    def load(base, device, dtype, trust_remote_code):
         return meter.listen(build(args.models[0], device, args.tiny))
 
     sample.load_pipeline = load

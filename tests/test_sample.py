@@ -761,6 +761,10 @@ def damage(base, how):
     weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
     if how == "weights cut short":
         weights.write_bytes(weights.read_bytes()[:1000])
+    elif how == "weights missing":
+        tensors = load_file(weights)
+        tensors.popitem()
+        save_file(tensors, weights)
     elif how == "weights of another shape":
         save_file({key: torch.ones(2, 2) for key in load_file(weights)}, weights)
     elif how == "an index that is no JSON":
@@ -777,6 +781,7 @@ def damage(base, how):
 
 DAMAGES = [
     "weights cut short",
+    "weights missing",
     "weights of another shape",
     "an index that is no JSON",
     "a config that is no JSON",
