@@ -474,6 +474,10 @@ def test_after_an_outage_that_was_given_up_there_is_new_patience(server, monkeyp
     server.always = "500"
     assert judge.score(*ONE).score.isnan().all()
     assert judge.score(*ONE).causes == ["HTTP 500"]  # at once
+    time.sleep(0.6)
+    start = time.monotonic()
+    assert judge.score(ROW, [SOURCE], EDITS * 6).score.isnan().all()
+    assert 0.5 < time.monotonic() - start < 3  # of them all, not of each
     server.always = None
     time.sleep(1.1)
     assert not judge.score(*ONE).score.isnan().any()
@@ -502,7 +506,7 @@ def test_a_stop_makes_every_wait_give_up_within_about_a_second(server, fault):
 
 
 def test_the_process_ends_within_seconds_with_a_request_hanging(server):
-    server.always, server.hangs = "hang", 30
+    server.always, server.hangs = "hang", 60
     code = f"""
 import reward_mllm
 from PIL import Image
@@ -519,7 +523,8 @@ print("closed", flush=True)
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "closed\n"
     start = time.monotonic()
-    assert process.wait(timeout=20) == 0 and time.monotonic() - start < 8
+    assert process.wait(timeout=40) == 0
+    assert time.monotonic() - start < 20  # loaded machines take some seconds without a judge
 
 
 # ---------------------------------------------------------------- addresses, keys, proxies
