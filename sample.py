@@ -1078,7 +1078,10 @@ class Settings(CheckedSettings):
         None, "Guidance. [2.5 for the toy, else the family's]", at_least=0, at_most=100
     )
     resolution: int | None = setting(
-        None, "Square root of the working pixels. [what the VAE was made for]", 16, at_most=8192
+        None,
+        "Square root of the working pixels. [what the VAE was made for]",
+        at_least=16,
+        at_most=8192,
     )
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
 
@@ -1097,9 +1100,6 @@ class Settings(CheckedSettings):
             raise BadInput(f"--out {self.out}: not a picture's name; end it in .png")
         if Path(self.out).is_dir():
             raise BadInput(f"--out {self.out}: is a folder; name a picture in it")
-        with disk_faults(self.out):  # better known now than after minutes of work
-            Path(self.out).parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=Path(self.out).parent).close()
 
 
 def draw_rows(editor: Editor, args: Settings, images: Pictures, names: list[str]) -> Image.Image:
@@ -1122,11 +1122,16 @@ def draw_rows(editor: Editor, args: Settings, images: Pictures, names: list[str]
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_settings(Settings, argv, description=__doc__.splitlines()[0])
+    # What is wrong is better known now than after minutes of work.
+    with disk_faults(args.out):
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(args.out).parent).close()
     images = [load_image(path) for path in args.image]
     names = ["base"]
     if args.lora:
-        read_lora(args.lora)  # a broken one is told before the editor is loaded
+        read_lora(args.lora)
         names = ["base", "new"] if args.compare else ["new"]
+
     device, dtype = "cpu", torch.float32
     if torch.cuda.is_available():
         device, dtype = "cuda", torch.bfloat16
