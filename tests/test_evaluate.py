@@ -1425,6 +1425,18 @@ def test_a_stop_while_drawing_keeps_the_finished_edits(imgedit, tmp_path, kontex
     assert "the same command goes on" in capsys.readouterr().err
 
 
+def test_a_stop_while_adding_up_ends_too(imgedit, edits, tmp_path, server, monkeypatch, capsys):
+    def measured(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    monkeypatch.setattr(evaluate, "kept_of_source", measured)
+    with pytest.raises(SystemExit, match="1"):
+        run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("scores-*"))
+
+
 def test_two_runs_never_share_a_folder(imgedit, edits, tmp_path, server):
     with data_prep.locked(tmp_path / "out"), pytest.raises(BadInput, match="another run is"):
         run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
@@ -1575,7 +1587,7 @@ def test_a_judge_without_pictures_stops_after_a_few_calls_in_one_line(imgedit, t
         ({"edit_type": "juggle"}, "unknown task 'juggle'"),
         ({"edit_type": "remove"}, "has no prompt for the task 'remove'"),
         ({"id": "../../x.jpg"}, "leaves the dataset folder"),
-        ({"prompt": 3}, "has no id, prompt and edit_type"),
+        ({"prompt": 3}, "lacks id or prompt or edit_type"),
     ],
 )
 def test_a_wrong_imgedit_folder_is_one_clear_line(imgedit, tmp_path, change, message):
