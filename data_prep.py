@@ -10,11 +10,12 @@ JSON object: `prompt`, `image` (a path in the folder, or a list of them), and op
 first, white where the edit may change); other keys are kept. Pictures are upright RGB PIL images;
 those of the toy are also float tensors (B, 3, 32, 32) in [0, 1].
 
-Departures:
-1. Edit-R1's released rows (*_metadata.jsonl) may repeat a row; here the second one is a fault.
-2. A random draw has no state: `seeded` names each one (Edit-R1 seeds each process once).
-3. Training looks at the headers of the pictures alone; `check` decodes all of them.
-4. The toy stands in for the paper's 27,572 rows, which are not released.
+Departures from Edit-R1, paper and released code:
+1. The paper's 27,572 rows are not released: any folder of rows will do, and a toy world stands in.
+2. Its rows hold source and instruction; ours may have a target, a mask, a requirement of their own.
+3. Draws have no state: `seeded` names each, `rows_of_epoch` counts. The released sampler of rows
+   never learns which epoch it is, and draws the same ones each time.
+4. Rows are checked before training, not when it comes to them.
 """
 
 import difflib
@@ -61,6 +62,9 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 class BadInput(Exception):
     """A mistake in what the user gave: one line that names the file, line or value, and the fix."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # a name may hold a line break
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -813,7 +817,9 @@ def picture_paths(rows: Iterable[dict]) -> list[str]:
     return sorted(set(itertools.chain.from_iterable(map(row_pictures, rows))))
 
 
-def load_rows(folder: str | Path, skip: bool = False, accelerator=None) -> dict[str, list[dict]]:
+def load_rows(
+    folder: str | Path, skip: bool = False, accelerator: Accelerator | None = None
+) -> dict[str, list[dict]]:
     """{"train": rows, "test": rows} of a dataset, by the headers of its pictures fit for training.
 
     The first fault raises BadInput; with `skip` faulty rows are left out, with a line on stderr for
@@ -859,7 +865,7 @@ def read_splits(folder: str | Path) -> tuple[dict[str, list[dict]], dict[str, st
     return rows, dict(zip(faults, faults, strict=True))
 
 
-def gathered(value: Any, accelerator) -> list:
+def gathered(value: Any, accelerator: Accelerator | None) -> list:
     """A value of every process, in the order of their ranks."""
     if accelerator is None:
         return [value]

@@ -66,7 +66,9 @@ def python(code, **options):
     """A running python process of its own that knows data_prep; its stdout is a pipe."""
     lines = [f"import sys; sys.path.insert(0, {str(ROOT)!r})", "from data_prep import *", code]
     command = [sys.executable, "-c", "\n".join(lines)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONUNBUFFERED", None)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, **options)
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
@@ -78,13 +80,27 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
     assert stop.value.code == 2 and capsys.readouterr().err == "error: x.png: broken; mend it\n"
 
 
+@pytest.mark.parametrize("lines", [3, 99999])  # less than a buffer holds, and more
 @pytest.mark.parametrize("end", ["pass", "raise BadInput('x')"])
-def test_a_script_whose_output_nobody_reads_ends_without_a_word(end):
-    code = f"def main():\n  for i in range(99999): print('line', i)\n  {end}\nrun_script(main)"
-    process = python(code, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == "line 0\n"
+def test_a_script_whose_output_nobody_reads_ends_without_a_word(lines, end):
+    code = f"""
+def main():
+    print("one", flush=True)
+    sys.stdin.read()
+    for i in range({lines}):
+        print("line", i)
+    {end}
+run_script(main)
+"""
+    process = python(code, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "one\n"
     process.stdout.close()
+    process.stdin.close()
     assert process.stderr.read() == "" and process.wait(60) == 141
+
+
+def test_a_fault_is_one_line_whatever_a_name_holds():
+    assert str(BadInput("a\nb\u2028c: broken")) == "a b c: broken"
 
 
 def test_a_broken_pipe_that_is_not_stdout_is_not_hidden():
