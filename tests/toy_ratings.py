@@ -1,4 +1,4 @@
-"""Writes FOLDER/ratings.jsonl for `python reward_mllm.py agree`: edits of the toy's held-out rows by its base editor, rated
+"""Writes FOLDER/ratings.jsonl for `python evaluate.py agree`: edits of the toy's held-out rows by its base editor, rated
 by the oracle.
 
     python tests/toy_ratings.py [data/toy]
