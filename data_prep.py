@@ -166,14 +166,14 @@ def setting(
     limits = {words: limit for words, limit in limits.items() if limit is not None}
     help = help.replace("%", "%%")  # argparse fills in %(default)s
     if limits:
-        help = f"{help} ({told(limits)})"
+        help = f"{help} ({in_words(limits)})"
     options = {"help": help, "metadata": {"limits": limits}}
     if isinstance(default, list):
         return HfArg(default_factory=default.copy, **options)
     return HfArg(default=default, **options)
 
 
-def told(limits: dict[str, float]) -> str:
+def in_words(limits: dict[str, float]) -> str:
     """Limits in words: at least 0 and at most 1."""
     return " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
 
@@ -204,7 +204,7 @@ def check_range(field: Field, number: float) -> None:
         and number <= limits.get("at most", LARGEST)
     )
     if not fits:
-        wanted = told(limits) or "between -2^63 and 2^63"
+        wanted = in_words(limits) or "between -2^63 and 2^63"
         raise BadInput(f"--{field.name} {number}: give a number {wanted}")
 
 
@@ -1139,26 +1139,26 @@ def picture_grid(
         for j, image in enumerate(row):
             if image:
                 pictures[i, j] = enlarged(image, cell)
+    columns = max(map(len, rows))
     width = max(cell, *(image.width for image in pictures.values()))
+    height = max(image.height for image in pictures.values())
     texts = {}  # lines, by (row, column)
     for i, row in enumerate(captions or []):
         for j, text in enumerate(row):
             texts[i, j] = wrapped(text, width)
-    head = wrapped(title, max(map(len, rows)) * (width + GAP))
+    deepest = max(map(len, texts.values()), default=0)  # lines below a picture
+    head = wrapped(title, columns * (width + GAP))
 
     top = GAP + LINE * len(head)
-    right = width + GAP  # from column to column
-    down = max(image.height for image in pictures.values()) + GAP  # from row to row
-    text_top = down - GAP + 1
-    down += LINE * max(map(len, texts.values()), default=0)
-    size = (GAP + right * max(map(len, rows)), top + GAP + (down + GAP) * len(rows))
-    sheet = Image.new("RGB", size, "white")
+    across = width + GAP  # from column to column
+    down = height + GAP + LINE * deepest + GAP  # from row to row
+    sheet = Image.new("RGB", (GAP + across * columns, top + GAP + down * len(rows)), "white")
     for (i, j), image in pictures.items():
-        sheet.paste(image, (GAP + j * right, top + i * (down + GAP)))
+        sheet.paste(image, (GAP + across * j, top + down * i))
     draw = ImageDraw.Draw(sheet)
     draw.multiline_text((GAP, GAP // 2), "\n".join(head), fill="black", spacing=0)
     for (i, j), lines in texts.items():
-        place = (GAP + j * right, top + i * (down + GAP) + text_top)
+        place = (GAP + across * j, top + down * i + height + 1)
         draw.multiline_text(place, "\n".join(lines), fill="black", spacing=0)
     return sheet
 
@@ -1402,11 +1402,11 @@ def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[T
     credit = object_credit()[old_things, new_things]  # (B, 4, 16)
     thing = (seen.sum(2) * credit).sum(2)  # (B, 4)
 
-    changed = old_things != new_things  # (B, 4)
-    changed_thing = torch.where(changed, thing, 0.0).sum(1)
+    is_changed = old_things != new_things  # (B, 4)
+    changed_thing = torch.where(is_changed, thing, 0.0).sum(1)
     is_background = (old_ground != new_ground).squeeze(1)  # (B,) whether that was the task
     done = torch.where(is_background, ground.sum(1) / 4, changed_thing)
-    kept = torch.where(changed, 0.0, thing).sum(1) / (~changed).sum(1)
+    kept = torch.where(is_changed, 0.0, thing).sum(1) / (~is_changed).sum(1)
     kept_ground = torch.where(is_background[:, None], 1.0, ground).mean(1)
 
     wanted = shown_in(targets)  # (B, 4)
@@ -1438,27 +1438,26 @@ TOY_FILES = (
 )
 
 
+COUNT = {"at_least": 1, "at_most": 1e6}  # the range of numbers of rows and of steps
+
+
 @dataclass(frozen=True)
 class ToySettings(CheckedSettings):
     """What makes the toy what it is: a folder built with other values than these is built anew."""
 
     out: str = setting("data/toy", "The folder that holds it.")
     seed: int = setting(0, "Seed of rows, pictures and models.", at_least=0)
-    train_rows: int = setting(480, "Rows of train.jsonl.", at_least=1, at_most=1e6)
-    test_rows: int = setting(
-        240, "Rows of test.jsonl: other scenes, other instructions.", at_least=1, at_most=1e6
-    )
+    train_rows: int = setting(480, "Rows of train.jsonl.", **COUNT)
+    test_rows: int = setting(240, "Rows of test.jsonl: other scenes, other instructions.", **COUNT)
     pool: int = setting(
         8000, "Examples that the two models are trained on.", at_least=128, at_most=1e6
     )
-    vae_steps: int = setting(360, "Training steps of the autoencoder.", at_least=1, at_most=1e6)
-    editor_steps: int = setting(900, "Training steps of the editor.", at_least=1, at_most=1e6)
+    vae_steps: int = setting(360, "Training steps of the autoencoder.", **COUNT)
+    editor_steps: int = setting(900, "Training steps of the editor.", **COUNT)
     wrong_share: float = setting(
         0.6, "Share of wrong targets in the last 30 % of them.", at_least=0, at_most=1
     )
-    judge_steps: int = setting(
-        700, "Training steps of the judge on graded corruptions.", at_least=1, at_most=1e6
-    )
+    judge_steps: int = setting(700, "Training steps of the judge on graded corruptions.", **COUNT)
     check: bool = setting(True, "Stop if a model is not what the reinforcement learning needs.")
 
 
