@@ -39,7 +39,7 @@ import time
 import unicodedata
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from html import escape
@@ -607,10 +607,9 @@ def read_heldout(folder: Path) -> Rows:
 
 def safe_name(text: str) -> str:
     """A file name for any text: itself where it is plain, else what is plain of it and a hash."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:80]
-    if plain == text and not plain.startswith("."):
+    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,80}", text):
         return text
-    return f"{plain.lstrip('.')}-{short_hash(text)}"
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:80] + "-" + short_hash(text)
 
 
 def read_imgedit(folder: Path, prompts_file: str) -> tuple[Rows, dict, str]:
@@ -810,6 +809,11 @@ class Job:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
 
+    def warn(self, text: str) -> None:
+        """Says something once, whatever the number of processes."""
+        if self.accelerator.is_main_process:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+
     def bar(self, work: Iterable, name: str, total: int | None = None) -> tqdm:
         """A progress bar, shown by one process."""
         quiet = not self.accelerator.is_main_process
@@ -847,15 +851,17 @@ def find_edit(row: dict, subject: str, folder: Path) -> Path | None:
     return find_picture(folder, row["files"] if subject == "edits" else row["files"][:1])
 
 
-def check_folder(flag: str, folder: str, rows: Rows) -> None:
+def check_folder(job: Job, flag: str, folder: str) -> None:
     """BadInput when a folder of --edits or --masks is for no row; a warning when it misses some."""
-    missing = [row for row in rows if find_picture(folder, row["files"]) is None]
+    missing = [row for row in job.rows if find_picture(folder, row["files"]) is None]
     if missing:
         first = f"{folder}/{missing[0]['files'][0]}{ENDINGS[0]}"
-        lost = f"{flag} {folder}: has nothing for {len(missing)} of {len(rows)} rows, no {first}"
-        if len(missing) == len(rows):
+        lost = (
+            f"{flag} {folder}: has nothing for {len(missing)} of {len(job.rows)} rows, no {first}"
+        )
+        if len(missing) == len(job.rows):
             raise BadInput(f"{lost}; name a folder in the benchmark's layout")
-        print(f"warning: {lost}", file=sys.stderr)
+        job.warn(lost)
 
 
 # ---------------------------------------------------------------- sample: the edits
@@ -982,14 +988,14 @@ def question(job: Job, row: dict, call: str) -> str:
     return re.sub("<edit_prompt>|<instruction>", lambda place: row["prompt"], text)
 
 
-def read_answers(out: str, label: str) -> dict[str, dict]:
+def read_answers(job: Job, label: str) -> dict[str, dict]:
     """{key: its newest record} of all processes' files of a judge; what cannot be read is none."""
     records = []
     faults = []
-    for file in Path(out).glob(f"calls-{label}-*.jsonl"):
+    for file in Path(job.settings.out).glob(f"calls-{label}-*.jsonl"):
         records += [record for _, record in read_json_lines(file, faults)]
     if faults:
-        print(f"warning: {len(faults)} calls do not count, such as {faults[0]}", file=sys.stderr)
+        job.warn(f"{len(faults)} calls do not count, such as {faults[0]}")
     records.sort(key=recorded_at)
     return {str(record.get("key")): record for record in records}
 
@@ -1012,12 +1018,11 @@ def judge_edits(job: Job) -> None:
     settings = job.settings
     judge = load_judge(settings, job.accelerator.device, job.dtype, stop=job.stop)
     label = label_of(job, judge)
-    answers = read_answers(settings.out, label)
+    answers = read_answers(job, label)
     unknown = {"failure": "not asked"}
     todo = [call for call in find_calls(job, job.mine) if call.path]
     todo = [call for call in todo if "failure" in answers.get(call.record["key"], unknown)]
-    if job.accelerator.is_main_process:
-        warn_of_own_judge(settings, judge)
+    warn_of_own_judge(job, judge)
     file = Path(settings.out, f"calls-{label}-{job.accelerator.process_index}.jsonl")
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
     calls = {pool.submit(answer, job, judge, call): call for call in todo}
@@ -1039,16 +1044,16 @@ def judge_edits(job: Job) -> None:
         judge.close()
 
 
-def warn_of_own_judge(settings: Settings, judge: Judge) -> None:
+def warn_of_own_judge(job: Job, judge: Judge) -> None:
     """A warning when the LoRA was trained with this very judge."""
-    config = Path(settings.lora).parent / "config.json"
-    if not settings.lora or not config.is_file():
+    lora = job.settings.lora
+    config = Path(lora).parent / "config.json"
+    if not lora or not config.is_file():
         return
-    if read_json(config, "take a run's own folder").get("judge") == settings.judge:
-        print(
-            f"warning: {judge.name} is the judge that {settings.lora} was trained with; its scores "
-            "tell how well it is pleased: let another judge have the last word",
-            file=sys.stderr,
+    if read_json(config, "take a run's own folder").get("judge") == job.settings.judge:
+        job.warn(
+            f"{judge.name} is the judge that {lora} was trained with; its scores tell how well it "
+            "is pleased: let another judge have the last word"
         )
 
 
@@ -1154,35 +1159,41 @@ def score_calls(job: Job) -> Rows:
     What lay there before goes: calls of other edits or other questions do not count.
     """
     out = Path(job.settings.out)
-    score = SCORERS[job.settings.benchmark]
-    stems = sorted(file.stem.removeprefix("calls-") for file in out.glob("calls-*.jsonl"))
+    mode = job.settings.mode
     calls = find_calls(job, job.rows)
     known = known_of_rows(job, calls)
+    stems = sorted(file.stem.removeprefix("calls-") for file in out.glob("calls-*.jsonl"))
     results = {}
     for label in dict.fromkeys(stem.rpartition("-")[0] for stem in stems):
-        answers = read_answers(job.settings.out, label)
-        records = {}
-        for call, row in zip(calls, known, strict=True):
-            empty = {"failure": "not judged" if call.path else MISSING}
-            said = answers.get(call.record["key"], empty)
-            records.setdefault(call.record["subject"], []).append(said | call.record | row)
+        answers = read_answers(job, label)
         if any(call.record["key"] in answers for call in calls):
-            results[f"scores-{label}-{job.settings.mode}.json"] = {
+            records = records_of(calls, known, answers)
+            score = SCORERS[job.settings.benchmark]
+            results[out / f"scores-{label}-{mode}.json"] = {
                 "benchmark": job.settings.benchmark,
                 "judge": label,
-                "mode": job.settings.mode,
+                "mode": mode,
                 "metadata": job.version,
-                "subjects": {name: score(records[name], job.settings.mode) for name in records},
+                "subjects": {subject: score(records[subject], mode) for subject in records},
             }
     if not results:
         raise BadInput(f"{out}: holds no calls of a judge on these edits; run --stage judge first")
-    for name, result in results.items():
-        with whole_file(out / name) as part:
+    for file, result in results.items():
+        with whole_file(file) as part:
             part.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
-    for file in out.glob("scores-*.json"):
-        if file.name not in results:
-            file.unlink()
+    for file in set(out.glob("scores-*.json")) - results.keys():
+        file.unlink()
     return list(results.values())
+
+
+def records_of(calls: list[Call], known: Rows, answers: dict) -> dict[str, Rows]:
+    """{subject: a record of each of its calls, answered or not}."""
+    records = {}
+    for call, row in zip(calls, known, strict=True):
+        empty = {"failure": "not judged" if call.path else MISSING}
+        said = answers.get(call.record["key"], empty)
+        records.setdefault(call.record["subject"], []).append(said | call.record | row)
+    return records
 
 
 def known_of_rows(job: Job, calls: list[Call]) -> Rows:
@@ -1477,7 +1488,7 @@ def read_ratings(file: Path) -> list[Rated]:
     return groups
 
 
-def pair_outcomes(scores: list[float], labels: list[float]) -> list[float]:
+def ordered_pairs(scores: list[float], labels: list[float]) -> list[float]:
     """Of each pair of edits that labels tell apart: 1 if the scores order them alike, 0 if not,
     0.5 if they tie. Pairs with a score that is NaN are left out."""
     outcomes = []
@@ -1487,13 +1498,6 @@ def pair_outcomes(scores: list[float], labels: list[float]) -> list[float]:
         elif abs(a - b) >= 1e-6 and x != y:
             outcomes.append(1.0 if (a > b) == (x > y) else 0.0)
     return outcomes
-
-
-def ordered_pairs(scores: list[float], labels: list[float]) -> tuple[int, float, int]:
-    """Of a group's pairs that labels tell apart: how many, how many are right (a tie is half), how
-    many tie."""
-    outcomes = pair_outcomes(scores, labels)
-    return len(outcomes), sum(outcomes), outcomes.count(0.5)
 
 
 @dataclass(frozen=True)
@@ -1540,7 +1544,7 @@ def agreement(judge: Judge, groups: list[Rated]) -> str:
     places = []  # the group of each pair
     spreads = []
     for group, result in zip(groups, results, strict=True):
-        pairs = pair_outcomes(result.score.tolist(), group.labels)
+        pairs = ordered_pairs(result.score.tolist(), group.labels)
         outcomes += pairs
         places += [str(id(group))] * len(pairs)
         spreads.append(result.score[~result.score.isnan()].std(unbiased=False))
@@ -1581,23 +1585,35 @@ def claim(settings: Settings) -> Settings:
     return settings
 
 
+def begin(settings: Settings, accelerator: Accelerator, stop: threading.Event) -> Job:
+    """What is to be done, checked; parts of it are written into --out."""
+    settings = claim(settings)
+    job = Job(settings, accelerator, stop, *load_benchmark(settings))
+    for flag in ("edits", "masks"):
+        if getattr(settings, flag):
+            check_folder(job, f"--{flag}", getattr(settings, flag))
+    return job
+
+
 def run_stages(settings: Settings, accelerator: Accelerator, stop: threading.Event) -> None:
     """Draws, judges and adds up. Raises Stopped on all processes when one has to stop."""
-    with together(accelerator, stop), accelerator.main_process_first():
-        settings = claim(settings)
-        job = Job(settings, accelerator, stop, *load_benchmark(settings))
-        for flag in ("edits", "masks"):
-            if getattr(settings, flag):
-                check_folder(f"--{flag}", getattr(settings, flag), job.rows)
-    for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
+    job = None
+    with ExitStack() as held:
         with together(accelerator, stop):
-            if settings.stage in ("all", stage):
-                work(job)
-    if settings.stage in ("all", "score") and accelerator.is_main_process:
-        results = score_calls(job)
-        summary = "\n".join(describe(settings, result) for result in results)
-        write_report(job, results, summary)
-        print(summary, f"wrote {settings.out}/report.html and grid.png", sep="\n")
+            if accelerator.is_main_process:  # first: it writes
+                held.enter_context(locked(settings.out))
+                job = begin(settings, accelerator, stop)
+        with together(accelerator, stop):
+            job = job or begin(settings, accelerator, stop)
+        for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
+            with together(accelerator, stop):
+                if settings.stage in ("all", stage):
+                    work(job)
+        if settings.stage in ("all", "score") and accelerator.is_main_process:
+            results = score_calls(job)
+            summary = "\n".join(describe(job.settings, result) for result in results)
+            write_report(job, results, summary)
+            print(summary, f"wrote {settings.out}/report.html and grid.png", sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1614,13 +1630,14 @@ def main(argv: list[str] | None = None) -> None:
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one may be done long before
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
     try:
-        with locked(settings.out) if accelerator.is_main_process else nullcontext():
-            run_stages(settings, accelerator, stop)
+        run_stages(settings, accelerator, stop)
     except Stopped as stopped:
         if stopped.__cause__:
             raise stopped.__cause__ from None
-        kept = f"every finished edit and call is kept in {settings.out}"
-        raise SystemExit(f"stopped: {kept}; the same command goes on") from None
+        if accelerator.is_main_process:
+            kept = f"every finished edit and call is kept in {settings.out}"
+            print(f"stopped: {kept}; the same command goes on", file=sys.stderr)
+        sys.exit(1)
     accelerator.end_training()
 
 
