@@ -899,7 +899,7 @@ HOSTILE = {
     "num": ["nan", "inf", "-1", "0", "1e30", "1000000000", "", "two"],
     "seed": ["nan", "-1", "1e30", str(2**70)],
     "steps": ["nan", "-1", "0", "1e30", "1000000000"],
-    "guidance": ["nan", "inf", "-inf", "-1", "1e30", "x"],
+    "guidance": ["nan", "inf", "-inf", "-1", "1e30", "1000", "x"],
     "resolution": ["nan", "-1", "0", "1", "1e30", "1000000000"],
 }
 HOSTILE_PAIRS = []
