@@ -1,6 +1,6 @@
 """Scores an editor on ImgEdit-Bench, GEdit-Bench or a held-out set: draws, asks a judge, adds up.
 
-    python evaluate.py imgedit --bench DIR --base MODEL --lora RUN/checkpoint-N --judge http://HOST/v1
+    python evaluate.py imgedit --bench DIR --base MODEL --lora RUN/checkpoint-N --judge URL
     python evaluate.py gedit --language both ...     # the same settings
     python evaluate.py heldout --bench DATASET ...   # the test split of a dataset folder
     python evaluate.py compare RUN_A RUN_B           # the paired difference with its interval
@@ -136,19 +136,9 @@ class Settings(JudgeSettings):
                 raise BadInput(f"--baselines {name}: not a baseline; there are source and base")
 
 
-DRAWN = (  # settings that all edits in one --out share
-    "benchmark",
-    "bench",
-    "base",
-    "lora",
-    "edits",
-    "steps",
-    "seed",
-    "guidance",
-    "resolution",
-    "language",
-)
-DRAWN_WITH = ("steps", "seed", "guidance", "resolution")  # of these what an edit is made from
+DRAWN_WITH = ("steps", "seed", "guidance", "resolution")  # what an edit is made with
+# what all edits in one --out share
+DRAWN = ("benchmark", "bench", "base", "lora", "edits", "language", *DRAWN_WITH)
 HOW_ASKED = (  # the judge's settings that a held-out score depends on
     "judge_strategy",
     "judge_think",
@@ -549,6 +539,7 @@ IMGEDIT_TASKS = (
     "compose",
     "action",
 )
+GEDIT_KEYS = ("key", "task_type", "instruction_language", "instruction")
 GEDIT_TASKS = (
     "background_change",
     "color_alter",
@@ -643,16 +634,10 @@ def read_imgedit(folder: Path, prompts_file: str) -> tuple[Rows, dict, str]:
 
 def imgedit_row(key: str, entry: dict, folder: Path, where: str) -> dict:
     """A checked row of ImgEdit's metadata."""
-    names = ("id", "prompt", "edit_type")
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in names):
-        raise BadInput(
-            f"{where} has no id, prompt and edit_type; take ImgEdit-Bench's single-turn metadata"
-        )
-    kind = entry["edit_type"]
-    task = "adjust" if kind == "alter" else kind  # two versions circulate
-    if task not in IMGEDIT_TASKS:
-        known = ", ".join(IMGEDIT_TASKS)
-        raise BadInput(f"{where}: unknown task {kind!r}; ImgEdit-Bench has {known}")
+    check_entry(entry, ("id", "prompt", "edit_type"), where)
+    # two versions circulate
+    task = "adjust" if entry["edit_type"] == "alter" else entry["edit_type"]
+    check_task(task, IMGEDIT_TASKS, where)
     inside(folder, f"{key}.png", where)
     return {
         "row": key,
@@ -662,6 +647,17 @@ def imgedit_row(key: str, entry: dict, folder: Path, where: str) -> dict:
         "source": entry["id"],
         "files": [key],
     }
+
+
+def check_entry(entry: dict, keys: tuple[str, ...], where: str) -> None:
+    """BadInput for an entry of a benchmark that lacks one of these texts."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
+        raise BadInput(f"{where} lacks {' or '.join(keys)}; take the benchmark's own metadata")
+
+
+def check_task(task: str, tasks: tuple[str, ...], where: str) -> None:
+    if task not in tasks:
+        raise BadInput(f"{where}: unknown task {task!r}; the benchmark has {', '.join(tasks)}")
 
 
 def read_gedit(
@@ -681,7 +677,10 @@ def read_gedit(
     times = {}
     for number, entry in enumerate(entries or read_table(folder), 1):
         where = f"{folder}: row {number}"
-        check_gedit(entry, where)
+        check_entry(entry, GEDIT_KEYS, where)
+        check_task(entry["task_type"], GEDIT_TASKS, where)
+        if entry["instruction_language"] not in ("en", "cn"):
+            raise BadInput(f"{where}: is in {entry['instruction_language']!r}, not in en or cn")
         if entry["instruction_language"] in languages:
             place = "{task_type}/{instruction_language}/{key}".format(**entry)
             times[place] = times.get(place, 0) + 1
@@ -692,19 +691,6 @@ def read_gedit(
             "metadata.jsonl; name GEdit-Bench's folder"
         )
     return rows, prompts
-
-
-def check_gedit(entry: dict, where: str) -> None:
-    """BadInput for an entry that is none of GEdit-Bench."""
-    keys = ("key", "task_type", "instruction_language", "instruction")
-    if not all(isinstance(entry.get(name), str) for name in keys):
-        raise BadInput(
-            f"{where} lacks {', '.join(keys[:3])} or {keys[3]}; name GEdit-Bench's folder"
-        )
-    task, language = entry["task_type"], entry["instruction_language"]
-    if task not in GEDIT_TASKS or language not in ("en", "cn"):
-        known = f"{', '.join(GEDIT_TASKS)}, in en and cn"
-        raise BadInput(f"{where}: unknown task {task!r} in {language!r}; GEdit-Bench has {known}")
 
 
 def gedit_row(entry: dict, place: str, time_seen: int, folder: Path, out: Path, where: str) -> dict:
@@ -808,6 +794,10 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
+
+    def refuse_when_stopped(self) -> None:
+        if self.stop.is_set():
+            raise Stopped
 
     def warn(self, text: str) -> None:
         """Says something once, whatever the number of processes."""
@@ -936,8 +926,7 @@ def draw_edits(job: Job) -> None:
     if settings.lora:
         add_policies(editor, averages=(), start=settings.lora)
     for edit in job.bar(todo, "edits"):
-        if job.stop.is_set():
-            return
+        job.refuse_when_stopped()
         sources = [load_image(path) for path in edit.row["images"]]
         noise = [torch.Generator().manual_seed(settings.seed)]
         how = (edit.row["prompt"], noise, settings.steps, settings.guidance)
@@ -1066,9 +1055,9 @@ def answer(job: Job, judge: Judge, call: Call) -> dict:
         if job.settings.benchmark == "heldout":
             return heldout_answer(judge, call.row, sources, edit)
         if job.settings.benchmark == "gedit":
-            sources, edit = as_gedit_shows(load_image(call.row["shown"]), edit)
-        if call.record["call"] == "PQ":  # quality is judged without the source
-            sources = []
+            source, edit = as_gedit_shows(load_image(call.row["shown"]), edit)
+            # quality is judged without the source
+            sources = [] if call.record["call"] == "PQ" else [source]
         return {"reply": judge.ask(call.text, [*sources, edit], job.settings.reply_tokens)}
     except (JudgeFailure, BadInput) as failure:
         return {"failure": str(failure)}
@@ -1088,7 +1077,7 @@ def heldout_answer(judge: Judge, row: dict, sources: list[Image.Image], edit: Im
     return record
 
 
-def as_gedit_shows(source: Image.Image, edit: Image.Image) -> tuple[Rows, Image.Image]:
+def as_gedit_shows(source: Image.Image, edit: Image.Image) -> list[Image.Image]:
     """Source and edit as GEdit's scorer shows them: at the size of the stored source, whose sides
     are multiples of 32 at about 512 x 512 pixels, and through JPEG."""
     size = source.size
@@ -1100,7 +1089,7 @@ def as_gedit_shows(source: Image.Image, edit: Image.Image) -> tuple[Rows, Image.
         content = io.BytesIO()
         picture.resize(size).save(content, "JPEG")
         shown.append(load_image(content))
-    return shown[:1], shown[1]
+    return shown
 
 
 # ---------------------------------------------------------------- what is kept of the source
@@ -1200,6 +1189,7 @@ def known_of_rows(job: Job, calls: list[Call]) -> Rows:
     """Of each call what its record has of the row, and what the edit keeps of the source."""
 
     def known(call):
+        job.refuse_when_stopped()
         row = {key: call.row[key] for key in ROW_KEYS if key in call.row}
         if call.path is None or call.record["subject"] == "source":
             return row
@@ -1349,6 +1339,7 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
     articles = []
     by_task = {}
     for number, row in enumerate(job.bar(job.rows, "report")):
+        job.refuse_when_stopped()
         edits = []
         for name in dict.fromkeys(["source", *reversed(subjects)]):  # source, base, trained
             path = find_edit(row, name, subjects.get(name))
@@ -1378,8 +1369,8 @@ def show_edit(name: str, path: Path | None, small: Path, found: Rows) -> Shown:
     written to `small`."""
     caption = name
     for row in found:
-        values = [f"{key} {row[key]:.2f}" for key in SHOWN_METRICS if key in row]
-        caption += f" {' '.join(values)} by {row['by']};".replace("nan", "missing")
+        values = " ".join(f"{key} {row[key]:.2f}" for key in SHOWN_METRICS if key in row)
+        caption += f" {values.replace('nan', 'missing')} by {row['by']};"
     picture, image = None, MISSING
     with suppress(BadInput):
         picture = load_image(path) if path else None
@@ -1632,7 +1623,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_stages(settings, accelerator, stop)
     except Stopped as stopped:
-        if stopped.__cause__:
+        if stopped.__cause__ and not isinstance(stopped.__cause__, Stopped):
             raise stopped.__cause__ from None
         if accelerator.is_main_process:
             kept = f"every finished edit and call is kept in {settings.out}"
