@@ -287,13 +287,12 @@ def test_when_one_server_dies_the_other_answers():
 
 
 def test_a_server_that_hangs_is_asked_one_thing_at_a_time_while_another_answers():
-    with JudgeServer() as good, JudgeServer() as bad:
-        judge = served(good, bad, judge_timeout=1.2, judge_in_flight=4)
+    with JudgeServer(delay=0.3) as good, JudgeServer() as bad:
+        judge = served(good, bad, judge_timeout=1.2, judge_patience=60.0, judge_in_flight=4)
         bad.always = "hang"
-        start = time.monotonic()
         scores = judge.score(ROW, [SOURCE], EDITS * 10)
-        assert time.monotonic() - start < 4
-    assert not scores.score.isnan().any() and len(bad.requests) <= 6
+    assert not scores.score.isnan().any()
+    assert 4 < len(bad.requests) <= 10  # some four seconds in which four at a time would be 16
 
 
 def test_a_server_with_another_model_is_refused(server):
