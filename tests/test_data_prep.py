@@ -331,18 +331,17 @@ def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch):
 
 def test_only_a_plain_file_is_replaced_by_a_file_and_a_folder_by_a_folder(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for place in (tmp_path, "", ".", "/", "/dev/null", tmp_path / "pipe"):
+    for place in (tmp_path, "", ".", "/", tmp_path / "pipe"):
         with pytest.raises(BadInput, match="is no plain file"), whole_file(place):
             pass
-    for place in ("/dev/null", tmp_path / "pipe"):
-        with pytest.raises(BadInput, match="is a file"), whole_folder(place):
-            pass
+    with pytest.raises(BadInput, match="is a file"), whole_folder(tmp_path / "pipe"):
+        pass
 
 
 def test_the_folder_one_works_in_is_never_moved(tmp_path, monkeypatch):
     (tmp_path / "mine" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "mine" / "deep")
-    for place in ("", ".", "..", "/", tmp_path):
+    for place in ("", ".", "..", tmp_path):
         with pytest.raises(BadInput, match="holds the folder you work in"), whole_folder(place):
             pass
 
@@ -494,7 +493,7 @@ def test_json_lines_end_at_newlines_alone_and_may_begin_with_a_bom(tmp_path):
 
 def test_a_file_of_lines_that_is_none_is_one_line(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for place, words in ((tmp_path, "no plain"), ("nowhere", "no such"), ("/dev/zero", "no plain")):
+    for place, words in ((tmp_path, "no plain"), ("nowhere", "no such")):
         with pytest.raises(BadInput, match=words):
             read_json_lines(place)
     for act in (read_json_lines, lambda path: append_json_line(path, {})):
@@ -704,7 +703,7 @@ def draw(path, seed, size=(96, 64), **options):
     Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC).save(path, **options)
 
 
-@pytest.mark.parametrize("name", ["/proc/1/mem", "pipe", "/dev/zero", "link to a pipe", ""])
+@pytest.mark.parametrize("name", ["pipe", "link to a pipe", ""])
 def test_only_plain_files_are_opened(folder, name):
     os.mkfifo(folder / "pipe")
     (folder / "link to a pipe").symlink_to("pipe")
