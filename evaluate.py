@@ -237,8 +237,9 @@ def labelled_scores(text: str, start: str, top: int, labels: tuple = ()) -> list
     start: where a label may begin; top: what may stand after a slash. With `labels`, only theirs.
     """
     unit = rf"\s*(?:/\s*{top}(?!\d)|(?:out )?of {top}(?!\d))?\s*(?:points?|stars?|分)?"
-    value = rf"[\[(]?\s*{NUMBER}{unit}\s*[\])]?"
+    value = rf"{NUMBER}{unit}"
     text = re.sub(r"[*`\"“”]", "", text)
+    text = re.sub(rf"([:=|]\s*)\[\s*({value})\s*\]", r"\1\2", text)  # label: [4]
     text += "\n" + columns_as_lines(text)
     # a value alone on the line below its label
     text = re.sub(rf"(?m)^([^\n\d:=|]{{2,60}}?)\s*\n\s*({value})\s*$", r"\1: \2", text)
@@ -497,16 +498,16 @@ def interval(values: list[float], draws: np.ndarray) -> list:
 
 def paired_differences(a: Rows, b: Rows, metrics: tuple) -> dict[str, dict]:
     """The tables of a - b over the rows that both results have, resampled together."""
+    every = (*metrics, *KEPT)
     others = {row["row"]: row for row in b}
     pairs = []
     for row in a:
-        other = others.get(row["row"], row)
-        both = (*metrics, *KEPT)
-        pair = {key: row[key] - other[key] for key in both if key in row and key in other}
-        rest = {key: value for key, value in row.items() if key not in both}
-        rest["answered"] = row["answered"] and other["answered"]
-        if other is not row:
-            pairs.append(rest | pair)
+        if row["row"] in others:
+            other = others[row["row"]]
+            pair = {key: value for key, value in row.items() if key not in every}
+            pair["answered"] = row["answered"] and other["answered"]
+            shared = [key for key in every if key in row and key in other]
+            pairs.append(pair | {key: row[key] - other[key] for key in shared})
     return grouped(pairs, metrics)
 
 

@@ -101,6 +101,7 @@ SPELT = "Prompt Compliance{0}4{1}Visual Seamlessness{0}5{1}Detail Fidelity{0}3"
             [4, 5, 3],
         ),
         ("| Aspect | Score |\n|---|---|\n| " + SPELT.format(" | ", " |\n| ") + " |", [4, 5, 3]),
+        (SPELT.format(": ", "\n").replace("4", "[4, 2]"), None),
         ("<think>at first\n" + THREE.format(4, 5, 3), None),
         ("a</think><think>then\n" + THREE.format(4, 5, 3), None),
         ("Scores as follows\n1. " + SPELT.format(": ", "\n2. "), [4, 5, 3]),
@@ -344,6 +345,12 @@ def test_one_source_picture_gives_no_interval():
     rows = [{"task": "t", "source": "s", "answered": True, "m": value} for value in (1.0, 2.0)]
     assert tabulate(rows, ["m"])["m"]["macro"] == [1.5, None, None]
     assert "too few source pictures" in verdict([1.5, None, None], "a", "b")
+
+
+def test_a_result_differs_from_itself_by_nothing():
+    rows = score_gedit(list(gedit_records("a", "ps_human", [4, 4], [4, 4])))["rows"]
+    table = paired_differences(rows, rows, ("O",))["en"]
+    assert table["rows"] == 1 and table["O"]["macro"][0] == 0 and "psnr" not in table
 
 
 def test_a_paired_difference_is_seen_where_the_rows_alone_are_noisy():
