@@ -518,20 +518,23 @@ def test_a_stop_ends_a_local_judges_waits(judge_folder, monkeypatch, asked, stra
     judge = local(judge_folder, stop=stop, judge_batch=3, judge_strategy=strategy)
     forward = judge.model.forward
 
+    calls = []
+
     @functools.wraps(forward)  # generate reads its names
     def slow(**kwargs):
+        calls.append(1)
         time.sleep(2)
         return forward(**kwargs)
 
     monkeypatch.setattr(judge.model, "forward", slow)
     future = judge.submit(*asked)
-    time.sleep(0.2)
+    time.sleep(0.3)
     stop.set()
     start = time.monotonic()
     assert future.result().causes == ["stopped"] * 6 and time.monotonic() - start < 1
     assert judge.score(*asked).causes == ["stopped"] * 6
     judge.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 5 and len(calls) == 1  # what waited for the model gave up
 
 
 # ---------------------------------------------------------------- aspects and their weights
