@@ -43,7 +43,7 @@ from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, fields
 from datetime import timedelta
 from importlib.util import find_spec
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -345,16 +345,14 @@ def locked(folder: str | Path) -> Iterator[None]:
     with disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire()
+            held = lock.acquire()
         except Timeout:
             raise BadInput(
                 f"{folder}: another run is at work there, maybe one that a killed launcher left; "
                 f"end it (fuser {folder}/.lock names it), or name another folder"
             ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def newest_whole(folder: Path, name: str) -> Path | None:
@@ -472,12 +470,9 @@ def append_json_line(path: str | Path, value: dict) -> None:
                 if file.read() != b"\n":
                     file.seek(0)
                     size = file.truncate(file.read().rfind(b"\n") + 1)
-            try:
-                if file.write(line) < len(line):
-                    raise OSError("no space for a whole line")
-            except OSError:
+            if file.write(line) < len(line):  # a full disk took a part
                 file.truncate(size)
-                raise
+                raise OSError("no space for a whole line")
 
 
 # ---------------------------------------------------------------- several processes
@@ -677,7 +672,7 @@ def read_rows(folder: str | Path, split: str, faults: list | None = None) -> lis
 def _check_texts(row):
     """BadInput for a row with a misspelt key, or without the texts that it must hold."""
     where = row["where"]
-    for key in sorted(row.keys() - set(KEYS)):
+    for key in row.keys() - set(KEYS):
         for meant in difflib.get_close_matches(key, KEYS, 1, 0.8):
             if meant not in row:
                 raise BadInput(f"{where}: unknown key `{key}`; write `{meant}`")
@@ -706,7 +701,7 @@ def inside(folder: str | Path, name: str, where: str) -> str:
     """The path of `name` in `folder`, links followed later; BadInput when its words leave it."""
     if not isinstance(name, str) or "\0" in name:
         raise BadInput(f"{where}: picture {name!r} is no path; correct it")
-    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         fix = f"move or link it inside {folder}"
         raise BadInput(f"{where}: picture {name} leaves the dataset folder; {fix}")
     return str(Path(folder, name))
@@ -1345,15 +1340,13 @@ def write_rows(folder: Path, settings: ToySettings) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """python data_prep.py COMMAND ..."""
-    command, *words = (sys.argv[1:] if argv is None else argv) or ["no command"]
+    command, *words = argv or sys.argv[1:] or ["no command"]
     if command == "check":
         if words and not words[0].startswith("-"):
             words = ["--dataset", *words]
-        about = "Lists every fault of a dataset folder."
-        check_dataset(parse_settings(CheckSettings, words, about))
+        check_dataset(parse_settings(CheckSettings, words, "Lists every fault of a dataset."))
     elif command == "toy":
-        about = "Builds the toy world and its two tiny models."
-        build_toy(parse_settings(ToySettings, words, about))
+        build_toy(parse_settings(ToySettings, words, "Builds the toy and its two tiny models."))
     else:
         raise BadInput(
             f"{command}: say what to do: python data_prep.py toy [--out DIR], or check DIR "
@@ -1439,10 +1432,8 @@ def _check_toy(pipe, judge, settings):
         "steps (wanted 25-60 %); Spearman correlation of judge and oracle on them "
         f"{agreement:.3f} (wanted 0.75)"
     )
-    if settings.check and not 0.25 <= success <= 0.60:
-        raise BadInput(f"toy: success {success:.1%} is not in 25-60 %; change --wrong_share")
-    if settings.check and agreement < 0.75:
-        raise BadInput(f"toy: correlation {agreement:.3f} is below 0.75; raise --judge_steps")
+    if settings.check and (success < 0.25 or success > 0.60 or agreement < 0.75):
+        raise BadInput("toy: no good start for RL; change --wrong_share or raise --judge_steps")
 
 
 def _toy_words():
@@ -1678,25 +1669,21 @@ def _encoded(pipe, scenes):
 @torch.no_grad()
 def draw_edits(pipe, examples: list[Example], *key) -> Tensor:
     """One edit of each example in 6 Euler steps: float (n, 3, 32, 32) in [0, 1], in 1/255 steps."""
-    pictures = []
-    for first in range(0, len(examples), 128):
-        part = examples[first : first + 128]
-        sources, _ = scenes_of(part)
-        output = pipe(
-            image=_render(sources),
-            prompt=[example.text for example in part],
-            height=SIZE,
-            width=SIZE,
-            max_area=SIZE * SIZE,
-            _auto_resize=False,
-            num_inference_steps=6,
-            max_sequence_length=TEXT_TOKENS,
-            guidance_scale=2.5,
-            output_type="pt",
-            generator=[seeded(*key, first + i) for i in range(len(part))],
-        )
-        pictures.append(output.images)
-    return (torch.cat(pictures) * 255).round() / 255
+    sources, _ = scenes_of(examples)
+    output = pipe(
+        image=_render(sources),
+        prompt=[example.text for example in examples],
+        height=SIZE,
+        width=SIZE,
+        max_area=SIZE * SIZE,
+        _auto_resize=False,
+        num_inference_steps=6,
+        max_sequence_length=TEXT_TOKENS,
+        guidance_scale=2.5,
+        output_type="pt",
+        generator=[seeded(*key, i) for i in range(len(examples))],
+    )
+    return (output.images * 255).round() / 255
 
 
 # ------------- its judge: Qwen2.5-VL in miniature
@@ -1727,9 +1714,8 @@ def new_judge(tokenizer):
     """An untrained Qwen2_5_VLForConditionalGeneration of 0.5 M parameters: a cell is one token."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    def number(name):
-        return tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    image, video, start, end = tokenizer.convert_tokens_to_ids(names)
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -1738,9 +1724,9 @@ def new_judge(tokenizer):
         num_attention_heads=3,
         num_key_value_heads=3,
         max_position_embeddings=256,
-        bos_token_id=number("endoftext"),
-        eos_token_id=number("im_end"),
-        pad_token_id=number("endoftext"),
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
         rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 3.0},
     )
@@ -1758,10 +1744,10 @@ def new_judge(tokenizer):
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
-        image_token_id=number("image_pad"),
-        video_token_id=number("video_pad"),
-        vision_start_token_id=number("vision_start"),
-        vision_end_token_id=number("vision_end"),
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 
