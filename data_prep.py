@@ -301,6 +301,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             for path in [part, *part.rglob("*")]:
                 _to_disk(path)
             old = folder.with_name(f"{folder.name}.old-{time.time_ns()}")
+            # after a kill between the two renamings the old folder is still there, under that name
             if folder.exists() and any(folder.iterdir()):
                 folder.rename(old)
             part.rename(folder)
@@ -911,7 +912,7 @@ def bootstrap(
     names, group = np.unique(np.array(groups, str), return_inverse=True)
     known, cluster = np.unique(np.array(clusters, str), return_inverse=True)
     number = len(known)
-    means = np.full((draws, len(names)), np.nan)
+    means = np.full((draws, len(names)), np.nan)  # what stays of a single cluster
     if number > 1:
         totals = np.zeros((number, len(names)))
         counts = np.zeros((number, len(names)))
@@ -1218,6 +1219,7 @@ def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[T
     target, and near it.
     """
     distance = _cell_distances(pictures)  # (B, 4, 80)
+    # how much a cell shows each background and object; 0.001 tells even near colours apart
     seen = (-distance / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))
     old_ground, old_things = sources.split((1, 4), 1)
     new_ground, new_things = targets.split((1, 4), 1)
@@ -1226,13 +1228,16 @@ def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[T
     credit = _object_credit()[old_things, new_things]  # (B, 4, 16)
     thing = (seen.sum(2) * credit).sum(2)  # (B, 4)
 
+    # done: what should change, the one cell or the whole background
     is_changed = old_things != new_things  # (B, 4)
     changed_thing = torch.where(is_changed, thing, 0.0).sum(1)
     is_background = (old_ground != new_ground).squeeze(1)  # (B,) whether that was the task
     done = torch.where(is_background, ground.sum(1) / 4, changed_thing)
+    # kept: the other cells, and the background where it was not the task
     kept = torch.where(is_changed, 0.0, thing).sum(1) / (~is_changed).sum(1)
     kept_ground = torch.where(is_background[:, None], 1.0, ground).mean(1)
 
+    # success is strict: a smear may be nearest to its target, but it is not near
     wanted = _shown_in(targets)  # (B, 4)
     near = distance.gather(2, wanted[..., None]).squeeze(2) < 0.015
     return done * (kept_ground * kept), ((distance.argmin(2) == wanted) & near).all(1)
@@ -1461,7 +1466,8 @@ def _fit(name, models, loss, steps, lr, position=0):
     for step in tqdm(range(steps), name, position=position, mininterval=1):
         loss(step).backward()
         for parameter, view in zip(wide, flat, strict=True):
-            view.grad = parameter.grad.view_as(view)
+            view.grad = parameter.grad.view_as(view)  # the values are shared, gradients are not
+        # 50 steps of warm-up, then linearly down to a hundredth
         rate = min((step + 1) / 50, 1) * max(1 - step / steps, 0.01)
         muon.param_groups[0]["lr"] = lr * rate
         adam.param_groups[0]["lr"] = 2e-3 * rate
@@ -1564,6 +1570,7 @@ def _new_editor_tokenizers():
 def _train_vae(vae, steps):
     """Reconstruction with a noisy code, then the scale and shift that make the codes standard."""
 
+    # noise on the code makes the decoder forgiving: the editor's latents are never exact
     def loss(step):
         pictures = _render(_random_scenes(16)) * 2 - 1
         code = vae.encode(pictures).latent_dist.mean  # (B, 16, 4, 4)
@@ -1621,6 +1628,7 @@ def _train_editor(pipe, settings):
     target_codes = _encoded(pipe, targets)
     wrong_codes = _encoded(pipe, wrong)
 
+    # where each token stands: (picture, row, column), the source being picture 1
     places = pipe._prepare_latent_image_ids(1, 2, 2, "cpu", torch.float32)  # (4, 3)
     source_places = places + torch.tensor([1.0, 0.0, 0.0])  # differ in the first number
     places = torch.cat([places, source_places])
@@ -1647,7 +1655,8 @@ def _train_editor(pipe, settings):
             txt_ids=text_ids,
             img_ids=places,
         )
-        v = output.sample[:, :4]
+        v = output.sample[:, :4]  # the edit's tokens come first, the source's are not trained
+        # most tokens stay as in the source: those that change count five times
         changes = (x_0 - source).abs().amax(-1, keepdim=True) > 0.3  # (B, 4, 1)
         weight = torch.where(changes, 5.0, 1.0)
         return (weight * (v - (noise - x_0)).square()).mean()
@@ -1820,15 +1829,18 @@ def _worn(pictures, others, rng):
     def for_half(values):
         return torch.where(share(1, 1, 1) < 0.5, values, 0.0)
 
+    # in six of ten pictures a quarter of the cells show up to 70 % of the other picture
     amount = 0.7 * share(4)  # (B, 4) how much of the other picture
     chosen = share(4) < 0.25
     chosen = chosen & (share(1) < 0.6)
     amount = torch.where(chosen, amount, 0.0).view(-1, 1, 2, 2)
     pictures = torch.lerp(pictures, others, F.interpolate(amount, scale_factor=CELL))
 
+    # half of the pictures are blurred, from hardly to fully
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
     pictures = torch.lerp(pictures, blurred, for_half(share(1, 1, 1)))
 
+    # all get noise, half of them a tint
     pictures = pictures + 0.06 * share(1, 1, 1) * torch.randn(pictures.shape, generator=rng)
     tint = 0.05 * torch.randn(len(pictures), 3, 1, 1, generator=rng)
     return (pictures + for_half(tint)).clamp(0, 1)
@@ -1870,6 +1882,7 @@ def _train_judge(model, tokenizer, settings):
             source, edit = hidden[is_picture].view(-1, 2, 4, width).unbind(1)
             return source.flatten(0, 1), edit.flatten(0, 1)  # (4 B, width) each
 
+        # the second layer sees what each picture shows, the third compares the two
         early_source, early_edit = cells_at(2)
         _, late_edit = cells_at(3)
         seen = _cell_distances(edits).argmin(2).flatten()  # (4 B,)
