@@ -52,6 +52,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -67,6 +68,7 @@ def run_script(main: Callable[[], None]) -> None:
 
     Where nobody reads stdout any more (`| head`) it ends without a word, code 141 as in a shell.
     """
+    sys.stderr = Lasting(sys.stderr)
     try:
         try:
             main()
@@ -82,13 +84,20 @@ def run_script(main: Callable[[], None]) -> None:
             "base over several GPUs with --shard"
         )
     except BrokenPipeError:
-        if not stdout_is_gone():
-            raise
-        sys.exit(141)
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            drop_output(sys.stdout)
+            sys.exit(141)
+        raise  # it was not stdout
 
 
 def fail(message: str) -> None:
     """Ends the program with one line on stderr and code 2."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # What all processes meet is told by the first one; their launcher then ends the others.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -96,23 +105,41 @@ def fail(message: str) -> None:
 def say(text: str, file: TextIO | None = None) -> None:
     """Prints a line, above all progress bars; file: None is stdout.
 
-    Where nobody reads stdout any more, this and what follows goes nowhere.
+    Where nobody reads that any more, this and what follows goes nowhere.
     """
+    file = file or sys.stdout
     try:
         tqdm.write(text, file)
-        (file or sys.stdout).flush()
+        file.flush()
     except OSError:
-        stdout_is_gone()
+        drop_output(file)
 
 
-def stdout_is_gone() -> bool:
-    """Whether stdout cannot be written; if so, it leads nowhere from now on."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def drop_output(file: TextIO) -> None:
+    """Leads a stream nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+class Lasting:
+    """A stream that leads nowhere once nobody reads it any more; progress bars would raise."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+        except OSError:
+            drop_output(self.stream)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            drop_output(self.stream)
 
 
 def one_line(error: Exception) -> str:
@@ -142,7 +169,7 @@ def catch_signals() -> threading.Event:
 
 
 def seeded(*key) -> torch.Generator:
-    """A CPU generator seeded by a hash of `key`: each draw names itself, so randomness has no state.
+    """A CPU generator seeded by a hash of `key`: draws name themselves, so they have no state.
 
     key: anything whose repr is stable, as in seeded(seed, "noise", epoch, group, copy).
     """
@@ -390,26 +417,23 @@ def holds_only_ours(folder: Path) -> bool:
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Within, no other process holds this folder; BadInput if one does. Ends with the process."""
-    import fcntl  # not on Windows
+    from filelock import FileLock, Timeout
 
     folder = Path(folder)
+    lock = FileLock(folder / ".lock", blocking=False)
     with disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")
-    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+            lock.acquire()
+        except Timeout:
             raise BadInput(
-                f"{folder}: another run is at work there (process {file.read()}, maybe left by a "
-                "killed launcher); end it, or name another folder"
+                f"{folder}: another run is at work there, maybe one that a killed launcher left; "
+                f"end it (fuser {folder}/.lock names it), or name another folder"
             ) from None
-        except OSError as error:
-            print(f"note: {folder}: its disk has no locks ({error})", file=sys.stderr)
-        file.truncate(0)
-        print(os.getpid(), end="", file=file, flush=True)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def newest_whole(folder: Path, name: str) -> Path | None:
@@ -710,7 +734,7 @@ def load_processor(kind: type, place: str | Path, **options):
 
 
 def without_videos(kind: type) -> type:
-    """A processor class that may have None for its video part, which torchvision alone can build."""
+    """A processor class that may lack its video part, which torchvision alone can build."""
 
     class PictureProcessor(kind):
         def check_argument_for_proper_class(self, name, value):
@@ -729,8 +753,10 @@ MIN_SIDE = 16  # pixels; a shorter side is a fault of a dataset
 @contextmanager
 def opened(picture: str | Path | io.IOBase) -> Iterator[Image.Image]:
     """A picture's file, opened but not decoded; all that Pillow raises in the block is BadInput."""
-    name = getattr(picture, "name", picture)
-    if isinstance(picture, (str, Path)):
+    name = picture
+    if isinstance(picture, io.IOBase):
+        name = getattr(picture, "name", "a picture")
+    else:
         check_plain(picture, "correct the path in the row, or add the file", "picture")
     try:
         with Image.open(picture) as image:
@@ -928,14 +954,6 @@ def picture_paths(rows: Iterable[dict]) -> list[str]:
     return sorted(set(itertools.chain.from_iterable(map(row_pictures, rows))))
 
 
-class Report(NamedTuple):
-    """What one process knows of a dataset when it starts."""
-
-    fingerprint: str  # of the rows
-    faults: list[str]  # of the rows
-    broken: dict[str, str]  # fault by path of picture
-
-
 def load_rows(folder: str | Path, skip: bool = False, accelerator=None) -> dict[str, list[dict]]:
     """{"train": rows, "test": rows} of a dataset, by the headers of its pictures fit for training.
 
@@ -943,38 +961,50 @@ def load_rows(folder: str | Path, skip: bool = False, accelerator=None) -> dict[
     each fault. With an accelerate.Accelerator the processes of a node share the work, all drop the
     same rows or raise the same error, and rows that differ between them are an error.
     """
-    rows = {}
-    faults = []
-    for split in SPLITS:
-        try:
-            rows[split] = read_rows(folder, split, faults)
-        except BadInput as fault:
-            rows[split] = []
-            faults.append(str(fault))
-    every = list(itertools.chain.from_iterable(rows.values()))
-    reports = [Report(fingerprint(every), faults, header_faults(every, accelerator))]
+    is_main = accelerator is None or accelerator.is_main_process
+    rows, faults = read_splits(folder)
+    every = rows["train"] + rows["test"]
+    paths = picture_paths(every)
     if accelerator is not None:
-        from accelerate.utils import gather_object
-
-        reports = gather_object(reports)
-
-    broken = {}
-    said = {}  # each fault once, in order
-    for report in reports:
-        broken |= report.broken
-        said |= dict.fromkeys([*report.faults, *report.broken.values()])
-    if said and not skip:
-        raise BadInput(next(iter(said)))
-    if len({report.fingerprint for report in reports}) > 1:
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        paths = paths[rank :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+    report = (fingerprint(every), faults | header_faults(paths, is_main))
+    reports = gathered(report, accelerator)
+    faults = {}  # of all processes, in the same order in each
+    for _, found in reports:
+        faults |= found
+    if faults and not skip:
+        raise BadInput(next(iter(faults.values())))
+    if len(dict(reports)) > 1:
         raise BadInput(f"{folder}: its rows differ between processes; give each node the same ones")
-    if accelerator is None or accelerator.is_main_process:
-        print("".join(f"skipped: {fault}\n" for fault in said), end="", file=sys.stderr)
+    if is_main:
+        print("".join(f"skipped: {fault}\n" for fault in faults.values()), end="", file=sys.stderr)
     for split in SPLITS:
-        rows[split] = [row for row in rows[split] if broken.keys().isdisjoint(row_pictures(row))]
+        rows[split] = [row for row in rows[split] if faults.keys().isdisjoint(row_pictures(row))]
         if not rows[split]:
             fix = f"python data_prep.py check {folder} lists what to mend"
             raise BadInput(f"{folder}: no faultless row is left in {split}; {fix}")
     return rows
+
+
+def read_splits(folder: str | Path) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """The rows of each split, pictures not opened, and {fault: fault} of what is wrong."""
+    rows = {}
+    faults = []
+    for split in SPLITS:
+        rows[split] = []
+        try:
+            rows[split] = read_rows(folder, split, faults)
+        except BadInput as fault:
+            faults.append(str(fault))
+    return rows, dict(zip(faults, faults, strict=True))
+
+
+def gathered(value: Any, accelerator) -> list:
+    """A value of every process, in the order of their ranks."""
+    if accelerator is None:
+        return [value]
+    return gather_object([value])
 
 
 def fingerprint(rows: list[dict]) -> str:
@@ -983,17 +1013,12 @@ def fingerprint(rows: list[dict]) -> str:
     return hashlib.sha256(json_line(kept)).hexdigest()
 
 
-def header_faults(rows: list[dict], accelerator=None) -> dict[str, str]:
-    """{path: fault} of the pictures of rows; of this process's share of them in its node."""
-    paths = picture_paths(rows)
-    if accelerator is not None:
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        paths = paths[rank :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
-    hidden = accelerator is not None and not accelerator.is_main_process
+def header_faults(paths: list[str], show: bool) -> dict[str, str]:
+    """{path: fault} of the pictures whose headers show one; `show`: with a progress bar."""
     broken = {}
     with ThreadPoolExecutor() as pool:  # for disks in the network: they answer late
         faults = pool.map(header_fault, paths)
-        bar = tqdm(faults, "pictures", len(paths), leave=False, disable=hidden)
+        bar = tqdm(faults, "pictures", len(paths), leave=False, disable=not show)
         for path, fault in zip(paths, bar, strict=True):
             if fault:
                 broken[path] = fault
@@ -1064,8 +1089,9 @@ def check_dataset(settings: CheckSettings) -> None:
     with ThreadPoolExecutor() as pool:
         bar = tqdm(pool.map(look_at, paths), "pictures", len(paths), leave=False)
         looks = dict(zip(paths, bar, strict=True))
-    faults += [look.fault for look in looks.values() if look.fault]
-    rows = [row for row in rows if not any(looks[path].fault for path in row_pictures(row))]
+    faults += filter(None, (look.fault for look in looks.values()))
+    broken = {path for path, look in looks.items() if look.fault}
+    rows = [row for row in rows if broken.isdisjoint(row_pictures(row))]
     faults += mask_faults(rows, looks)
     if settings.against:
         faults += copies_of(looks, settings.against)
@@ -1106,7 +1132,7 @@ def alike_rows(rows: list[dict], looks: dict[str, Look]) -> list[str]:
 
 
 def copies_of(looks: dict[str, Look], folder: str) -> list[str]:
-    """A line for each fit picture that shows one of the benchmark in `folder`, exactly or nearly."""
+    """A line for each fit picture that shows one of a benchmark's, exactly or nearly."""
     paths = [path for path, look in looks.items() if not look.fault]
     own = np.array([looks[path].thumbnail for path in paths]).reshape(-1, 768)
     found = {}
@@ -1216,7 +1242,7 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]
     }
 
 
-def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of two (n,) tensors, ties at their mean rank."""
     ranks = []
     for values in (a, b):
@@ -1286,9 +1312,10 @@ def wrapped(text: str, pixels: int) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------- the toy world: 2 x 2 cells of coloured shapes
+# ---------------------------------------------------------------- the toy world: rows and oracle
 
-SIZE, CELL = 32, 16  # pixels
+SIZE = 32  # pixels of a picture's side: 2 x 2 cells
+CELL = 16  # pixels of a cell's side
 COLOURS = {
     "red": (220, 40, 40),
     "green": (30, 170, 50),
@@ -1305,254 +1332,505 @@ BACKGROUNDS = {
     "pink": (250, 180, 200),
 }
 CELLS = ("top left", "top right", "bottom left", "bottom right")
-OBJECTS = (
-    None,
-    *((colour, shape) for shape in SHAPES for colour in COLOURS),
-)  # object 0 is an empty cell
+THINGS = [(colour, shape) for shape, colour in itertools.product(SHAPES, COLOURS)]
+OBJECTS = [None, *THINGS]  # by number; 0 is an empty cell
 TASKS = ("recolour", "remove", "add", "replace", "background")
-TOY_JUDGE_PROMPT = (
-    "{prompt}"  # the tiny judge knows a few dozen words: it gets the instruction alone
-)
 
-# A scene is five integers: background, then the object in each cell, row by row.
+
+class Scene(NamedTuple):
+    """A picture in five numbers: its background, and the object in each cell."""
+
+    background: int
+    top_left: int
+    top_right: int
+    bottom_left: int
+    bottom_right: int
+
+
+class Change(NamedTuple):
+    """What an instruction asks for: `new` in place of `old`, both objects or both backgrounds."""
+
+    task: str
+    cell: int | None  # None: wherever the old object is
+    old: int
+    new: int
+
+
+class Example(NamedTuple):
+    """An edit: the scene before, the scene after, and the instruction between them."""
+
+    source: Scene
+    target: Scene
+    task: str
+    text: str
 
 
 @functools.cache
-def cell_templates():
-    """Every picture a cell can show: float (backgrounds, objects, 3, 16, 16) in [0, 1]."""
-    table = torch.empty(len(BACKGROUNDS), len(OBJECTS), 3, CELL, CELL)
-    for b, background in enumerate(BACKGROUNDS.values()):
-        for o, thing in enumerate(OBJECTS):
-            big = Image.new(
-                "RGB", (8 * CELL, 8 * CELL), background
-            )  # drawn large, then averaged: smooth edges
-            if thing:
-                colour, draw = COLOURS[thing[0]], ImageDraw.Draw(big)
-                if thing[1] == "circle":
-                    draw.ellipse((20, 20, 107, 107), fill=colour)
-                elif thing[1] == "square":
-                    draw.rectangle((16, 16, 111, 111), fill=colour)
-                else:
-                    draw.polygon([(64, 12), (116, 110), (12, 110)], fill=colour)
-            small = np.asarray(big.resize((CELL, CELL), Image.Resampling.BOX))
-            table[b, o] = torch.from_numpy(small.copy()).permute(2, 0, 1) / 255
-    return table
+def cell_templates() -> Tensor:
+    """Every picture a cell can show: (80, 3, 16, 16) in [0, 1], an object on a background each."""
+    templates = []
+    for background, thing in itertools.product(BACKGROUNDS.values(), OBJECTS):
+        # drawn large, then averaged: smooth edges
+        big = Image.new("RGB", (8 * CELL, 8 * CELL), background)
+        if thing:
+            colour, shape = thing
+            draw = ImageDraw.Draw(big)
+            if shape == "circle":
+                draw.ellipse((20, 20, 107, 107), COLOURS[colour])
+            elif shape == "square":
+                draw.rectangle((16, 16, 111, 111), COLOURS[colour])
+            else:
+                draw.polygon([(64, 12), (116, 110), (12, 110)], COLOURS[colour])
+        templates.append(to_tensor(big.resize((CELL, CELL), Image.Resampling.BOX)))
+    return torch.stack(templates)
 
 
-def render(scenes):
+def shown_in(scenes: Tensor) -> Tensor:
+    """The template that each cell of scenes shows: int (B, 5) -> (B, 4)."""
+    backgrounds, cells = scenes.split((1, 4), 1)
+    return backgrounds * len(OBJECTS) + cells
+
+
+def render(scenes: Tensor) -> Tensor:
     """Pictures of scenes: int (B, 5) -> float (B, 3, 32, 32) in [0, 1]."""
-    cells = cell_templates()[scenes[:, :1], scenes[:, 1:]]  # (B, 4, 3, 16, 16)
+    cells = cell_templates()[shown_in(scenes)]  # (B, 4, 3, 16, 16)
     grid = cells.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5)  # (B, 3, row, 16, column, 16)
-    return grid.reshape(len(scenes), 3, SIZE, SIZE)
+    return grid.reshape(-1, 3, SIZE, SIZE)
 
 
-def to_pil(picture):
+def to_pil(picture: Tensor) -> Image.Image:
     """float (3, H, W) in [0, 1] -> PIL.Image."""
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB PIL.Image -> float (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
 @functools.cache
-def instructions():
-    """Every instruction: {text: (task, change)}, and the set of held-out texts; change: (cell or None, old, new)."""
-    texts = {task: {} for task in TASKS}
-    for colour, shape in OBJECTS[1:]:
-        this = OBJECTS.index((colour, shape))
-        for other in (other for other in COLOURS if other != colour):
-            texts["recolour"][f"make the {colour} {shape} {other}"] = (
-                None,
-                this,
-                OBJECTS.index((other, shape)),
-            )
-        for other in OBJECTS[1:]:
-            if other != (colour, shape):
-                text = f"replace the {colour} {shape} with a {' '.join(other)}"
-                texts["replace"][text] = (None, this, OBJECTS.index(other))
-        for cell, name in enumerate(CELLS):
-            texts["add"][f"add a {colour} {shape} at the {name}"] = (cell, 0, this)
-            texts["remove"][f"remove the {colour} {shape} at the {name}"] = (cell, this, 0)
-    for old, new in itertools.permutations(range(len(BACKGROUNDS)), 2):
-        names = list(BACKGROUNDS)
-        texts["background"][f"change the {names[old]} background to {names[new]}"] = (
-            None,
-            old,
-            new,
-        )
-    held_out = set()
+def instructions() -> dict[str, Change]:
+    """What each instruction that there is asks for."""
+    changes = {}
+    for old, (colour, shape) in enumerate(THINGS, 1):
+        for new, (new_colour, new_shape) in enumerate(THINGS, 1):
+            if new != old:
+                text = f"replace the {colour} {shape} with a {new_colour} {new_shape}"
+                changes[text] = Change("replace", None, old, new)
+            if new != old and new_shape == shape:
+                text = f"make the {colour} {shape} {new_colour}"
+                changes[text] = Change("recolour", None, old, new)
+        for cell, place in enumerate(CELLS):
+            changes[f"add a {colour} {shape} at the {place}"] = Change("add", cell, 0, old)
+            changes[f"remove the {colour} {shape} at the {place}"] = Change("remove", cell, old, 0)
+    for (old, name), (new, new_name) in itertools.permutations(enumerate(BACKGROUNDS), 2):
+        text = f"change the {name} background to {new_name}"
+        changes[text] = Change("background", None, old, new)
+    return changes
+
+
+def texts_of(task: str) -> list[str]:
+    """The instructions of one task, sorted."""
+    return sorted(text for text, change in instructions().items() if change.task == task)
+
+
+@functools.cache
+def held_out() -> set[str]:
+    """An eighth of each task's instructions, never seen in training."""
+    held = set()
     for task in TASKS:
-        names = sorted(texts[task])
-        order = torch.randperm(
-            len(names), generator=seeded("toy held-out instructions", task)
-        ).tolist()
-        held_out |= {names[i] for i in order[: max(1, len(names) // 8)]}
-    return {
-        text: (task, change) for task in TASKS for text, change in texts[task].items()
-    }, held_out
+        texts = texts_of(task)
+        order = torch.randperm(len(texts), generator=seeded("toy held-out instructions", task))
+        held.update(texts[i] for i in order[: len(texts) // 8].tolist())
+    return held
 
 
-def is_test_scene(scene):
+def is_test_scene(scene: Iterable[int]) -> bool:
     """An eighth of all scenes is never seen in training, neither as a source nor as a target."""
     return zlib.crc32(bytes(scene)) % 8 == 0
 
 
-def apply_change(scene, task, change):
-    """The scene after an instruction, or None where it does not apply (no such object, cell taken)."""
-    background, cells, (cell, old, new) = scene[0], list(scene[1:]), change
-    if task == "background":
-        return (new, *cells) if background == old else None
-    if cell is None:
-        cell = cells.index(old) if old in cells else None
-    if cell is None or cells[cell] != old or (new and new in cells):
+def apply_change(scene: Scene, change: Change) -> Scene | None:
+    """The scene after a change; None where it does not apply (no such object, cell taken)."""
+    if change.task == "background":
+        if scene.background != change.old:
+            return None
+        return scene._replace(background=change.new)
+    background, *cells = scene
+    cell = change.cell
+    if cell is None and change.old in cells:
+        cell = cells.index(change.old)
+    if cell is None or cells[cell] != change.old:
         return None
-    cells[cell] = new
-    return (background, *cells)
+    if change.new and change.new in cells:
+        return None
+    cells[cell] = change.new
+    return Scene(background, *cells)
 
 
-def toy_examples(number, split, *key):
-    """Seeded (source scene, target scene, task, text) tuples of one split; tasks take turns, objects are distinct."""
-    texts, held_out = instructions()
-    by_task = {
-        t: sorted(x for x in texts if texts[x][0] == t and (x in held_out) == (split == "test"))
-        for t in TASKS
-    }
-    rng, examples = random.Random(seeded("toy", split, *key).initial_seed()), []
+def toy_examples(number: int, split: str, *key) -> list[Example]:
+    """Seeded examples of one split; tasks take turns, the objects of a scene are distinct."""
+    is_test = split == "test"
+    texts = {task: texts_of(task) for task in TASKS}
+    for task in TASKS:
+        texts[task] = [text for text in texts[task] if (text in held_out()) == is_test]
+    rng = random.Random(seeded("toy", split, *key).initial_seed())
+    examples = []
     while len(examples) < number:
-        cells = (rng.sample(range(1, len(OBJECTS)), rng.choice((1, 2, 2, 3, 3))) + [0] * 3)[:4]
+        task = TASKS[len(examples) % len(TASKS)]
+        filled = rng.choice((1, 2, 2, 3, 3))
+        cells = rng.sample(range(1, len(OBJECTS)), filled) + (4 - filled) * [0]
         rng.shuffle(cells)
-        scene, task = (rng.randrange(len(BACKGROUNDS)), *cells), TASKS[len(examples) % len(TASKS)]
-        text = rng.choice(by_task[task])
-        target = apply_change(scene, task, texts[text][1])
-        if (
-            target is None
-            or is_test_scene(scene) != (split == "test")
-            or (split == "train" and is_test_scene(target))
-        ):
+        source = Scene(rng.randrange(len(BACKGROUNDS)), *cells)
+        text = rng.choice(texts[task])
+        target = apply_change(source, instructions()[text])
+        if target is None or is_test_scene(source) != is_test:
             continue
-        examples.append((scene, target, task, text))
+        if is_test or not is_test_scene(target):
+            examples.append(Example(source, target, task, text))
     return examples
 
 
+def scenes_of(examples: list[Example]) -> tuple[Tensor, Tensor]:
+    """(source scenes, target scenes) of examples, int (n, 5) each."""
+    sources = torch.tensor([example.source for example in examples])
+    return sources, torch.tensor([example.target for example in examples])
+
+
 @functools.cache
-def object_credit():
-    """credit[source, target, seen] in [0, 1]: 1 the wanted object, 0 the old one, 0.3 each for its colour and shape."""
+def object_credit() -> Tensor:
+    """credit[source, target, seen] in [0, 1] of an object.
+
+    1 for the wanted one, 0 for the old one, else 0.3 each for the wanted colour and shape.
+    """
     credit = torch.zeros(len(OBJECTS), len(OBJECTS), len(OBJECTS))
     for source, target, seen in itertools.product(range(len(OBJECTS)), repeat=3):
-        if OBJECTS[target] and OBJECTS[seen]:
-            credit[source, target, seen] = 0.3 * sum(
-                a == b for a, b in zip(OBJECTS[target], OBJECTS[seen])
-            )
         if seen == target:
-            credit[source, target, seen] = 1.0
-        elif seen == source:
-            credit[source, target, seen] = 0.0
+            credit[source, target, seen] = 1
+        elif seen != source and OBJECTS[target] and OBJECTS[seen]:
+            alike = len(set(OBJECTS[target]) & set(OBJECTS[seen]))
+            credit[source, target, seen] = 0.3 * alike
     return credit
 
 
-def cell_distances(pictures):
-    """Mean squared error of each cell to each of the 80 things it can show: (B, 3, 32, 32) -> (B, 4, 80)."""
+def cell_distances(pictures: Tensor) -> Tensor:
+    """Mean squared error of each cell to each of the 80 templates: (B, 3, 32, 32) -> (B, 4, 80)."""
     cells = pictures.unflatten(3, (2, CELL)).unflatten(2, (2, CELL))  # (B, 3, 2, 16, 2, 16)
     cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(4 * len(pictures), -1)  # (4 B, 768)
-    templates = cell_templates().flatten(2).flatten(0, 1)  # (80, 768)
-    return (torch.cdist(cells, templates).square() / cells.shape[1]).unflatten(0, (-1, 4))
+    distances = torch.cdist(cells, cell_templates().flatten(1))  # (4 B, 80)
+    return (distances.square() / cells.shape[1]).unflatten(0, (-1, 4))
 
 
-def oracle_scores(pictures, sources, targets):
-    """Score and success by program: pictures (B, 3, 32, 32) in [0, 1], scenes (B, 5) -> float (B,), bool (B,).
+def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Score and success by program: float (B, 3, 32, 32) in [0, 1], int (B, 5) -> float, bool (B,).
 
-    Each cell is compared with everything a cell can show; score = (edit done) x (rest kept), each the mean credit of
-    what should change and of what should not. Success: every cell is nearest to its target, and near it.
+    Each cell is compared with all that a cell can show; score = (edit done) x (rest kept), each the
+    mean credit of what should change and of what should not. Success: every cell is nearest to its
+    target, and near it.
     """
     distance = cell_distances(pictures)  # (B, 4, 80)
-    seen = (
-        (-distance / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))
-    )  # (B, 4, 5, 16)
-    ground = (
-        seen.sum(3).gather(2, targets[:, None, :1].expand(-1, 4, -1)).squeeze(2)
-    )  # (B, 4) right background
-    thing = (seen.sum(2) * object_credit()[sources[:, 1:], targets[:, 1:]]).sum(
-        2
-    )  # (B, 4) right object
-    changed = sources[:, 1:] != targets[:, 1:]  # (B, 4)
-    recolours_ground = (sources[:, 0] != targets[:, 0])[:, None]  # (B, 1)
-    done = torch.where(recolours_ground, ground, thing * changed).sum(1) / torch.where(
-        recolours_ground, 4, 1
-    ).squeeze(1)
-    kept_things = (thing * ~changed).sum(1) / (~changed).sum(1)
-    kept = torch.where(recolours_ground, 1.0, ground).mean(1) * kept_things
-    wanted = targets[:, :1] * len(OBJECTS) + targets[:, 1:]  # (B, 4)
+    seen = (-distance / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))
+    old_ground, old_things = sources.split((1, 4), 1)
+    new_ground, new_things = targets.split((1, 4), 1)
+    index = new_ground.expand(-1, 4).unsqueeze(2)  # (B, 4, 1)
+    ground = seen.sum(3).gather(2, index).squeeze(2)  # (B, 4) share of the right background
+    credit = object_credit()[old_things, new_things]  # (B, 4, 16)
+    thing = (seen.sum(2) * credit).sum(2)  # (B, 4)
+
+    changed = old_things != new_things  # (B, 4)
+    changed_thing = torch.where(changed, thing, 0.0).sum(1)
+    is_background = (old_ground != new_ground).squeeze(1)  # (B,) whether that was the task
+    done = torch.where(is_background, ground.sum(1) / 4, changed_thing)
+    kept = torch.where(changed, 0.0, thing).sum(1) / (~changed).sum(1)
+    kept_ground = torch.where(is_background[:, None], 1.0, ground).mean(1)
+
+    wanted = shown_in(targets)  # (B, 4)
     near = distance.gather(2, wanted[..., None]).squeeze(2) < 0.015
-    return done * kept, ((distance.argmin(2) == wanted) & near).all(1)
+    return done * (kept_ground * kept), ((distance.argmin(2) == wanted) & near).all(1)
 
 
-def oracle(row, image):
+def oracle(row: dict, image: Image.Image) -> tuple[float, bool] | None:
     """(score in [0, 1], success) of an edit of a toy row by program; None for any other row."""
     if "target_scene" not in row:
         return None
-    picture = (
-        torch.from_numpy(np.asarray(image.convert("RGB").resize((SIZE, SIZE))).copy()).permute(
-            2, 0, 1
-        )
-        / 255
-    )
-    scenes = [torch.tensor([row[key]]) for key in ("source_scene", "target_scene")]
-    score, success = oracle_scores(picture[None], *scenes)
+    picture = to_tensor(image.convert("RGB").resize((SIZE, SIZE)))[None]
+    source = torch.tensor([row["source_scene"]])
+    target = torch.tensor([row["target_scene"]])
+    score, success = oracle_scores(picture, source, target)
     return score.item(), success.item()
 
 
-# ---------------------------------------------------------------- the toy editor: FLUX.1-Kontext in miniature
+# ---------------------------------------------------------------- building the toy
+
+TOY_FILES = (
+    "train.jsonl",
+    "test.jsonl",
+    "pictures/train-0000-source.png",
+    "editor/model_index.json",
+    "editor/transformer/diffusion_pytorch_model.safetensors",
+    "judge/config.json",
+    "judge/model.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class ToySettings(CheckedSettings):
+    """What makes the toy what it is: a folder built with other values than these is built anew."""
+
+    out: str = setting("data/toy", "The folder that holds it.")
+    seed: int = setting(0, "Seed of rows, pictures and models.", at_least=0)
+    train_rows: int = setting(480, "Rows of train.jsonl.", at_least=1, at_most=1e6)
+    test_rows: int = setting(
+        240, "Rows of test.jsonl: other scenes, other instructions.", at_least=1, at_most=1e6
+    )
+    pool: int = setting(
+        8000, "Examples that the two models are trained on.", at_least=128, at_most=1e6
+    )
+    vae_steps: int = setting(360, "Training steps of the autoencoder.", at_least=1, at_most=1e6)
+    editor_steps: int = setting(900, "Training steps of the editor.", at_least=1, at_most=1e6)
+    wrong_share: float = setting(
+        0.6, "Share of wrong targets in the last 30 % of them.", at_least=0, at_most=1
+    )
+    judge_steps: int = setting(
+        700, "Training steps of the judge on graded corruptions.", at_least=1, at_most=1e6
+    )
+    check: bool = setting(True, "Stop if a model is not what the reinforcement learning needs.")
+
+
+def build_toy(settings: ToySettings) -> None:
+    """The toy in settings.out: rows, pictures, editor, judge. One made with the same values stays.
+
+    BadInput where the folder holds something else, or only a part of a toy, and is left as it is.
+    """
+    folder = Path(settings.out)
+    recipe = asdict(settings)
+    del recipe["out"], recipe["check"]
+    if is_built(folder, recipe):
+        return
+    start = time.time()
+    say(f"toy: building {folder} once: rows, a tiny editor, a tiny judge; minutes on two cores")
+    with whole_folder(folder) as part:
+        write_rows(part, settings)
+        train_models(part, settings)
+        (part / "toy.json").write_text(json.dumps(recipe))
+    say(f"toy: built in {(time.time() - start) / 60:.1f} min")
+
+
+def is_built(folder: Path, recipe: dict) -> bool:
+    """Whether a folder holds the toy of a recipe; BadInput if it holds part of one, or no toy."""
+    made = folder / "toy.json"
+    fix = "move the folder away, or name another with --out"
+    if not made.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise BadInput(f"{folder}: is not empty and holds no toy; {fix}")
+        return False
+    try:
+        found = parse_json_object(made.read_bytes(), str(made))
+    except (OSError, BadInput):
+        raise BadInput(f"{made}: is not whole; {fix}") from None
+    for key, value in recipe.items():
+        if found.get(key) != value:
+            say(f"toy: {folder} was built with {key} {found.get(key)}, not {value}")
+            return False
+    for name in TOY_FILES:
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder}: has lost {name}; {fix}")
+    return True
+
+
+def write_rows(folder: Path, settings: ToySettings) -> None:
+    """train.jsonl and test.jsonl with source and target pictures."""
+    (folder / "pictures").mkdir(parents=True)
+    for split, number in (("train", settings.train_rows), ("test", settings.test_rows)):
+        rows = []
+        for i, example in enumerate(toy_examples(number, split, settings.seed, "rows")):
+            row = {"id": f"{split}-{i:04}", "prompt": example.text}
+            for key, kind in (("image", "source"), ("target", "target")):
+                row[key] = f"pictures/{row['id']}-{kind}.png"
+                picture = render(torch.tensor([getattr(example, kind)]))
+                to_pil(picture.squeeze(0)).save(folder / row[key])
+            row["task"] = example.task
+            row["source_scene"] = example.source
+            row["target_scene"] = example.target
+            rows.append(row)
+        write_json_lines(folder / f"{split}.jsonl", rows)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(argv: list[str] | None = None) -> None:
+    """python data_prep.py COMMAND ..."""
+    command, *words = (sys.argv[1:] if argv is None else argv) or ["no command"]
+    if command == "check":
+        if words and not words[0].startswith("-"):
+            words = ["--dataset", *words]
+        about = "Lists every fault of a dataset folder."
+        check_dataset(parse_settings(CheckSettings, words, about))
+    elif command == "toy":
+        about = "Builds the toy world and its two tiny models."
+        build_toy(parse_settings(ToySettings, words, about))
+    else:
+        raise BadInput(
+            f"{command}: say what to do: python data_prep.py toy [--out DIR], or check DIR "
+            "[--against BENCH]"
+        )
+
+
+# ------------- how the toy's two models were grown: not needed to read the method
 
 TEXT_TOKENS = 10  # the longest instruction has eight words and an end token
+DIGITS = "012345"  # the judge's answers
+# the tiny judge knows a few dozen words: it is asked with the instruction alone
+TOY_JUDGE_PROMPT = "{prompt}"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
 
 
-def toy_words():
-    return sorted({word for text in instructions()[0] for word in text.split()})
+def train_models(folder: Path, settings: ToySettings) -> None:
+    """Trains the editor here and the judge in a process beside it, and writes both to `folder`."""
+    judge = multiprocessing.get_context("spawn").Process(
+        target=build_judge, args=(folder / "judge", settings)
+    )
+    judge.start()
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            torch.set_num_threads(1)  # one core for each of the two processes
+            pipe = new_editor()
+            pipe.set_progress_bar_config(disable=True)
+            train_vae(pipe.vae, settings.vae_steps)
+            train_editor(pipe, settings)
+            pipe.save_pretrained(folder / "editor")
+            judge.join()
+            if judge.exitcode:
+                raise BadInput("toy: the judge's training failed; its own message stands above")
+            torch.set_num_threads(os.cpu_count())
+            check_toy(pipe, folder / "judge", settings)
+    finally:
+        judge.terminate()
+        torch.set_num_threads(threads)
+
+
+def build_judge(folder: Path, settings: ToySettings) -> None:
+    """Trains the judge on graded corruptions, in a process of its own that ends with its parent."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    torch.manual_seed(settings.seed)
+    tokenizer = new_judge_tokenizer()
+    model = new_judge(tokenizer)
+    train_judge(model, tokenizer, settings)
+    save_judge(model, tokenizer, folder)
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it has ended, killed or not."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def check_toy(pipe, judge: Path, settings: ToySettings) -> None:
+    """Prints the editor's success and the judge's rank correlation with the oracle, held out.
+
+    BadInput where either is not what the reinforcement learning needs, if settings.check.
+    """
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+    examples = []
+    for example in toy_examples(settings.test_rows, "test", settings.seed, "rows"):
+        examples += 4 * [example]
+    edits = draw_edits(pipe, examples, settings.seed, "check")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(judge)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(judge)
+    scores, successes = oracle_scores(edits, *scenes_of(examples))
+    success = successes.float().mean().item()
+    agreement = spearman(judge_scores(model, tokenizer, examples, edits), scores)
+    say(
+        f"toy: the base editor succeeds on {success:.1%} of {len(edits)} held-out edits with 6 "
+        "steps (wanted 25-60 %); Spearman correlation of judge and oracle on them "
+        f"{agreement:.3f} (wanted 0.75)"
+    )
+    if settings.check and not 0.25 <= success <= 0.60:
+        raise BadInput(
+            f"toy: the base editor's success {success:.1%} is not in 25-60 %; change --wrong_share"
+        )
+    if settings.check and agreement < 0.75:
+        raise BadInput(
+            f"toy: the judge's correlation {agreement:.3f} is below 0.75; raise --judge_steps"
+        )
+
+
+def toy_words() -> list[str]:
+    """All words of the instructions, sorted."""
+    return sorted(set(" ".join(instructions()).split()))
+
+
+def parameters_of(*models: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of all of them."""
+    return list(itertools.chain.from_iterable(model.named_parameters() for model in models))
+
+
+def fit(
+    name: str,
+    parameters: list[tuple[str, torch.nn.Parameter]],
+    loss: Callable[[int], Tensor],
+    steps: int,
+    lr: float,
+    position: int = 0,
+) -> None:
+    """Minimises loss(step): Muon for matrices and convolutions, AdamW for the rest, linear decay.
+
+    position: the line of the progress bar, which tells the time left.
+    """
+    wide = []
+    rest = []
+    for key, parameter in parameters:
+        if parameter.ndim > 1 and "embed" not in key and "shared" not in key:
+            wide.append(parameter)
+        else:
+            rest.append(parameter)
+    # views: Muon takes two dimensions
+    flat = [torch.nn.Parameter(parameter.data.view(len(parameter), -1)) for parameter in wide]
+    muon = torch.optim.Muon(flat, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    optimizers = [muon, torch.optim.AdamW(rest, 2e-3, weight_decay=0.0)]
+
+    def rate(step):
+        return min((step + 1) / 50, 1) * max(1 - step / steps, 0.01)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    bar = tqdm(range(steps), desc=name, position=position, mininterval=1)
+    for step in bar:
+        value = loss(step)
+        value.backward()
+        for parameter, view in zip(wide, flat, strict=True):
+            view.grad = parameter.grad.view_as(view)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        for parameter in wide + rest:
+            parameter.grad = None
+        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+
+
+# ------------- its editor: FLUX.1-Kontext in miniature
 
 
 def new_editor():
-    """An untrained FluxKontextPipeline of the real classes, 1.6 M parameters, 32 x 32 pixels as 4 picture tokens."""
+    """An untrained FluxKontextPipeline of the real classes, 1.6 M parameters."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         FluxKontextPipeline,
         FluxTransformer2DModel,
     )
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTokenizer,
-        T5Config,
-        T5EncoderModel,
-        T5TokenizerFast,
-    )
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    words = toy_words()
-    t5_tokenizer = T5TokenizerFast(
-        vocab=[
-            ("<pad>", 0.0),
-            ("</s>", 0.0),
-            ("<unk>", 0.0),
-            *(("▁" + word, -1.0) for word in words),
-        ],
-        extra_ids=0,
-        model_max_length=TEXT_TOKENS,
-    )
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        *(letter + "</w>" for letter in sorted(set("".join(words)))),
-    ]
-    # the trainer numbers word ends in random order, which decides ties, unless they have their numbers before
-    bpe.train_from_iterator(
-        words,
-        trainers.BpeTrainer(end_of_word_suffix="</w>", special_tokens=special, show_progress=False),
-    )
-    parts = json.loads(bpe.to_str())["model"]
-    merges = [tuple(pair) for pair in parts["merges"]]
-    clip_tokenizer = CLIPTokenizer(
-        vocab=parts["vocab"], merges=merges, model_max_length=TEXT_TOKENS + 2
-    )
+    clip_tokenizer, t5_tokenizer = new_editor_tokenizers()
     clip = CLIPTextConfig(
         vocab_size=len(clip_tokenizer),
         hidden_size=64,
@@ -1577,8 +1855,8 @@ def new_editor():
         eos_token_id=1,
     )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=4 * ("DownEncoderBlock2D",),
+        up_block_types=4 * ("UpDecoderBlock2D",),
         block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
         latent_channels=16,
@@ -1601,77 +1879,41 @@ def new_editor():
         guidance_embeds=True,
         axes_dims_rope=(4, 14, 14),
     )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    text_encoder = CLIPTextModel(clip)
+    text_encoder_2 = T5EncoderModel(t5)
     return FluxKontextPipeline(
-        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae,
-        CLIPTextModel(clip),
-        clip_tokenizer,
-        T5EncoderModel(t5),
-        t5_tokenizer,
-        transformer,
+        scheduler, vae, text_encoder, clip_tokenizer, text_encoder_2, t5_tokenizer, transformer
     )
 
 
-def fit(name, parameters, loss, steps, lr, position=0):
-    """Minimises loss(step) -> scalar tensor: Muon for matrices and convolutions, AdamW for the rest, linear decay.
+def new_editor_tokenizers() -> tuple:
+    """A CLIP tokenizer and a T5 one to which each word of an instruction is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer, T5TokenizerFast
 
-    parameters: (name, Parameter) pairs; position: the line of the progress bar, which tells the time left.
-    """
-    wide = [p for key, p in parameters if p.ndim > 1 and "embed" not in key and "shared" not in key]
-    flat = [
-        torch.nn.Parameter(p.data.view(len(p), -1)) for p in wide
-    ]  # views: Muon takes two dimensions
-    rest = [p for _, p in parameters if all(p is not other for other in wide)]
-    muon = torch.optim.Muon(flat, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    optimizers = [muon, torch.optim.AdamW(rest, 2e-3, weight_decay=0.0)]
-    rate = lambda step: min((step + 1) / 50, 1) * max(1 - step / steps, 0.01)  # noqa: E731
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    bar = tqdm(range(steps), desc=name, position=position, mininterval=1)
-    for step in bar:
-        value = loss(step)
-        value.backward()
-        for p, view in zip(wide, flat):
-            view.grad = p.grad.view_as(view)
-        for optimizer, schedule in zip(optimizers, schedules):
-            optimizer.step()
-            schedule.step()
-        for p in (*wide, *rest):
-            p.grad = None
-        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+    words = toy_words()
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [("▁" + word, -1.0) for word in words]
+    t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
 
-
-def spoil(example, rng):
-    """A scene that is not the one asked for: nothing done, another change done, or cells that should not have moved."""
-    source, target, _, _ = example
-    kind = rng.random()
-    if kind < 0.3:
-        return source
-    if kind < 0.6:
-        for text in rng.sample(sorted(instructions()[0]), 60):
-            other = apply_change(source, *instructions()[0][text])
-            if other not in (None, target):
-                return other
-    cells = list(target if kind < 0.9 else source)
-    for cell in rng.sample(range(1, 5), rng.choice((1, 1, 2))):
-        cells[cell] = rng.choice((0, source[cell], target[cell], rng.randrange(len(OBJECTS))))
-    if rng.random() < 0.1:
-        cells[0] = rng.randrange(len(BACKGROUNDS))
-    return tuple(cells)
-
-
-def random_scenes(number):
-    """Scenes with all four cells drawn freely, none of them a test scene: int (number, 5)."""
-    scenes = torch.cat(
-        [
-            torch.randint(len(BACKGROUNDS), (2 * number, 1)),
-            torch.randint(len(OBJECTS), (2 * number, 4)),
-        ],
-        1,
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    # the trainer numbers word ends in random order, which decides ties, unless they have theirs
+    ends = [letter + "</w>" for letter in sorted(set("".join(words)))]
+    trainer = trainers.BpeTrainer(
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *ends],
+        show_progress=False,
     )
-    return torch.tensor([scene for scene in scenes.tolist() if not is_test_scene(scene)][:number])
+    bpe.train_from_iterator(words, trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    merges = [tuple(pair) for pair in trained["merges"]]
+    clip = CLIPTokenizer(vocab=trained["vocab"], merges=merges, model_max_length=TEXT_TOKENS + 2)
+    return clip, t5
 
 
-def train_vae(vae, steps):
+def train_vae(vae, steps: int) -> None:
     """Reconstruction with a noisy code, then the scale and shift that make the codes standard."""
 
     def loss(step):
@@ -1680,110 +1922,129 @@ def train_vae(vae, steps):
         error = vae.decode(code + 0.4 * torch.randn_like(code)).sample - pictures
         return error.abs().mean() + error.square().mean() + 1e-3 * code.square().mean()
 
-    fit("autoencoder", list(vae.named_parameters()), loss, steps, lr=0.02)
+    fit("autoencoder", parameters_of(vae), loss, steps, lr=0.02)
     with torch.no_grad():
         code = vae.encode(render(random_scenes(256)) * 2 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / code.std().item(), shift_factor=code.mean().item())
 
 
-def train_editor(pipe, steps, rows, wrong_share, seed):
-    """Flow matching from the source's and the instruction's side; the last 30 % sees wrong targets on purpose.
+def random_scenes(number: int) -> Tensor:
+    """Scenes with all four cells drawn freely, none of them a test scene: int (number, 5)."""
+    backgrounds = torch.randint(len(BACKGROUNDS), (2 * number, 1))
+    cells = torch.randint(len(OBJECTS), (2 * number, 4))
+    scenes = torch.cat([backgrounds, cells], 1).tolist()
+    return torch.tensor([scene for scene in scenes if not is_test_scene(scene)][:number])
 
-    A cleanly trained editor draws the same edit every time: a group without spread teaches nothing. wrong_share of
-    the targets being spoiled makes the imperfect base that RL starts from.
+
+def spoil(example: Example, rng: random.Random) -> Scene:
+    """A scene that is not the one asked for.
+
+    Nothing was done, or another change, or cells moved that should not have.
     """
-    vae, transformer = pipe.vae, pipe.transformer
-    examples, rng = toy_examples(rows, "train", seed, "editor"), random.Random(seed)
-    scenes = [[e[0] for e in examples], [e[1] for e in examples], [spoil(e, rng) for e in examples]]
-    unique, index = torch.tensor(scenes).flatten(0, 1).unique(dim=0, return_inverse=True)
-    with torch.no_grad():
-        codes = torch.cat(
-            [vae.encode(render(part) * 2 - 1).latent_dist.mean for part in unique.split(256)]
-        )
-    codes = (codes - vae.config.shift_factor) * vae.config.scaling_factor
-    codes = pipe._pack_latents(codes, len(codes), *codes.shape[1:])  # (scenes, 4, 64)
-    source_of, target_of, wrong_of = index.view(3, -1)
-    texts = [e[3] for e in examples]
-    ids = [
-        tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
-        for tokenizer, length in (
-            (pipe.tokenizer, TEXT_TOKENS + 2),
-            (pipe.tokenizer_2, TEXT_TOKENS),
-        )
-    ]
+    source, target = example.source, example.target
+    kind = rng.random()
+    if kind < 0.3:
+        return source
+    if kind < 0.6:
+        for text in rng.sample(sorted(instructions()), 60):
+            other = apply_change(source, instructions()[text])
+            if other not in (None, target):
+                return other
+    scene = list(target if kind < 0.9 else source)
+    for cell in rng.sample(range(1, 5), rng.choice((1, 1, 2))):
+        scene[cell] = rng.choice((0, source[cell], target[cell], rng.randrange(len(OBJECTS))))
+    if rng.random() < 0.1:
+        scene[0] = rng.randrange(len(BACKGROUNDS))
+    return Scene(*scene)
+
+
+def train_editor(pipe, settings: ToySettings) -> None:
+    """Flow matching from the source's and the instruction's side.
+
+    The last 30 % sees wrong targets on purpose: a cleanly trained editor draws the same edit every
+    time, and a group without spread teaches nothing. The wrong share makes the imperfect base that
+    RL starts from.
+    """
+    examples = toy_examples(settings.pool, "train", settings.seed, "editor")
+    rng = random.Random(settings.seed)
+    wrong = torch.tensor([spoil(example, rng) for example in examples])
+    scenes = torch.stack([*scenes_of(examples), wrong])  # (3, n, 5)
+    codes, index = encoded(pipe, scenes)
+    source_of, target_of, wrong_of = index
+
+    texts = [example.text for example in examples]
+    fixed = {"padding": "max_length", "return_tensors": "pt"}
+    clip_ids = pipe.tokenizer(texts, max_length=TEXT_TOKENS + 2, **fixed).input_ids
+    t5_ids = pipe.tokenizer_2(texts, max_length=TEXT_TOKENS, **fixed).input_ids
     places = pipe._prepare_latent_image_ids(1, 2, 2, "cpu", torch.float32)  # (4, 3)
-    places = torch.cat(
-        [places, places + torch.tensor([1.0, 0.0, 0.0])]
-    )  # the source's differ in the first number
+    source_places = places + torch.tensor([1.0, 0.0, 0.0])  # differ in the first number
+    places = torch.cat([places, source_places])
 
     def loss(step):
         rows = torch.randint(len(examples), (128,))
-        x_0, source = codes[target_of[rows]], codes[source_of[rows]]  # (B, 4, 64)
-        if step > 0.7 * steps:
-            x_0 = torch.where(torch.rand(len(rows), 1, 1) < wrong_share, codes[wrong_of[rows]], x_0)
-        t = (
-            1 - torch.rand(len(rows), 1, 1) ** 2.5
-        )  # more noise than not: that is where the edit is decided
+        x_0 = codes[target_of[rows]]  # (B, 4, 64)
+        source = codes[source_of[rows]]  # (B, 4, 64)
+        if step > 0.7 * settings.editor_steps:
+            is_wrong = torch.rand(len(rows), 1, 1) < settings.wrong_share
+            x_0 = torch.where(is_wrong, codes[wrong_of[rows]], x_0)
+        # more noise than not: that is where the edit is decided
+        t = 1 - torch.rand(len(rows), 1, 1) ** 2.5
         noise = torch.randn_like(x_0)
-        v = transformer(
-            hidden_states=torch.cat([(1 - t) * x_0 + t * noise, source], 1),
-            timestep=t[:, 0, 0],
+        x_t = (1 - t) * x_0 + t * noise
+        output = pipe.transformer(
+            hidden_states=torch.cat([x_t, source], 1),
+            timestep=t.flatten(),
             guidance=1 + 3 * torch.rand(len(rows)),
-            pooled_projections=pipe.text_encoder(ids[0][rows]).pooler_output,
-            encoder_hidden_states=pipe.text_encoder_2(ids[1][rows])[0],
+            pooled_projections=pipe.text_encoder(clip_ids[rows]).pooler_output,
+            encoder_hidden_states=pipe.text_encoder_2(t5_ids[rows]).last_hidden_state,
             txt_ids=torch.zeros(TEXT_TOKENS, 3),
             img_ids=places,
-            return_dict=False,
-        )[0][:, :4]
-        changes = ((x_0 - source).abs().amax(-1, keepdim=True) > 0.3).float()  # (B, 4, 1)
-        return ((1 + 4 * changes) * (v - (noise - x_0)).square()).mean()
+        )
+        v = output.sample[:, :4]
+        changes = (x_0 - source).abs().amax(-1, keepdim=True) > 0.3  # (B, 4, 1)
+        weight = torch.where(changes, 5.0, 1.0)
+        return (weight * (v - (noise - x_0)).square()).mean()
 
-    trained = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
-    fit(
-        "editor",
-        [pair for model in trained for pair in model.named_parameters()],
-        loss,
-        steps,
-        lr=0.02,
-    )
+    parameters = parameters_of(pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
+    fit("editor", parameters, loss, settings.editor_steps, lr=0.02)
 
 
 @torch.no_grad()
-def draw_edits(pipe, examples, *key):
-    """One edit of each example with 6 Euler steps, many to a call: float (n, 3, 32, 32) in [0, 1], in steps of 1/255."""
+def encoded(pipe, scenes: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (m, 4, 64) of all different scenes, and where those of scenes (3, n, 5) are: (3, n)."""
+    unique, index = scenes.flatten(0, 1).unique(dim=0, return_inverse=True)
+    codes = []
+    for part in unique.split(256):
+        codes.append(pipe.vae.encode(render(part) * 2 - 1).latent_dist.mean)
+    codes = (torch.cat(codes) - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    return pipe._pack_latents(codes, len(codes), *codes.shape[1:]), index.view(3, -1)
+
+
+@torch.no_grad()
+def draw_edits(pipe, examples: list[Example], *key) -> Tensor:
+    """One edit of each example in 6 Euler steps: float (n, 3, 32, 32) in [0, 1], in 1/255 steps."""
     pictures = []
     for first in tqdm(range(0, len(examples), 128), desc="editor's own edits", leave=False):
         part = examples[first : first + 128]
-        pictures.append(
-            pipe(
-                image=render(scenes_of(part)[0]),
-                prompt=[e[3] for e in part],
-                height=SIZE,
-                width=SIZE,
-                max_area=SIZE * SIZE,
-                _auto_resize=False,
-                num_inference_steps=6,
-                max_sequence_length=TEXT_TOKENS,
-                guidance_scale=2.5,
-                output_type="pt",
-                generator=[seeded(*key, first + i) for i in range(len(part))],
-            ).images
+        sources, _ = scenes_of(part)
+        output = pipe(
+            image=render(sources),
+            prompt=[example.text for example in part],
+            height=SIZE,
+            width=SIZE,
+            max_area=SIZE * SIZE,
+            _auto_resize=False,
+            num_inference_steps=6,
+            max_sequence_length=TEXT_TOKENS,
+            guidance_scale=2.5,
+            output_type="pt",
+            generator=[seeded(*key, first + i) for i in range(len(part))],
         )
+        pictures.append(output.images)
     return (torch.cat(pictures) * 255).round() / 255
 
 
-def scenes_of(examples):
-    """(source scenes, target scenes) of examples, int (n, 5) each."""
-    return torch.tensor([e[0] for e in examples]), torch.tensor([e[1] for e in examples])
-
-
-# ---------------------------------------------------------------- the toy judge: Qwen2.5-VL in miniature
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
-    "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
-)
+# ------------- its judge: Qwen2.5-VL in miniature
 
 
 def new_judge_tokenizer():
@@ -1791,16 +2052,9 @@ def new_judge_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    ]
-    vocabulary = {word: i for i, word in enumerate(special + list("012345") + toy_words())}
+    names = "endoftext im_start im_end vision_start vision_end image_pad video_pad"
+    special = [f"<|{name}|>" for name in names.split()]
+    vocabulary = {word: i for i, word in enumerate([*special, *DIGITS, *toy_words()])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -1815,14 +2069,12 @@ def new_judge_tokenizer():
 
 
 def new_judge(tokenizer):
-    """An untrained Qwen2_5_VLForConditionalGeneration, 0.5 M parameters: a cell of the picture is one token."""
+    """An untrained Qwen2_5_VLForConditionalGeneration of 0.5 M parameters: a cell is one token."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    ids = {
-        word: tokenizer.convert_tokens_to_ids(f"<|{word}|>")
-        for word in ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")
-    }
-    # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
+    def number(name):
+        return tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -1831,9 +2083,10 @@ def new_judge(tokenizer):
         num_attention_heads=3,
         num_key_value_heads=3,
         max_position_embeddings=256,
-        bos_token_id=ids["endoftext"],
-        eos_token_id=ids["im_end"],
-        pad_token_id=ids["endoftext"],
+        bos_token_id=number("endoftext"),
+        eos_token_id=number("im_end"),
+        pad_token_id=number("endoftext"),
+        # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
         rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 3.0},
     )
     vision = dict(
@@ -1848,61 +2101,67 @@ def new_judge(tokenizer):
         out_hidden_size=96,
         fullatt_block_indexes=[0],
     )
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=text,
-            vision_config=vision,
-            tie_word_embeddings=True,
-            image_token_id=ids["image_pad"],
-            video_token_id=ids["video_pad"],
-            vision_start_token_id=ids["vision_start"],
-            vision_end_token_id=ids["vision_end"],
-        )
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=number("image_pad"),
+        video_token_id=number("video_pad"),
+        vision_start_token_id=number("vision_start"),
+        vision_end_token_id=number("vision_end"),
     )
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def judge_patches(pictures):
-    """What the judge's image processor makes of 32 x 32 pictures: (B, 3, 32, 32) in [0, 1] -> (16 B, 384)."""
-    grid = (
-        (pictures * 2 - 1).unflatten(3, (2, 2, 8)).unflatten(2, (2, 2, 8))
-    )  # (B, 3, row, sub, 8, column, sub, 8)
-    grid = grid.permute(0, 2, 5, 3, 6, 1, 4, 7)[
-        ..., None, :, :
-    ]  # (B, row, column, sub, sub, 3, 1, 8, 8)
-    return grid.expand(*grid.shape[:6], 2, 8, 8).reshape(-1, 3 * 2 * 8 * 8)
+def save_judge(model, tokenizer, folder: Path) -> None:
+    """Writes the judge as one from the hub, with its image processor and its prompt."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=8,
+        merge_size=2,
+        temporal_patch_size=2,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        size={"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024},
+    )
+    processor.save_pretrained(folder)
+    (folder / "judge_prompt.txt").write_text(TOY_JUDGE_PROMPT)
 
 
-def judge_inputs(model, tokenizer):
-    """The token ids, masks and places of every instruction's question, once: a function texts, pictures -> arguments."""
-    texts = sorted(instructions()[0])
-    picture = {"type": "image"}
-    chats = [
-        [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "text", "text": TOY_JUDGE_PROMPT.replace("{prompt}", text)},
-                    picture,
-                    picture,
-                ],
-            }
-        ]
-        for text in texts
-    ]
+def judge_patches(pictures: Tensor) -> Tensor:
+    """What the judge's image processor makes of (B, 3, 32, 32) in [0, 1]: (16 B, 384)."""
+    halves = (2, 2, 8)  # cell, patch in the cell, pixel
+    grid = (pictures * 2 - 1).unflatten(3, halves).unflatten(2, halves)
+    grid = grid.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (B, row, column, sub, sub, 3, 8, 8)
+    grid = grid.unsqueeze(6).expand(*grid.shape[:6], 2, 8, 8)  # as a video of two frames
+    return grid.reshape(-1, 3 * 2 * 8 * 8)
+
+
+def judge_inputs(model, tokenizer) -> Callable[..., dict]:
+    """A function texts, sources, edits (B, 3, 32, 32) -> the model's arguments.
+
+    Token ids, masks and places of every instruction's question are made once.
+    """
+    texts = sorted(instructions())
+    chats = []
+    for text in texts:
+        content = [{"type": "text", "text": text}, {"type": "image"}, {"type": "image"}]
+        chats.append([{"role": "user", "content": content}])
     written = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    written = [
-        text.replace("<|image_pad|>", 4 * "<|image_pad|>") for text in written
-    ]  # four cells, four tokens
+    # four cells, four tokens
+    written = [text.replace("<|image_pad|>", 4 * "<|image_pad|>") for text in written]
     fixed = tokenizer(written, padding=True, return_tensors="pt", add_special_tokens=False)
     kind = (fixed.input_ids == model.config.image_token_id).int()
-    grids = torch.tensor([[1, 4, 4]] * (2 * len(texts)))
+    grids = torch.tensor([[1, 4, 4]]).expand(2 * len(texts), -1)
     places, _ = model.model.get_rope_index(
         fixed.input_ids, kind, grids, attention_mask=fixed.attention_mask
     )
-    index = {text: i for i, text in enumerate(texts)}
 
     def arguments(asked, sources, edits):
-        rows = torch.tensor([index[text] for text in asked])
+        rows = torch.tensor([texts.index(text) for text in asked])
         pairs = torch.stack([sources, edits], 1).flatten(0, 1)  # source, edit, source, edit ...
         return dict(
             input_ids=fixed.input_ids[rows],
@@ -1917,283 +2176,110 @@ def judge_inputs(model, tokenizer):
     return arguments
 
 
-def worn(pictures, others, rng):
-    """Pictures as an imperfect editor leaves them: cells blended with `others`, blurred, noisy, tinted."""
-    share = lambda *shape: torch.rand(len(pictures), *shape, generator=rng)  # noqa: E731
-    cells = (
-        0.7 * share(4) * (share(4) < 0.25) * (share(1) < 0.6)
-    )  # (B, 4) how much of the other picture
-    cells = cells.view(-1, 1, 2, 1, 2, 1).expand(-1, 1, 2, CELL, 2, CELL).reshape(-1, 1, SIZE, SIZE)
+def graded_corruptions(examples: list[Example], *key) -> Tensor:
+    """Edits of every quality: float (n, 3, 32, 32); a third right, the rest spoiled, many worn."""
+    rng = random.Random(repr(key))
+    seen = []
+    for example in examples:
+        is_right = rng.random() < 0.33
+        seen.append(example.target if is_right else spoil(example, rng))
+    others = [rng.choice((example.source, example.target)) for example in examples]
+    pictures = render(torch.tensor(seen))
+    return worn(pictures, render(torch.tensor(others)), seeded("corruptions", *key))
+
+
+def worn(pictures: Tensor, others: Tensor, rng: torch.Generator) -> Tensor:
+    """Pictures as an imperfect editor leaves them: blended with `others`, blur, noise, tint."""
+
+    def share(*shape):
+        return torch.rand(len(pictures), *shape, generator=rng)
+
+    amount = 0.7 * share(4)  # (B, 4) how much of the other picture
+    chosen = share(4) < 0.25
+    chosen = chosen & (share(1) < 0.6)
+    amount = torch.where(chosen, amount, 0.0).view(-1, 1, 2, 1, 2, 1)
+    cells = amount.expand(-1, 1, 2, CELL, 2, CELL).reshape(-1, 1, SIZE, SIZE)
     pictures = torch.lerp(pictures, others, cells)
+
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    pictures = torch.lerp(pictures, blurred, share(1, 1, 1) * (share(1, 1, 1) < 0.5))
+    amount = share(1, 1, 1)
+    amount = torch.where(share(1, 1, 1) < 0.5, amount, 0.0)
+    pictures = torch.lerp(pictures, blurred, amount)
+
     pictures = pictures + 0.06 * share(1, 1, 1) * torch.randn(pictures.shape, generator=rng)
-    tint = 0.05 * torch.randn(len(pictures), 3, 1, 1, generator=rng) * (share(1, 1, 1) < 0.5)
+    tint = 0.05 * torch.randn(len(pictures), 3, 1, 1, generator=rng)
+    tint = torch.where(share(1, 1, 1) < 0.5, tint, 0.0)
     return (pictures + tint).clamp(0, 1)
 
 
-def graded_corruptions(examples, *key):
-    """Edits of every quality: float (n, 3, 32, 32) in [0, 1]; a third of them right, the rest spoiled, many worn."""
-    rng, draws = random.Random(repr(key)), seeded("corruptions", *key)
-    seen = torch.tensor(
-        [example[1] if rng.random() < 0.33 else spoil(example, rng) for example in examples]
-    )
-    return worn(
-        render(seen), render(torch.tensor([rng.choice(example[:2]) for example in examples])), draws
-    )
+def train_judge(model, tokenizer, settings: ToySettings) -> None:
+    """Teaches the judge the oracle's score as digits, on graded corruptions.
 
-
-def train_judge(model, tokenizer, batches, steps, lr, name, position=0):
-    """Teaches the judge the oracle's score as digits, from batches(step) -> (examples, edits).
-
-    The answer alone is too little signal for a tiny model: discarded side heads ask each picture token what its cell
-    should become (source) and what it shows, should show, and whether that is right (edit).
+    The answer alone is too little signal for a tiny model: side heads, discarded later, ask each
+    picture token what its cell should become (source) and what it shows, should show, and whether
+    that is right (edit).
     """
-    arguments, width = judge_inputs(model, tokenizer), model.config.text_config.hidden_size
-    kinds = len(BACKGROUNDS) * len(OBJECTS)
-    sizes = {"wanted": kinds, "seen": kinds, "copied": kinds, "right": 2}
-    heads = torch.nn.ModuleDict({key: torch.nn.Linear(width, size) for key, size in sizes.items()})
-    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("012345")))
+    pool = toy_examples(settings.pool, "train", settings.seed, "judge")
+    arguments = judge_inputs(model, tokenizer)
+    width = model.config.text_config.hidden_size
+    kinds = len(cell_templates())
+    heads = torch.nn.ModuleDict()
+    for name, size in (("wanted", kinds), ("seen", kinds), ("copied", kinds), ("right", 2)):
+        heads[name] = torch.nn.Linear(width, size)
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list(DIGITS)))
 
     def loss(step):
-        examples, edits = batches(step)
+        examples = random.Random(f"{settings.seed} {step}").sample(pool, 128)
+        edits = graded_corruptions(examples, settings.seed, step)
         sources, targets = scenes_of(examples)
-        inputs = arguments([example[3] for example in examples], render(sources), edits)
+        texts = [example.text for example in examples]
+        inputs = arguments(texts, render(sources), edits)
         output = model.model(**inputs, output_hidden_states=True)
-        logits = model.lm_head(output.last_hidden_state[:, -1]).log_softmax(-1)[:, digits]  # (B, 6)
-        mark = 5 * oracle_scores(edits, sources, targets)[0][:, None]  # (B, 1)
-        answer = (
-            -(logits * (1 - (mark - torch.arange(6)).abs()).clamp(min=0)).sum(1).mean()
-        )  # between two digits
-        where = inputs["mm_token_type_ids"].bool()
-        hidden = [
-            model.model.language_model.norm(output.hidden_states[layer])[where].view(-1, 8, width)
-            for layer in (2, 3)
-        ]
+        logits = model.lm_head(output.last_hidden_state[:, -1])
+        log_p = logits.log_softmax(-1)[:, digits]  # (B, 6)
+        scores, _ = oracle_scores(edits, sources, targets)
+        # a score between two digits has both for an answer
+        shares = (1 - (5 * scores[:, None] - torch.arange(6)).abs()).clamp(min=0)
+        answer = -(log_p * shares).sum(1).mean()
+
+        is_picture = inputs["mm_token_type_ids"].bool()
+
+        def cells_at(layer):
+            hidden = model.model.language_model.norm(output.hidden_states[layer])
+            return hidden[is_picture].view(-1, 8, width).chunk(2, 1)  # (B, 4, width) each
+
+        early_source, early_edit = cells_at(2)
+        _, late_edit = cells_at(3)
         seen = cell_distances(edits).argmin(2)  # (B, 4)
-        wanted = targets[:, :1] * len(OBJECTS) + targets[:, 1:]  # (B, 4)
-        right = torch.stack(
-            [seen // len(OBJECTS) == targets[:, :1], seen % len(OBJECTS) == targets[:, 1:]], 2
-        ).float()
+        wanted = shown_in(targets)  # (B, 4)
+        right_ground = seen // len(OBJECTS) == wanted // len(OBJECTS)
+        right_thing = seen % len(OBJECTS) == wanted % len(OBJECTS)
+        right = torch.stack([right_ground, right_thing], 2).float()
         return (
             answer
-            + F.cross_entropy(heads["wanted"](hidden[0][:, :4]).flatten(0, 1), wanted.flatten())
-            + F.cross_entropy(heads["seen"](hidden[0][:, 4:]).flatten(0, 1), seen.flatten())
-            + F.cross_entropy(heads["copied"](hidden[1][:, 4:]).flatten(0, 1), wanted.flatten())
-            + F.binary_cross_entropy_with_logits(heads["right"](hidden[1][:, 4:]), right)
+            + F.cross_entropy(heads["wanted"](early_source).flatten(0, 1), wanted.flatten())
+            + F.cross_entropy(heads["seen"](early_edit).flatten(0, 1), seen.flatten())
+            + F.cross_entropy(heads["copied"](late_edit).flatten(0, 1), wanted.flatten())
+            + F.binary_cross_entropy_with_logits(heads["right"](late_edit), right)
         )
 
-    fit(name, [*model.named_parameters(), *heads.named_parameters()], loss, steps, lr, position)
+    fit("judge ", parameters_of(model, heads), loss, settings.judge_steps, lr=0.01, position=1)
 
 
 @torch.no_grad()
-def judge_scores(model, tokenizer, examples, edits):
-    """The judge's expected score in [0, 1] of each edit, (n,), as reward_mllm.py reads it off the digits' logits."""
+def judge_scores(model, tokenizer, examples: list[Example], edits: Tensor) -> Tensor:
+    """The judge's expected score in [0, 1] of each edit, (n,), as reward_mllm.py reads it."""
     arguments = judge_inputs(model, tokenizer)
-    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("012345")))
-    sources, scores = render(scenes_of(examples)[0]), []
-    for part in torch.arange(len(edits)).split(256):
-        inputs = arguments([examples[i][3] for i in part], sources[part], edits[part])
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list(DIGITS)))
+    scores = []
+    for first in range(0, len(edits), 256):
+        part = examples[first : first + 256]
+        sources, _ = scenes_of(part)
+        texts = [example.text for example in part]
+        inputs = arguments(texts, render(sources), edits[first : first + 256])
         logits = model(**inputs, logits_to_keep=1).logits[:, -1, digits]
         scores.append(logits.softmax(-1) @ torch.arange(6.0) / 5)
     return torch.cat(scores)
-
-
-# ---------------------------------------------------------------- building the toy
-
-
-@dataclass(frozen=True)
-class ToySettings:
-    """What makes the toy what it is: a folder built with other values than these is built anew."""
-
-    out: str = HfArg(default="data/toy", help="The folder that holds it.")
-    seed: int = HfArg(default=0, help="Seed of rows, pictures and models.")
-    train_rows: int = HfArg(
-        default=480, help="Rows of train.jsonl, for the reinforcement learning."
-    )
-    test_rows: int = HfArg(
-        default=240, help="Rows of test.jsonl: other scenes, other instructions."
-    )
-    pool: int = HfArg(default=8000, help="Examples that the two models are trained on.")
-    vae_steps: int = HfArg(default=360, help="Training steps of the autoencoder.")
-    editor_steps: int = HfArg(default=900, help="Training steps of the editor.")
-    wrong_share: float = HfArg(default=0.6, help="Share of wrong targets in the last 30 % of them.")
-    judge_steps: int = HfArg(default=700, help="Training steps of the judge on graded corruptions.")
-    check: bool = HfArg(
-        default=True, help="Stop if editor or judge is not what the reinforcement learning needs."
-    )
-
-
-def write_rows(folder, settings):
-    """train.jsonl and test.jsonl with source and target pictures."""
-    (folder / "pictures").mkdir(parents=True)
-    for split, number in (("train", settings.train_rows), ("test", settings.test_rows)):
-        examples, lines = toy_examples(number, split, settings.seed, "rows"), []
-        for kind, pictures in zip(("source", "target"), map(render, scenes_of(examples))):
-            for i, picture in enumerate(pictures):
-                to_pil(picture).save(folder / "pictures" / f"{split}-{i:04}-{kind}.png")
-        for i, (source, target, task, text) in enumerate(examples):
-            names = {
-                key: f"pictures/{split}-{i:04}-{kind}.png"
-                for key, kind in (("image", "source"), ("target", "target"))
-            }
-            lines.append(
-                {
-                    "id": f"{split}-{i:04}",
-                    "prompt": text,
-                    **names,
-                    "task": task,
-                    "source_scene": source,
-                    "target_scene": target,
-                }
-            )
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def corrupted_batches(settings, size):
-    """batches(step) for train_judge: `size` examples of the pool and a graded corruption of each."""
-    pool = toy_examples(settings.pool, "train", settings.seed, "judge")
-
-    def batches(step):
-        examples = random.Random(f"{settings.seed} {step}").sample(pool, size)
-        return examples, graded_corruptions(examples, settings.seed, step)
-
-    return batches
-
-
-def build_judge(folder, settings):
-    """The judge on graded corruptions, in a process of its own beside the editor."""
-    torch.set_num_threads(1)
-    torch.manual_seed(settings.seed)
-    tokenizer = new_judge_tokenizer()
-    model = new_judge(tokenizer)
-    train_judge(
-        model,
-        tokenizer,
-        corrupted_batches(settings, 128),
-        settings.judge_steps,
-        0.01,
-        "judge ",
-        position=1,
-    )
-    save_judge(model, tokenizer, folder / "judge")
-
-
-def save_judge(model, tokenizer, folder):
-    """Writes the judge so that it loads like one from the hub, with the image processor and the prompt it was taught."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(
-        patch_size=8,
-        merge_size=2,
-        temporal_patch_size=2,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        size={"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024},
-    ).save_pretrained(folder)
-    (folder / "judge_prompt.txt").write_text(TOY_JUDGE_PROMPT)
-
-
-def check_toy(pipe, judge, settings):
-    """Success of the base editor and rank correlation of judge and oracle on held-out edits; prints and checks both."""
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
-
-    examples = [
-        e for e in toy_examples(settings.test_rows, "test", settings.seed, "rows") for _ in range(4)
-    ]
-    edits = draw_edits(pipe, examples, settings.seed, "check")
-    model, tokenizer = (
-        kind.from_pretrained(judge)
-        for kind in (Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast)
-    )
-    scores, successes = oracle_scores(edits, *scenes_of(examples))
-    success, agreement = (
-        successes.float().mean().item(),
-        spearman(judge_scores(model, tokenizer, examples, edits), scores),
-    )
-    print(
-        f"toy: the base editor succeeds on {success:.1%} of {len(edits)} held-out edits with 6 steps (wanted 25-60 %); "
-        f"Spearman correlation of judge and oracle on them {agreement:.3f} (wanted 0.75)"
-    )
-    if settings.check and not 0.25 <= success <= 0.60:
-        raise RuntimeError(
-            f"toy: the base editor's success {success:.1%} is not in 25-60 %; change --wrong_share"
-        )
-    if settings.check and agreement < 0.75:
-        raise RuntimeError(
-            f"toy: the judge's correlation {agreement:.3f} is below 0.75; raise --judge_steps"
-        )
-
-
-def build_toy(settings):
-    """The toy in settings.out: rows, pictures, editor, judge; only what is there with the same settings is kept."""
-    folder = Path(settings.out)
-    recipe = {key: value for key, value in asdict(settings).items() if key not in ("out", "check")}
-    made = folder / "toy.json"
-    if made.is_file() and json.loads(made.read_text()) == recipe:
-        return
-    if folder.exists() and any(folder.iterdir()) and not made.is_file():
-        raise BadInput(f"{folder}: is not empty and holds no toy; name another folder")
-    start, threads = time.time(), torch.get_num_threads()
-    print(
-        f"toy: building {folder} once: rows, a tiny editor and a tiny judge; some minutes on two cores",
-        flush=True,
-    )
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    write_rows(part, settings)
-    judge = multiprocessing.get_context("spawn").Process(target=build_judge, args=(part, settings))
-    judge.start()
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            torch.set_num_threads(1)  # one core for each of the two processes
-            pipe = new_editor()
-            pipe.set_progress_bar_config(disable=True)
-            train_vae(pipe.vae, settings.vae_steps)
-            train_editor(
-                pipe, settings.editor_steps, settings.pool, settings.wrong_share, settings.seed
-            )
-            pipe.save_pretrained(part / "editor")
-            judge.join()
-            if judge.exitcode:
-                raise RuntimeError("toy: the judge's training failed; its own message stands above")
-            torch.set_num_threads(os.cpu_count())
-            check_toy(pipe, part / "judge", settings)
-    finally:
-        judge.terminate()
-        torch.set_num_threads(threads)
-    (part / "toy.json").write_text(json.dumps(recipe))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    print(f"toy: built in {(time.time() - start) / 60:.1f} min")
-
-
-# ---------------------------------------------------------------- the command
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["check"]:
-        words = ["--dataset"] * (argv[1:2] != [] and not argv[1].startswith("-")) + argv[1:]
-        check_dataset(
-            parse_settings(
-                CheckSettings, words, description="Lists every fault of a dataset folder."
-            )
-        )
-    elif argv[:1] == ["toy"]:
-        build_toy(
-            parse_settings(
-                ToySettings, argv[1:], description="Builds the toy world and its two tiny models."
-            )
-        )
-    else:
-        raise BadInput(
-            f"{' '.join(argv) or 'no command'}: say what to do: python data_prep.py toy [--out DIR], "
-            "or check DIR [--against BENCH]"
-        )
 
 
 if __name__ == "__main__":

@@ -1,39 +1,44 @@
-"""The judge: an untrained multimodal LLM, local or served, that scores an edit by the logits of its answer.
+"""The judge: turns an instruction, its source pictures and an edit into a score in [0, 1].
 
-    python reward_mllm.py --source a.png --edited b.png --prompt "remove the red circle" [--judge local:MODEL]
-    python reward_mllm.py requirements DIR --judge ...   # writes what a good edit of each row must show
+    python reward_mllm.py --source a.png --edited b.png --prompt "remove the red circle"
+    python reward_mllm.py requirements DIR --judge ...   # writes what good edits of its rows show
 
-It sees instruction, source and edit and is told to answer with one digit. The score is the mean of the digits under
-their probabilities at the first answer position, over 5 (UniWorld-V2, arXiv:2510.16888); the paper's other strategies,
-more questions about an edit and plain terms are settings.
+--judge names it: local:MODEL of transformers, http://HOST:PORT/v1[,...] for OpenAI-compatible
+servers, or FILE.py[:NAME], a function of your own. By default a multimodal LLM is told to answer
+with one digit, and the score is the mean digit under its probabilities at the first answer
+position, over 5 (UniWorld-V2, arXiv:2510.16888, Sec. 2.2).
 
-Shapes: n edits, B of them in one forward, V words of the vocabulary.
+To change the reward, edit `combine`. To change what is asked, edit PROMPTS and STRATEGIES.
+
+Shapes: n edits of one row (a group), B of them in one forward, L tokens, V words.
 
 Departures from the authors' released code:
-1. The answers' token ids are asked of the tokenizer; in a server's reply answers are found by their text.
+1. A score that cannot be had is NaN with its cause. It is never 0, and spoils no other score.
 2. How much probability the judge puts on answers at all (the mass) comes with every score.
-3. A score that cannot be had is NaN with its cause; it is never 0, and it takes no other score with it.
-4. Every edit is judged under its own row's instruction, on the pixels themselves: PNG over the wire, no JPEG, no pickle.
-5. Instruction and source of a group are processed once, not once an edit.
+3. The answers' token ids are asked of the tokenizer; a server's answers are found by their text.
+4. Every edit is judged under its own row's instruction, and a source is shown with about as many
+   pixels as the edit. Pictures travel as PNG, not as JPEG.
+5. The question comes before the pictures (--judge_order pictures_first for the released order),
+   and the sentence that tells how to answer comes after them.
+6. `sampled` draws among the answers that count, and an edit's draw is always the same.
 """
 
-import ast
 import base64
-import functools
-import inspect
 import io
 import itertools
 import json
+import math
 import operator
 import os
 import random
 import re
+import runpy
 import sys
 import threading
 import time
-import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,209 +46,291 @@ from typing import Literal, NamedTuple
 import numpy as np
 import requests
 import torch
-from PIL import Image
+import urllib3
+from PIL import Image, ImageOps
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText
-from transformers.hf_argparser import HfArg
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from data_prep import (
+    SPLITS,
     BadInput,
+    CheckedSettings,
     load_image,
     load_processor,
     parse_settings,
+    read_json_lines,
     read_rows,
     run_script,
-    seeded,
+    setting,
+    split_file,
+    write_json_lines,
 )
 
 TOY = "local:data/toy/judge"
-STRATEGIES = ("logits", "sampled", "yes_no", "logits_cot", "sampled_cot", "yes_no_cot")
+
+# ---------------------------------------------------------------- what is asked
+
+LAYOUT = """You check edits of pictures. The last picture is an edited version of those before.
+Instruction: {prompt}
+"""
+ASIDE = LAYOUT + "Leave aside whether the instruction was carried out. "
+EXECUTION = """A good edit shows: {requirement}
+The question is how well the instruction was carried out while everything it does not mention
+stayed as it was. {answer}"""
+CONSISTENCY = """The question is how far all that it does not ask to change, such as other objects,
+faces, background, layout and style, is the same as before. {answer}"""
+QUALITY = """The question is how natural the last picture looks: sharp, well lit, free of seams,
+smears and noise, with no broken shapes, hands or letters. {answer}"""
+PROMPTS = {  # what stands from {answer} on comes after the pictures
+    "execution": LAYOUT + EXECUTION,
+    "consistency": ASIDE + CONSISTENCY,
+    "quality": ASIDE + QUALITY,
+}
+
+THINK = """Do not rate it yet. First say in a few sentences what was asked, what changed, and what
+should have stayed."""
+DIGIT = """Rate it from 0 (not at all, or the picture is spoiled) to 5 (completely). Answer with one
+digit, nothing else."""
+YES_NO = "Is it so, completely? Answer yes or no, nothing else."
+WRITTEN = """Say in a few sentences what changed and what should have stayed. Then write a last line
+like this one, with a number from {low:g} (not at all) to {high:g} (completely):
+score: {high:g}"""
+DIGITS = {"0": 0.0, "1": 0.2, "2": 0.4, "3": 0.6, "4": 0.8, "5": 1.0}
+WORDS = {"yes": 1.0, "Yes": 1.0, "no": 0.0, "No": 0.0}
+
+
+class Strategy(NamedTuple):
+    """How an answer is asked for, and how a score is made of it."""
+
+    ending: str  # the sentence that asks for it
+    worth: dict[str, float]  # the first words that count, and their worth; none: it writes a score
+    thinks: bool = False  # it writes its thoughts first
+    draws: bool = False  # one answer is drawn instead of their mean
+
+
+STRATEGIES = {
+    "logits": Strategy(DIGIT, DIGITS),
+    "sampled": Strategy(DIGIT, DIGITS, draws=True),
+    "yes_no": Strategy(YES_NO, WORDS),
+    "logits_cot": Strategy(DIGIT, DIGITS, thinks=True),
+    "sampled_cot": Strategy(DIGIT, DIGITS, thinks=True, draws=True),
+    "yes_no_cot": Strategy(YES_NO, WORDS, thinks=True),
+    "written": Strategy(WRITTEN, {}),
+}
+
+REQUIREMENTS = {  # what a good edit must show, by the kind of its task
+    "add": "the new thing, once, where it was asked for, in fitting size and light, hiding "
+    "nothing without need.",
+    "remove": "the thing gone with its shadow and reflection; in its place what would plausibly "
+    "be behind it.",
+    "replace": "the new thing where the old one was, in fitting size, pose and light, and no "
+    "trace of the old.",
+    "adjust": "the named property changed as asked, on all of the named thing and on nothing "
+    "else; its shape is the same.",
+    "color_alter": "the new colour on all of the named thing, its shading and texture kept, and "
+    "on nothing else.",
+    "material_alter": "the named thing plainly made of the new material, with fitting sheen and "
+    "texture; its shape is the same.",
+    "background": "the new background all around, meeting an unchanged foreground at clean edges.",
+    "style": "the new style in every part of the picture; the scene, its things and places are "
+    "still the same.",
+    "tone_transfer": "the new light, weather, season or mood over the whole picture; things and "
+    "places are the same.",
+    "action": "the new pose, movement or expression, with sound anatomy; the same person or "
+    "animal as before.",
+    "ps_human": "the person changed as asked and still plainly the same person, with natural "
+    "skin, face and hands.",
+    "text": "the new text, spelled exactly as asked, in the old one's place and manner; other "
+    "text is the same.",
+    "hybrid": "every one of the changes that were asked for, each of them complete, and no other.",
+    "extract": "the named thing alone, whole and unaltered, on a plain background.",
+    "reference": "what was asked for of the reference picture, recognisably the same; the rest is "
+    "that of the edited picture.",
+    "red_box": "the change made to what the red box marks and nowhere else, and the box itself "
+    "gone.",
+}
+ANY_EDIT = "the change that was asked for, complete and natural, and no other change."
+OTHER_NAMES = {  # that ImgEdit, GEdit and training sets give to these tasks
+    "subject_add": "add",
+    "subject_remove": "remove",
+    "subject_replace": "replace",
+    "alter": "adjust",
+    "recolour": "color_alter",
+    "background_change": "background",
+    "style_change": "style",
+    "motion_change": "action",
+    "text_change": "text",
+    "compose": "hybrid",
+}
+
+
+def requirement_of(row: dict) -> str:
+    """What a good edit of a row must show: its `requirement`, or the text for its `task`."""
+    task = re.sub("[- ]", "_", str(row.get("task")).strip().lower())
+    usual = REQUIREMENTS.get(OTHER_NAMES.get(task, task), ANY_EDIT)
+    return row.get("requirement") or usual
+
 
 # ---------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
-class JudgeSettings:
-    judge: str = HfArg(
-        default="local:Qwen/Qwen2.5-VL-7B-Instruct",
-        help="local:MODEL or http://HOST:PORT/v1[,...].",
+class JudgeSettings(CheckedSettings):
+    """Which judge it is, what it is asked, and how its answer is read."""
+
+    judge: str = setting(
+        "local:Qwen/Qwen2.5-VL-7B-Instruct",
+        "local:MODEL, http://HOST:PORT/v1[,...] or FILE.py[:NAME].",
     )
-    judge_model: str = HfArg(
-        default="", help="A served judge's name. [the first one that the server lists]"
+    judge_model: str = setting("", "A served judge's name. [the first that is listed]")
+    judge_strategy: Literal[tuple(STRATEGIES)] = setting(
+        "logits", "Mean digit, a drawn digit, yes against no, a written score; _cot: thinks first."
     )
-    judge_strategy: Literal[STRATEGIES] = HfArg(
-        default="logits",
-        help="Expected digit, a sampled digit, yes against no; _cot: thinks first.",
+    judge_order: Literal["question_first", "pictures_first"] = setting(
+        "question_first", "What a judge sees first."
     )
-    judge_formula: str = HfArg(
-        default="execution", help="The reward: execution * (0.6 + 0.4 * consistency), ..."
+    judge_aspects: list[str] = setting(
+        [], "ASPECT=WEIGHT ...: what counts beside execution; see `combine`."
     )
-    judge_prompt: list[str] = HfArg(
-        default_factory=list, help="FILE or ASPECT=FILE: texts in place of ours."
+    judge_prompt: list[str] = setting(
+        [], "[ASPECT=]FILE ...: a text in place of ours, or for an aspect of yours."
     )
-    judge_thought: int = HfArg(default=512, help="Tokens of a chain of thought, at most.")
-    trust_remote_code: bool = HfArg(
-        default=False, help="Run code that comes with a model, judge or editor."
+    judge_think: int = setting(
+        1024, "Tokens of a thought or a written score, at most.", at_least=1, at_most=2**17
     )
-    judge_device: str = HfArg(default="", help="Where a local judge runs. [beside the editor]")
-    judge_batch: int = HfArg(default=16, help="Edits in one forward of a local judge.")
-    judge_in_flight: int = HfArg(default=16, help="Requests at a time to each server.")
-    judge_logprobs: int = HfArg(default=20, help="Likeliest words that a server is asked for.")
-    judge_timeout: float = HfArg(default=60.0, help="Seconds that a server may take for an answer.")
-    judge_patience: float = HfArg(
-        default=120.0, help="Seconds to go on trying, where that may help."
+    judge_reply: str = setting(
+        r"(?i)score[\"'*_:=\[\s]{1,9}(\d+(?:\.\d+)?)[^\w\d]*$",
+        "Regular expression whose (groups) are a written score: the mean of what it finds, of "
+        "several groups the least.",
+    )
+    judge_range: list[float] = setting([0.0, 10.0], "The worst and the best written score.")
+    judge_draws: int = setting(
+        1, "Written scores of an edit, of which the mean counts.", at_least=1, at_most=64
+    )
+    judge_check: bool = setting(True, "Stop unless right edits score above untouched sources.")
+    trust_remote_code: bool = setting(False, "Run code that comes with a model, judge or editor.")
+    judge_device: str = setting("", "Where a local judge runs. [beside the editor]")
+    judge_batch: int = setting(16, "Edits in one forward of a local judge.", at_least=1)
+    judge_in_flight: int = setting(
+        16, "Requests at a time to each server, of all processes of a run.", at_least=1
+    )
+    judge_logprobs: int = setting(20, "Likeliest words that a server is asked for.", at_least=1)
+    judge_timeout: float = setting(
+        60.0, "Seconds in which a server must have answered.", above=0, at_most=86400
+    )
+    judge_patience: float = setting(
+        120.0, "Seconds of an outage to sit out.", at_least=0, at_most=86400
     )
 
     def __post_init__(self):
-        for name in (
-            "judge_thought",
-            "judge_batch",
-            "judge_in_flight",
-            "judge_logprobs",
-            "judge_timeout",
-        ):
-            if getattr(self, name) <= 0:
-                raise BadInput(f"--{name} {getattr(self, name)}: give a value above 0")
+        super().__post_init__()
+        ends = self.judge_range
+        if len(ends) != 2 or not 0 < ends[1] - ends[0] < math.inf:
+            raise BadInput(f"--judge_range {ends}: give the worst and the best score, 0 10")
+        try:
+            groups = re.compile(self.judge_reply).groups
+        except (re.error, RecursionError, OverflowError) as error:
+            raise BadInput(f"--judge_reply {self.judge_reply}: {error}; correct it") from None
+        if not groups:
+            raise BadInput(f"--judge_reply {self.judge_reply}: put a (group) around the number")
 
 
-# ---------------------------------------------------------------- what is asked
-
-THINK = "Do not rate it yet. First say in a few sentences what was asked, what changed, and what should have stayed."
-DIGIT = "Rate it from 0 (not at all, or the picture is spoiled) to 5 (completely). Answer with one digit, nothing else."
-YES_NO = "Is it so, completely? Answer yes or no, nothing else."
-DIGITS = {
-    "0": 0.0,
-    "1": 0.2,
-    "2": 0.4,
-    "3": 0.6,
-    "4": 0.8,
-    "5": 1.0,
-}  # the answers that count, and what they are worth
-WORDS = {"yes": 1.0, "Yes": 1.0, "no": 0.0, "No": 0.0}
-LAYOUT = "You check edits of pictures. The last picture is an edited version of those before.\nInstruction: {prompt}\n"
-ASIDE = LAYOUT + "Leave aside whether the instruction was carried out. "
-PROMPTS = {
-    "execution": LAYOUT
-    + "A good edit shows: {requirement}\nThe question is how well the instruction was carried out "
-    "while everything it does not mention stayed as it was. {answer}",
-    "consistency": ASIDE
-    + "The question is how far all that it does not ask to change, such as other objects, faces, "
-    "background, layout and style, is the same as before. {answer}",
-    "quality": ASIDE
-    + "The question is how natural the last picture looks: sharp, well lit, free of seams, smears and "
-    "noise, with no broken shapes, hands or letters. {answer}",
-}
-
-
-def read_prompts(settings):
-    """Every aspect's prompt: ours, the judge's own judge_prompt.txt for `execution`, or the files that were named."""
-    own = Path(settings.judge.removeprefix("local:")) / "judge_prompt.txt"
-    files = {"execution": own} if settings.judge.startswith("local:") and own.is_file() else {}
-    for entry in settings.judge_prompt:
-        name, file = re.fullmatch(r"(?:(\w+)=)?(.*)", entry).groups()
-        files[name or "execution"] = Path(file)
+def read_prompts(settings: JudgeSettings) -> dict[str, str]:
+    """Every aspect's prompt: ours, a local judge's own judge_prompt.txt for execution, or the
+    files of --judge_prompt. BadInput when a file cannot be read or has no {prompt}."""
+    entries = settings.judge_prompt
+    own = Path(settings.judge.removeprefix("local:"), "judge_prompt.txt")
+    if settings.judge.startswith("local:") and own.is_file():
+        entries = [f"execution={own}", *entries]
     prompts = dict(PROMPTS)
-    for name, file in files.items():
-        if not file.is_file():
+    for entry in entries:
+        if "=" not in entry:
+            entry = f"execution={entry}"
+        name, _, file = entry.partition("=")
+        if not Path(file).is_file():
             raise BadInput(f"--judge_prompt {file}: no such file; name a text file")
-        prompts[name] = file.read_text(encoding="utf-8")
+        try:
+            prompts[name] = Path(file).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"--judge_prompt {file}: no text ({error}); save it as utf-8") from None
         if "{prompt}" not in prompts[name]:
             raise BadInput(f"{file}: has no {{prompt}}; write it where the instruction goes")
     return prompts
 
 
-# ---------------------------------------------------------------- what a good edit shows
-
-REQUIREMENTS = {  # what a good edit must show, by the names of its task in ImgEdit, GEdit and training sets
-    "add subject_add": "the new thing, once, where it was asked for, in fitting size and light, hiding nothing without need.",
-    "remove subject_remove": "the thing gone with its shadow and reflection; in its place what would plausibly be behind it.",
-    "replace subject_replace": "the new thing where the old one was, in fitting size, pose and light, and no trace of the old.",
-    "adjust alter": "the named property changed as asked, on all of the named thing and on nothing else; its shape is the same.",
-    "color_alter recolour": "the new colour on all of the named thing, its shading and texture kept, and on nothing else.",
-    "material_alter": "the named thing plainly made of the new material, with fitting sheen and texture; its shape is the same.",
-    "background background_change": "the new background all around, meeting an unchanged foreground at clean edges.",
-    "style style_change": "the new style in every part of the picture; the scene, its things and places are still the same.",
-    "tone_transfer": "the new light, weather, season or mood over the whole picture; things and places are the same.",
-    "action motion_change": "the new pose, movement or expression, with sound anatomy; the same person or animal as before.",
-    "ps_human": "the person changed as asked and still plainly the same person, with natural skin, face and hands.",
-    "text text_change": "the new text, spelled exactly as asked, in the old one's place and manner; other text is the same.",
-    "hybrid compose": "every one of the changes that were asked for, each of them complete, and no other.",
-    "extract": "the named thing alone, whole and unaltered, on a plain background.",
-    "reference": "what was asked for of the reference picture, recognisably the same; the rest is that of the edited picture.",
-    "red_box": "the change made to what the red box marks and nowhere else, and the box itself gone.",
-    "": "the change that was asked for, complete and natural, and no other change.",
-}
-
-
-def requirement_of(row):
-    """What a good edit of a row must show: the row's own `requirement`, or the default text of its `task`."""
-    task = str(row.get("task") or "").strip().lower().replace("-", "_").replace(" ", "_")
-    own = next(
-        (text for names, text in REQUIREMENTS.items() if task in names.split()), REQUIREMENTS[""]
-    )
-    return row.get("requirement") or own
+def read_weights(entries: list[str], names: list[str]) -> dict[str, float]:
+    """ASPECT=WEIGHT entries as a dict; BadInput for an aspect that is none, or a bad weight."""
+    weights = {}
+    for entry in entries:
+        name, _, number = entry.partition("=")
+        if name not in names:
+            raise BadInput(
+                f"--judge_aspects {name}: is none of {', '.join(names)}; "
+                f"add --judge_prompt {name}=FILE"
+            )
+        if not re.fullmatch(r"0|1|0?\.\d+|[01]\.0*", number):
+            raise BadInput(f"--judge_aspects {entry}: give a weight from 0 to 1, {name}=0.4")
+        weights[name] = float(number)
+    return weights
 
 
 # ---------------------------------------------------------------- terms that need no judge
 
-PLAIN_TERMS = {
-    "pixel_distance": (0, 1),
-    "brightness_drift": (-1, 1),
-    "sharpness_drift": (-1, 1),
-}  # and their ranges
+PLAIN_TERMS = ("psnr", "pixel_distance", "brightness_drift", "sharpness_drift")
 
 
-def plain_terms(sources, edits):
-    """Terms that need no judge, to watch for copying, blur and drift: a dict name -> (n,), all 0 for an untouched source.
+def plain_terms(
+    source: Image.Image, edits: list[Image.Image], mask: Image.Image | None = None
+) -> dict[str, torch.Tensor]:
+    """What can be seen without a judge, of n edits and their source: name -> (n,).
 
-    pixel_distance: mean absolute difference in [0, 1]; brightness_drift: edit's mean minus source's; sharpness_drift:
-    (edit - source) / (edit + source) of the mean absolute Laplacian, -1 all blurred. Of a row's first source picture.
+    psnr: of all pixels that are not white in `mask`, in dB, 60 at most, NaN where all are white.
+    pixel_distance: mean absolute difference, in [0, 1].
+    brightness_drift: the edit's mean brightness minus the source's, in [-1, 1].
+    sharpness_drift: (edit - source) / (edit + source) of the mean absolute Laplacian; -1: blurred.
     """
+    terms = {name: [] for name in PLAIN_TERMS}
+    for edit in edits:
+        before = pixels_of(source, edit.size)
+        after = pixels_of(edit, edit.size)
+        error = (after - before).square().mean(2)  # (H, W)
+        if mask:
+            white = mask.convert("L").resize(edit.size, Image.Resampling.NEAREST)
+            error = error[torch.tensor(np.array(white) < 128)]
+        dull, sharp = sharpness(before), sharpness(after)
+        terms["psnr"].append(-10 * error.mean().clamp(min=1e-6).log10())
+        terms["pixel_distance"].append((after - before).abs().mean())
+        terms["brightness_drift"].append(after.mean() - before.mean())
+        terms["sharpness_drift"].append((sharp - dull) / (sharp + dull))
+    return {name: torch.tensor(values) for name, values in terms.items()}
 
-    @functools.lru_cache(4)  # a group's source is looked at once
-    def seen(number, size):
-        picture = pictures[number].convert("RGB")
-        pixels = np.asarray(
-            picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS),
-            np.float32,
-        )
-        light = pixels.mean(2) / 255
-        bend = (
-            4 * light[1:-1, 1:-1]
-            - light[2:, 1:-1]
-            - light[:-2, 1:-1]
-            - light[1:-1, 2:]
-            - light[1:-1, :-2]
-        )
-        return pixels / 255, light.mean(), np.abs(bend).mean() + 1e-6
 
-    pictures, rows = (
-        {id(picture): picture for picture in (*edits, *(shown[0] for shown in sources))},
-        [],
-    )
-    for shown, edit in zip(sources, edits):
-        (before, dark, dull), (after, light, sharp) = (
-            seen(id(picture), edit.size) for picture in (shown[0], edit)
-        )
-        rows.append((np.abs(after - before).mean(), light - dark, (sharp - dull) / (sharp + dull)))
-    return dict(
-        zip(PLAIN_TERMS, torch.tensor(np.array(rows, np.float32).reshape(-1, len(PLAIN_TERMS))).T)
-    )
+def pixels_of(picture, size):
+    """A picture's pixels (H, W, 3) in [0, 1]."""
+    picture = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    return torch.tensor(np.array(picture)) / 255
+
+
+def sharpness(pixels):
+    """The mean absolute Laplacian of the brightness, above 0."""
+    light = pixels.mean(2)
+    bend = light.diff(2, dim=0)[:, 1:-1] + light.diff(2, dim=1)[1:-1]
+    return bend.abs().mean() + 1e-6
 
 
 # ---------------------------------------------------------------- the score
 
 
 class Scores(NamedTuple):
-    score: torch.Tensor  # (n,) in [0, 1], NaN where the judge gave none
-    mass: (
-        torch.Tensor
-    )  # (n,) probability of all answers that count, the least over the aspects; NaN where not known
+    """What a judge says of the n edits of one row."""
+
+    score: torch.Tensor  # (n,) in [0, 1], NaN where there is none
+    mass: torch.Tensor  # (n,) probability of all words that count; NaN where not known
     terms: dict = {}  # name -> (n,): each aspect's score, and the plain terms
     causes: list = ()  # n strings: why there is no score; "" where there is one
-    words: list = ()  # n strings: what the judge would most likely say; "" where not known
-    shares: list = ()  # n tuples: probability of each answer that counts, among them, of the first aspect; () where not known
+    words: list = ()  # n strings: the judge's likeliest first words, or what it wrote
+    shares: list = ()  # n tuples: probability of each word that counts, among those words
 
     @staticmethod
     def missing(n, cause):
@@ -266,7 +353,9 @@ class Scores(NamedTuple):
         return Scores(score, torch.stack([group.mass for group in groups]), terms, causes)
 
 
-class Answer(NamedTuple):
+class Verdict(NamedTuple):
+    """What came of one question about one edit; the fields are those of Scores."""
+
     score: float = torch.nan
     mass: float = torch.nan
     cause: str = ""
@@ -274,721 +363,815 @@ class Answer(NamedTuple):
     shares: tuple = ()
 
 
-class JudgeFailure(Exception):
-    """No answer; `cause` is short and the same for the same fault, so that it can be counted."""
-
-    def __init__(self, cause, may_help=False, wait=0.0):
-        super().__init__(cause)
-        self.cause, self.may_help, self.wait = (
-            cause,
-            may_help,
-            wait,
-        )  # may_help: trying again, after `wait` seconds
+def combine(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+    """The reward (n,) in [0, 1]. Each weighted aspect can only lower what execution earned, so
+    that an untouched source, which is perfectly consistent, earns nothing."""
+    reward = terms["execution"]
+    for name, weight in weights.items():
+        reward = reward * (1 - weight + weight * as_factor(name, terms[name]))
+    return reward
 
 
-def expected_score(logits, token_ids, values=tuple(DIGITS.values())):
-    """Expected value and probability mass of the answers, from the logits at the first answer position.
+def as_factor(name: str, values: torch.Tensor) -> torch.Tensor:
+    """A term as a factor of the reward: a plain one is 1 for what did not change, 0 at worst."""
+    if name == "psnr":  # over 40 dB, as in CoCoEdit; where all may change, nothing can be lost
+        return (values / 40).nan_to_num(1.0).clamp(0, 1)
+    if name in PLAIN_TERMS:
+        return 1 - values.abs()
+    return values
 
-    logits: (B, V); token_ids: those of "0" to "5", or of other answers, whose values in [0, 1] are given. Returns score
-    (B,) in [0, 1] and mass (B,) in [0, 1], float32; both NaN in a row whose logits are not finite. Source: UniWorld-V2
-    (arXiv:2510.16888), Sec. 2.2.
+
+def expected_score(p: dict[str, float], worth: dict[str, float] = DIGITS) -> Verdict:
+    """The mean worth of the answers under their probabilities (arXiv:2510.16888, Sec. 2.2).
+
+    p: the likeliest first words, each with its probability among all words; worth: the words that
+    count, each with what it is worth, in [0, 1].
     """
-    assert logits.ndim == 2, f"logits are (B, V), not {tuple(logits.shape)}"
-    assert len(token_ids) == len(values), f"{len(values)} answers are scored, not {len(token_ids)}"
-    logits = logits.float()
-    logits = logits.masked_fill(
-        ~logits.isfinite().all(1, keepdim=True), torch.nan
-    )  # spoils its own row alone
-    answers = logits[:, torch.as_tensor(token_ids, device=logits.device)]  # (B, answers)
-    mass = (answers.logsumexp(1) - logits.logsumexp(1)).exp()
-    return answers.softmax(1) @ torch.tensor(values, device=logits.device), mass
+    likeliest = sorted(p, key=p.get, reverse=True)[:5]
+    words = ", ".join(f"{word[:20]!r} {p[word]:.0%}" for word in likeliest)
+    answers = [p.get(word, 0.0) for word in worth]
+    mass = sum(answers)
+    if not 0 < mass < math.inf:
+        return Verdict(cause="logits that are not finite", words=words)
+    shares = tuple(value / mass for value in answers)
+    score = sum(map(operator.mul, shares, worth.values()))
+    return Verdict(min(score, 1.0), min(mass, 1.0), "", words, shares)
 
 
-def answer_token_ids(tokenizer, texts=tuple(DIGITS)):
-    """The token ids of the answers, in their order; BadInput when one of them is not a token of its own."""
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    for text, pieces in zip(texts, ids):
-        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id or ids.count(pieces) > 1:
-            raise BadInput(
-                f"{tokenizer.name_or_path}: the answer {text} is not one token of its own ({pieces}); take "
-                "a judge whose tokenizer keeps it apart, or another --judge_strategy"
-            )
-    return [pieces[0] for pieces in ids]
+class JudgeFailure(Exception):
+    """No answer. Its text is short and the same for the same fault, so that it can be counted."""
 
 
-def read_choice(choice, answers=DIGITS, sampled=False):
-    """The Answer in one choice of a chat completion; answers are found by their text among the likeliest first words."""
-    try:
-        message, first = choice["message"], choice["logprobs"]["content"][0]
-        p = {
-            str(word["token"]): float(np.exp(float(word["logprob"])))
-            for word in (first, *first["top_logprobs"])
-        }
-    except (KeyError, TypeError, IndexError, ValueError):
-        return Answer(cause="no logprobs in the reply")
-    words = ", ".join(f"{word!r} {p[word]:.0%}" for word in sorted(p, key=p.get, reverse=True)[:5])
-    if not all(
-        0 <= value < 1.01 for value in p.values()
-    ):  # NaN is neither; e to the minus infinity is a sound 0
-        return Answer(cause="logprobs that are not finite", words=words)
-    if (
-        message.get("reasoning_content")
-        or message.get("reasoning")
-        or str(first["token"]).strip().startswith("<think")
-    ):
-        return Answer(torch.nan, 0.0, "the judge thinks before it answers", words)
-    mass = sum(p.get(text, 0.0) for text in answers)
-    if sampled:
-        said = str(message.get("content")).strip()
-        return Answer(
-            answers.get(said, torch.nan), mass, "" if said in answers else "sampled no digit", words
-        )
-    unseen = min(p.values()) * sum(
-        text not in p for text in answers
-    )  # what unlisted answers may hold at most
-    if mass == 0 or unseen > 1e-3 * mass:
-        return Answer(torch.nan, mass, "answers missing from top_logprobs", words)
-    shares = tuple(p.get(text, 0.0) / mass for text in answers)
-    return Answer(
-        sum(share * value for share, value in zip(shares, answers.values())),
-        mass,
-        "",
-        words,
-        shares,
-    )
+class Unavailable(JudgeFailure):
+    """No answer for now: to ask again, after `wait` seconds, may help."""
+
+    wait = 0.0
 
 
-# ---------------------------------------------------------------- the formula
+class Reply(NamedTuple):
+    """What a judge wrote."""
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-FUNCTIONS = {"min": torch.minimum, "max": torch.maximum, "abs": torch.abs}
+    text: str
+    is_cut: bool  # by the limit of its tokens
 
-
-def evaluate_formula(node, terms):
-    """The value (n,) of a parsed formula; + - * numbers, names of `terms`, min, max and abs; BadInput for all else."""
-    match node:
-        case ast.Constant(value=int() | float()):
-            return torch.tensor(float(node.value))
-        case ast.Name(id=name) if name in terms:
-            return terms[name]
-        case ast.UnaryOp(op=ast.USub()):
-            return -evaluate_formula(node.operand, terms)
-        case ast.BinOp(op=op) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](
-                *(evaluate_formula(side, terms) for side in (node.left, node.right))
-            )
-        case ast.Call(func=ast.Name(id=name), keywords=[]) if name in FUNCTIONS and len(
-            node.args
-        ) == 2 - (name == "abs"):
-            return FUNCTIONS[name](*(evaluate_formula(inner, terms) for inner in node.args))
-    raise BadInput(
-        f"--judge_formula: {ast.unparse(node)[:80]!r} is not + - * min max abs, a number or a name"
-    )
+    def said(self) -> str:
+        """What stands after its thoughts; JudgeFailure when it is cut or never leaves them."""
+        said = self.text.rpartition("</think>")[2].strip()
+        if self.is_cut:
+            raise JudgeFailure("the reply was cut by its limit of tokens")
+        if not said or "<think>" in said:
+            raise JudgeFailure("a reply without an answer")
+        return said
 
 
-def read_formula(text, prompts):
-    """A formula's syntax tree and the aspects it names; BadInput unless it stays within 0 and 1 for all their values."""
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        names = sorted(
-            {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(FUNCTIONS)
-        )
-        if unknown := [name for name in names if name not in prompts and name not in PLAIN_TERMS]:
-            raise BadInput(
-                f"--judge_formula: {unknown[0]} is neither an aspect ({', '.join(prompts)}) nor a plain term "
-                f"({', '.join(PLAIN_TERMS)}); give it a prompt, --judge_prompt {unknown[0]}=FILE"
-            )
-        ends, draws = (
-            torch.tensor([PLAIN_TERMS.get(name, (0, 1)) for name in names]).float(),
-            seeded("formula"),
-        )
-        place = (
-            torch.randint(3, (len(names), 4096), generator=draws) / 2
-        )  # of each name's range: low, middle, high
-        tried = torch.lerp(ends[:, :1], ends[:, 1:], place)
-        values = evaluate_formula(tree, dict(zip(names, tried)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError, IndexError):
-        raise BadInput(
-            f"--judge_formula {text!r}: no formula; write one such as execution * (0.6 + 0.4 * consistency)"
-        ) from None
-    if not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):
-        raise BadInput(
-            f"--judge_formula {text}: goes from {values.min():.2f} to {values.max():.2f}; keep it within 0 and 1"
-        )
-    return tree, [name for name in names if name not in PLAIN_TERMS]
+def written_score(text: str, settings: JudgeSettings) -> float:
+    """The score in [0, 1] that a text holds; JudgeFailure without one, or with one out of range.
+
+    The mean of all that --judge_reply finds; of several groups of one find, the least counts.
+    """
+    low, high = settings.judge_range
+    scores = []
+    for found in re.finditer(settings.judge_reply, text):
+        try:
+            scores.append(min(map(float, filter(None, found.groups()))))
+        except ValueError:
+            raise JudgeFailure("no number where the score should be") from None
+    if not scores:
+        raise JudgeFailure("no score in the reply")
+    if not all(low <= score <= high for score in scores):
+        raise JudgeFailure(f"a score out of the range {low:g} to {high:g}")
+    return (sum(scores) / len(scores) - low) / (high - low)
 
 
-# ---------------------------------------------------------------- the judge
+def read_written(replies: list[Reply], settings: JudgeSettings) -> Verdict:
+    """The Verdict in one or more replies about an edit: the mean of those that hold a score."""
+    scores = []
+    cause = ""
+    for reply in replies:
+        try:
+            scores.append(written_score(reply.said(), settings))
+        except JudgeFailure as failure:
+            cause = str(failure)
+    if scores:
+        return Verdict(sum(scores) / len(scores), words=reply.text[-200:])
+    return Verdict(cause=cause, words=reply.text[-200:])
 
 
-def chat(turns, pictures):
-    """What user and judge said in turn, as messages; `pictures`, parts of a message, stand after the first text."""
-    said = [[{"type": "text", "text": turn}] for turn in turns]
-    return [
-        {"role": ("user", "assistant")[i % 2], "content": said[i] + pictures * (i == 0)}
-        for i in range(len(said))
-    ]
+# ---------------------------------------------------------------- what all judges share
+
+
+def background(function: Callable, *args) -> Future:
+    """The Future of function(*args), which runs in a daemon thread of its own: unlike those of
+    ThreadPoolExecutor it does not hold up the end of the process, whatever it waits for."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def message(role: str, *parts: str | dict) -> dict:
+    """A chat message of texts, and of pictures as a judge's `part` makes them."""
+    content = []
+    for part in filter(None, parts):
+        content.append({"type": "text", "text": part} if isinstance(part, str) else part)
+    return {"role": role, "content": content}
+
+
+def column(verdicts, name):
+    """One field of n Verdicts as a tensor (n,)."""
+    return torch.tensor([getattr(verdict, name) for verdict in verdicts])
 
 
 class Judge:
-    """What a local and a served judge share. A backend gives `_answers(questions, pictures)` and `ask`."""
+    """What all judges share. Those that talk, local and served, bring three methods:
 
-    def __init__(self, settings, *workers):
-        self.settings, self.prompts = settings, read_prompts(settings)
-        self.formula, self.aspects = read_formula(settings.judge_formula, self.prompts)
-        self.pools = [
-            ThreadPoolExecutor(number) for number in workers
-        ]  # the first for what is submitted
-        self.use(settings.judge_strategy)
+    part(picture): a picture as a part of a chat message
+    write(chats, tokens, draw): a Reply to each chat; draw: the number of a random draw
+    weigh(chats): a Verdict on each chat, from the probabilities of its next word
+    """
 
-    def use(self, strategy):
-        """Turns to a strategy; BadInput when this judge cannot follow it."""
-        self.strategy, self.thinks, self.samples = (
-            strategy,
-            strategy.endswith("_cot"),
-            strategy.startswith("sampled"),
-        )
-        self.ending, self.answers = (
-            (YES_NO, WORDS) if strategy.startswith("yes_no") else (DIGIT, DIGITS)
-        )
+    batch = 1  # chats in one call of write or weigh
+    noise = 0.0  # how far a score moves by the judge's own arithmetic; check_judge measures it
+
+    def __init__(self, settings: JudgeSettings, stop: threading.Event | None):
+        self.settings = settings
+        self.stop = stop or threading.Event()
+        self.is_closed = False
+        self.lock = threading.Lock()  # held by who uses the model, or calls the function
+        self.name = settings.judge.removeprefix("local:")
+        self.prompts = read_prompts(settings)
+        known = self.prompts.keys() | set(PLAIN_TERMS)
+        self.weights = read_weights(settings.judge_aspects, known - {"execution"})
+        self.aspects = ["execution", *(name for name in self.weights if name in self.prompts)]
+
+    def use(self, strategy: str):
+        """Turns to one of STRATEGIES; BadInput when this judge cannot follow it."""
+        self.strategy = STRATEGIES[strategy]
+        low, high = self.settings.judge_range
+        self.ending = self.strategy.ending.format(low=low, high=high)
         for aspect in self.aspects:
             if self.ending == YES_NO and "{answer}" not in self.prompts[aspect]:
-                raise BadInput(
-                    f"{aspect}'s prompt: has no {{answer}} for --judge_strategy {strategy} to fill; write one"
-                )
+                raise BadInput(f"{aspect}'s prompt: has no {{answer}} for {strategy}; write one")
 
-    def question(self, row, aspect="execution"):
-        """The text of an aspect's question about a row: instruction, requirement, and how to answer."""
-        filled = {"{prompt}": row["prompt"], "{requirement}": requirement_of(row)}
-        filled["{answer}"] = THINK if self.thinks else self.ending
-        return re.sub(
-            "|".join(map(re.escape, filled)), lambda mark: filled[mark[0]], self.prompts[aspect]
-        )
+    def check_stop(self):
+        if self.is_closed or self.stop.is_set():
+            raise JudgeFailure("stopped")
 
-    def score(self, rows, sources, edits):
-        """Judges each edit under its own row's instruction: n rows, n lists of source pictures, n edits -> Scores on CPU.
+    def finished(self, future: Future, seconds: float = math.inf):
+        """What a Future brings; JudgeFailure once the run is stopped, or the seconds are over."""
+        deadline = time.monotonic() + seconds
+        while not wait([future], 0.2).done:
+            self.check_stop()
+            if time.monotonic() > deadline:
+                raise Unavailable("timeout")
+        return future.result()
 
-        rows: dicts with `prompt` and perhaps `requirement` and `task`; pictures are PIL.Images. Neighbours with the same
-        question and source objects share their forward up to the edit.
+    def question(self, row: dict, aspect: str = "execution") -> tuple[str, str]:
+        """An aspect's question about a row, and how to answer it, which stands last."""
+        filled = {
+            "{prompt}": row["prompt"],
+            "{requirement}": requirement_of(row),
+            "{answer}": THINK if self.strategy.thinks else self.ending,
+        }
+
+        def fill(text):  # in one go: braces in an instruction stay as they are
+            return re.sub("|".join(filled), lambda found: filled[found[0]], text)
+
+        question, answer, rest = self.prompts[aspect].partition("{answer}")
+        return fill(question), fill(answer + rest)
+
+    def examine(self, row: dict, aspect: str, sources: list, edits: list) -> list[Verdict]:
+        """One question about n edits: n Verdicts."""
+        question, ending = self.question(row, aspect)
+        chats = []
+        for edit in edits:
+            if not chats:
+                shown = [self.part(shrunk(source, edit)) for source in sources]
+            parts = [question, *shown, self.part(edit)]
+            if self.settings.judge_order == "pictures_first":
+                parts = parts[1:] + parts[:1]
+            chats.append([message("user", *parts, ending)])
+        starts = range(0, len(chats), self.batch)
+        batches = [background(self.answer, chats[i : i + self.batch]) for i in starts]
+        verdicts = list(itertools.chain.from_iterable(map(Future.result, batches)))
+        if self.strategy.draws:
+            return [self.drawn(verdicts[i], edits[i]) for i in range(len(edits))]
+        return verdicts
+
+    def drawn(self, verdict: Verdict, edit: Image.Image) -> Verdict:
+        """One answer drawn in place of their mean: the edit's own, whenever it is asked."""
+        if verdict.cause:
+            return verdict
+        worth = list(self.strategy.worth.values())
+        (score,) = random.Random(edit.tobytes()).choices(worth, verdict.shares)
+        return verdict._replace(score=score)
+
+    def answer(self, chats: list) -> list[Verdict]:
+        """A Verdict on each chat. A batch that is refused is tried again one by one."""
+        try:
+            return self.finished(background(self.converse, chats))
+        except Exception as error:  # one edit's trouble must not end a run
+            if len(chats) > 1:
+                return [self.answer([chat])[0] for chat in chats]
+            return [Verdict(cause=cause_of(error))]
+
+    def converse(self, chats: list) -> list[Verdict]:
+        """What the strategy asks in turn."""
+        tokens = self.settings.judge_think
+        if self.strategy.thinks:
+            thoughts = self.write(chats, tokens)
+            ending = message("user", self.ending)
+            chats = [
+                [*chat, message("assistant", thought.text), ending]
+                for chat, thought in zip(chats, thoughts, strict=True)
+            ]
+        if self.strategy.worth:
+            return self.weigh(chats)
+        draws = range(self.settings.judge_draws)
+        written = [self.write(chats, tokens, draw) for draw in draws]  # draws x chats
+        return [read_written(replies, self.settings) for replies in zip(*written, strict=True)]
+
+    def score(self, row: dict, sources: list, edits: list) -> Scores:
+        """Judges the n edits of one row.
+
+        row: `prompt`, and perhaps `requirement`, `task` and `mask`, the path of a picture whose
+        white is the region to edit; sources, edits: PIL.Images. Returns Scores on the CPU.
         """
-        assert len(rows) == len(sources) == len(edits), (
-            "one row and one list of sources for each edit"
-        )
-        n, times = len(edits), len(self.aspects)
-        answers = self._answers(
-            [self.question(row, aspect) for aspect in self.aspects for row in rows],
-            [[*shown, edit] for shown, edit in zip(sources, edits)] * times,
-        )
-        score, mass = (
-            torch.tensor([getattr(a, key) for a in answers]).view(times, n)
-            for key in ("score", "mass")
-        )
-        terms = dict(zip(self.aspects, score)) | plain_terms(sources, edits)
-        first = lambda key: [
-            next(filter(None, (getattr(a, key) for a in answers[i::n])), "") for i in range(n)
-        ]  # noqa: E731
-        causes, words = first("cause"), first("words")
-        score = evaluate_formula(self.formula, terms).clamp(0, 1)
-        return Scores(
-            score, mass.amin(0), terms, causes, words, [answer.shares for answer in answers[:n]]
-        )
+        found = [self.examine(row, aspect, sources, edits) for aspect in self.aspects]
+        scores = [column(verdicts, "score") for verdicts in found]
+        mass = torch.stack([column(verdicts, "mass") for verdicts in found]).amin(0)
+        mask = load_image(row["mask"]) if row.get("mask") else None
+        terms = dict(zip(self.aspects, scores, strict=True))
+        terms |= plain_terms(sources[0], edits, mask)
+        score = combine(terms, self.weights)
+        causes = []
+        for i, verdicts in enumerate(zip(*found, strict=True)):
+            cause = next((verdict.cause for verdict in verdicts if verdict.cause), "")
+            if not cause and not 0 <= score[i] <= 1:
+                cause = f"a reward of {score[i]:.3g}, not in [0, 1]"
+            if cause:
+                score[i] = torch.nan
+            causes.append(cause)
+        words = [verdict.words for verdict in found[0]]
+        shares = [verdict.shares for verdict in found[0]]
+        return Scores(score, mass, terms, causes, words, shares)
 
-    def submit(self, row, sources, edits):
-        """The Future of one group's Scores: the judge works while the caller goes on."""
-        return self.pools[0].submit(self.score, [row] * len(edits), [sources] * len(edits), edits)
+    def submit(self, row: dict, sources: list, edits: list) -> Future:
+        """The Future of score(...): the judge works while the caller goes on."""
+        return background(self.score, row, sources, edits)
+
+    def ask(self, text: str, pictures: list, max_tokens: int = 1024) -> str:
+        """The reply to a text and PIL.Images, at temperature 0; JudgeFailure if there is none."""
+        chat = [message("user", text, *map(self.part, pictures))]
+        try:
+            (reply,) = self.finished(background(self.write, [chat], max_tokens))
+        except Exception as error:
+            raise JudgeFailure(cause_of(error)) from error
+        return reply.said()
 
     def close(self):
-        """Forgets what was submitted and has not begun; for a caller that gives up."""
-        for pool in self.pools:
-            pool.shutdown(wait=False, cancel_futures=True)
+        """Gives up whatever still waits, and waits a little for what is being worked on."""
+        self.is_closed = True
+        if self.lock.acquire(timeout=3):  # a forward that the end of Python cuts off would crash
+            self.lock.release()
+
+    def part(self, picture):
+        return {"type": "image", "image": picture}
+
+    def write(self, chats, tokens, draw=0):
+        raise JudgeFailure("this judge does not write; take another --judge")
 
 
-def refuse_silent_judge(scores, name, least=0.5):
-    """BadInput for a judge that gave no score at all, or whose mass on answers is below `least` on average."""
-    causes, words = (
-        Counter(filter(None, scores.causes)),
-        next(filter(None, scores.words), "nothing"),
-    )
-    mass = scores.mass[~scores.mass.isnan()]
-    if len(mass) and not mass.mean() >= least:
-        raise BadInput(
-            f"{name}: puts {mass.mean():.1%} of its probability on the answers that count and would rather say "
-            f"{words}; take another judge, --judge_strategy or --judge_prompt"
-        )
-    if scores.score.isnan().all():
-        causes = ", ".join(f"{number} x {cause}" for cause, number in causes.most_common(3))
-        raise BadInput(f"{name}: gave no score: {causes}; see to the judge")
+def shrunk(picture: Image.Image, edit: Image.Image) -> Image.Image:
+    """A picture with at most about as many pixels as an edit. A photo of 12 megapixels would be
+    15,000 tokens beside an edit of 324, and sharpness cannot be compared across scales."""
+    factor = math.sqrt(math.prod(edit.size) / math.prod(picture.size))
+    if factor > 0.95:
+        return picture
+    return ImageOps.scale(picture, factor, Image.Resampling.LANCZOS)
 
 
-def check_judge(judge, name, rows):
-    """Stops a run whose judge is useless: a silent one, or one that untouched sources please more than right edits.
+def cause_of(error: Exception) -> str:
+    """What an exception says, in one line that is not long."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, JudgeFailure) else f"{type(error).__name__}: {text}"
 
-    Asks about a few rows with a `target`, or, where there is none, only whether it answers. Raises BadInput.
+
+# ---------------------------------------------------------------- a function as the judge
+
+FILE_JUDGE = r"(.+\.py)(?::(\w+))?"
+
+
+class FileJudge(Judge):
+    """A function `score(row, sources, edits)` of FILE.py, or NAME of FILE.py:NAME.
+
+    It gets a row (a dict), its source pictures and n edits (PIL.Images): one group at a time, in
+    a thread that need not be the same each time. It returns n numbers in [0, 1], NaN where it has
+    none; whatever it raises is the cause of n NaNs.
     """
-    asked = [row for row in rows if "target" in row][:16] or rows[:4]
-    sources = [[load_image(path) for path in row["images"]] for row in asked]
-    untouched = judge.score(asked, sources, [pictures[0] for pictures in sources])
-    refuse_silent_judge(untouched, name)
-    if "target" in asked[0]:
-        right = judge.score(asked, sources, [load_image(row["target"]) for row in asked])
-        if not right.score.nanmean() > untouched.score.nanmean():
-            raise BadInput(
-                f"{name}: scores right edits {right.score.nanmean():.2f} and untouched sources "
-                f"{untouched.score.nanmean():.2f}; take another judge or another --judge_prompt"
-            )
+
+    def __init__(self, settings: JudgeSettings, stop=None):
+        super().__init__(settings, stop)
+        file, name = re.fullmatch(FILE_JUDGE, settings.judge).groups(default="score")
+        if not Path(file).is_file():
+            raise BadInput(f"--judge {file}: no such file; name one with a function `{name}`")
+        if self.aspects != ["execution"]:
+            raise BadInput(f"--judge_aspects: {file} answers no questions; name plain terms alone")
+        try:
+            self.function = runpy.run_path(file)[name]
+        except (Exception, SystemExit) as error:
+            raise BadInput(f"--judge {file}: {cause_of(error)}; it needs a `{name}`") from error
+        self.use(settings.judge_strategy)
+
+    def examine(self, row, aspect, sources, edits):
+        try:
+            values = self.finished(background(self.call, row, sources, edits))
+        except (Exception, SystemExit) as error:
+            return [Verdict(cause=cause_of(error))] * len(edits)
+        verdicts = []
+        for value in values:
+            cause = "" if 0 <= value <= 1 else f"a score of {value:.3g}, not in [0, 1]"
+            verdicts.append(Verdict(value, cause=cause))
+        return verdicts
+
+    def call(self, row, sources, edits):
+        with self.lock:
+            self.check_stop()
+            values = [float(value) for value in self.function(row, sources, edits)]
+        if len(values) != len(edits):
+            raise JudgeFailure(f"{len(values)} scores for {len(edits)} edits")
+        return values
 
 
 # ---------------------------------------------------------------- a local judge
 
 
-class LocalJudge(Judge):
-    """A multimodal LLM of transformers, on this machine. Raises BadInput when `settings.judge` names none."""
-
-    def __init__(self, settings, device="cpu", dtype=torch.float32):
-        model = settings.judge.removeprefix("local:")
-        if not Path(model).is_dir() and (
-            model.count("/") != 1 or model.startswith((".", "/", "~"))
-        ):
-            mend = (
-                "run python data_prep.py toy first"
-                if settings.judge == TOY
-                else "name a folder or a hub id owner/name"
-            )
-            raise BadInput(f"{model}: no such model folder; {mend}")
-        try:
-            options = {"trust_remote_code": settings.trust_remote_code}
-            self.model = (
-                AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **options)
-                .to(device)
-                .eval()
-            )
-            self.processor = load_processor(
-                PROCESSOR_MAPPING[type(self.model.config)], model, **options
-            )
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
+def answer_token_ids(tokenizer, texts=DIGITS) -> list[int]:
+    """The token ids of the answers; BadInput when one of them is not a token of its own."""
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    for text, pieces in zip(texts, ids, strict=True):
+        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id or ids.count(pieces) > 1:
             raise BadInput(
-                f"{model}: not a multimodal LLM of transformers ({reason}); name one such as "
-                "Qwen/Qwen2.5-VL-7B-Instruct"
+                f"{tokenizer.name_or_path}: the answer {text} is not one token of its own "
+                f"({pieces}); take another judge or another --judge_strategy"
+            )
+    return [pieces[0] for pieces in ids]
+
+
+class LocalJudge(Judge):
+    """A multimodal LLM of transformers on this machine. BadInput when the setting names none."""
+
+    def __init__(self, settings: JudgeSettings, device="cpu", dtype=torch.float32, stop=None):
+        super().__init__(settings, stop)
+        if not Path(self.name).is_dir() and self.name.count("/") != 1:
+            fix = "name a folder or a hub id owner/name, or run python data_prep.py toy first"
+            raise BadInput(f"{self.name}: no such model folder; {fix}")
+        if settings.judge_draws > 1:
+            raise BadInput("--judge_draws: a local judge writes without chance; serve it")
+        self.batch = settings.judge_batch
+        code = {"trust_remote_code": settings.trust_remote_code}
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(self.name, dtype=dtype, **code)
+            kind = PROCESSOR_MAPPING.get(type(model.config), AutoProcessor)
+            self.processor = load_processor(kind, self.name, **code)
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInput(
+                f"{self.name}: not a multimodal LLM of transformers ({cause_of(error)}); "
+                "name one such as Qwen/Qwen2.5-VL-7B-Instruct"
             ) from error
-        self.model.requires_grad_(False)
-        self.processor.tokenizer.padding_side = (
-            "left"  # the answer's place is the last one in every row
-        )
-        options = inspect.signature(self.model.forward).parameters
-        # the last place alone, as an index: a slice of 1 is not contiguous, and would read the vocabulary once an edit
-        self.last_only = (
-            {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in options else {}
-        )
-        self.cache_name = "cache" if "cache" in options else "past_key_values"  # its older name
-        self.lock, self._chat = threading.RLock(), functools.lru_cache(1024)(self._chat)
-        super().__init__(settings, 1)
+        self.model = model.to(device).eval()
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"  # the next word's place is the last in every row
+        self.use(settings.judge_strategy)
 
     def use(self, strategy):
         super().use(strategy)
-        self.token_ids = answer_token_ids(self.processor.tokenizer, tuple(self.answers))
-        self.shares_prefix = self._prefix_works()
+        self.token_ids = answer_token_ids(self.tokenizer, self.strategy.worth)
 
-    def _chat(self, turns, pictures):
-        """The chat-formatted text of what user and judge said in turn: instruction first, then `pictures` pictures."""
-        messages = chat(turns, [{"type": "image"}] * pictures)
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+    def inputs(self, chats):
+        """The model's arguments for some chats, padded on the left to (B, L)."""
+        self.check_stop()
+        inputs = self.processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"padding": True, "return_tensors": "pt"},
         )
-
-    def _inputs(self, texts, pictures):
-        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(
-            self.model.device
-        )
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        return inputs
-
-    def _logits(self, texts, pictures, share):
-        """(B, V) at the first answer position; with `share`, what comes before the last picture is computed once."""
-        heads = [
-            text.rpartition(self.processor.image_token)[0] if share else text for text in texts
-        ]
-        keys = [(head, *map(id, shown[:-1])) for head, shown in zip(heads, pictures)]
-        first = [keys.index(key) for key in dict.fromkeys(keys)]
-        if not share or len(first) == len(texts):
-            return self.model(
-                **self._inputs(texts, pictures), **self.last_only, use_cache=False
-            ).logits[:, -1]
-        owner = torch.tensor(
-            [first.index(keys.index(key)) for key in keys], device=self.model.device
-        )  # (B,)
-        prefix = self._inputs([heads[i] for i in first], [pictures[i][:-1] for i in first])
-        rest = self._inputs(
-            [text[len(head) :] for text, head in zip(texts, heads)],
-            [shown[-1:] for shown in pictures],
-        )
-        three = hasattr(
-            self.model.model, "get_rope_index"
-        )  # Qwen's picture tokens have places in three directions
-        count = lambda mask: (mask.cumsum(1) - 1).clamp(min=0)  # noqa: E731
-        prefix.update({} if three else {"position_ids": count(prefix["attention_mask"])})
-        cache = self.model(**prefix, **self.last_only, use_cache=True)[self.cache_name]
-        cache.reorder_cache(owner)
-        keys = [
-            key for key in rest if rest[key].shape == rest["input_ids"].shape
-        ]  # what there is of each token
-        both = {key: torch.cat([prefix[key][owner], rest[key]], 1) for key in keys}
-        places = count(both["attention_mask"])  # (B, length)
-        if three:
-            kinds = [
-                (text, *(picture.size for picture in shown)) for text, shown in zip(texts, pictures)
-            ]
-            some = [
-                kinds.index(kind) for kind in dict.fromkeys(kinds)
-            ]  # the places of the rest are as one of these
-            grids = prefix["image_grid_thw"].split([len(pictures[i]) - 1 for i in first])
-            grids = [
-                grid for i in some for grid in (grids[owner[i]], rest["image_grid_thw"][i : i + 1])
-            ]
-            given = {key: both[key][some] for key in both} | {"image_grid_thw": torch.cat(grids)}
-            places, _ = self.model.model.get_rope_index(**given)
-            places = places[:, [some.index(kinds.index(kind)) for kind in kinds]]  # (3, B, length)
-        rest.update(
-            {
-                "attention_mask": both["attention_mask"],
-                self.cache_name: cache,
-                "position_ids": places[..., prefix["input_ids"].shape[1] :],
-            }
-        )
-        return self.model(**rest, **self.last_only).logits[:, -1]
-
-    def _expected(self, logits):
-        return expected_score(logits, self.token_ids, tuple(self.answers.values()))
+        return inputs.to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
-    def _prefix_works(self):
-        """Whether a shared prefix leaves this model's scores as they are, tried on two questions and four pictures."""
-        shown = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime", "white", "black")]
-        asked = [
-            self.question({"prompt": prompt}, self.aspects[0])
-            for prompt in ("0 1 2", "0 1 2", "5", "5")
-        ]
-        texts = [self._chat((question,), 2) for question in asked]
-        pictures = [[shown[i // 2], shown[3 - i]] for i in range(4)]
-        try:
-            whole, shared = (
-                self._expected(self._logits(texts, pictures, share))[0] for share in (False, True)
-            )
-        except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):
-            return False
-        return torch.allclose(
-            whole, shared, atol=1e-5 if self.model.dtype == torch.float32 else 0.02
-        )
+    def write(self, chats, tokens, draw=0):
+        with self.lock:
+            inputs = self.inputs(chats)
+            whole = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        written = whole[:, inputs["input_ids"].shape[1] :]  # (B, tokens at most)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        has_ended = torch.isin(written[:, -1].cpu(), torch.tensor(self.tokenizer.all_special_ids))
+        is_cut = ~has_ended & (written.shape[1] == tokens)
+        return list(map(Reply, texts, is_cut.tolist()))
 
-    def _generate(self, turns, pictures, max_tokens):
-        inputs = self._inputs(
-            [self._chat(said, len(shown)) for said, shown in zip(turns, pictures)], pictures
-        )
-        made = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[
-            :, inputs["input_ids"].shape[1] :
-        ]
-        return self.processor.tokenizer.batch_decode(made, skip_special_tokens=True)
-
-    def _answers(self, questions, pictures):
-        """Batches of neighbours in length; a group stays together."""
-        size = lambda i: (sum(p.width * p.height for p in pictures[i]), len(questions[i]))  # noqa: E731
-        order, found = sorted(range(len(questions)), key=size), {}
-        with self.lock, torch.no_grad():
-            for first in range(0, len(order), self.settings.judge_batch):
-                part = order[first : first + self.settings.judge_batch]
-                found |= zip(
-                    part, self._safely([(questions[i],) for i in part], [pictures[i] for i in part])
-                )
-        return [found[i] for i in range(len(questions))]
-
-    def _safely(self, turns, pictures):
-        """An Answer for each; a batch that the model refuses is halved until the refused picture stands alone."""
-        try:
-            if self.thinks and len(turns[0]) == 1:
-                thoughts = self._generate(turns, pictures, self.settings.judge_thought)
-                turns = [
-                    (question, thought, self.ending)
-                    for (question,), thought in zip(turns, thoughts)
-                ]
-            texts = [self._chat(said, len(shown)) for said, shown in zip(turns, pictures)]
-            logits = self._logits(texts, pictures, self.shares_prefix)
-        except (ValueError, RuntimeError) as error:
-            if len(turns) == 1:
-                return [Answer(cause=f"refused: {error!s:.80}")]
-            half = len(turns) // 2
-            return self._safely(turns[:half], pictures[:half]) + self._safely(
-                turns[half:], pictures[half:]
-            )
-        score, mass = self._expected(logits)
-        causes = ["logits that are not finite" if bad else "" for bad in score.isnan().tolist()]
-        p, ids = logits.float().softmax(1).topk(min(5, logits.shape[1]))
-        said = [self.processor.tokenizer.batch_decode(row[:, None]) for row in ids]
-        words = [
-            ", ".join(f"{word!r} {share:.0%}" for word, share in zip(*row))
-            for row in zip(said, p.tolist())
-        ]
-        for i in range(len(turns) * self.samples):
-            draws = seeded(zlib.crc32(pictures[i][-1].tobytes()))
-            word = torch.multinomial(
-                logits[i].float().nan_to_num().softmax(0).cpu(), 1, generator=draws
-            ).item()
-            score[i] = dict(zip(self.token_ids, self.answers.values())).get(word, torch.nan)
-            causes[i] = causes[i] or "sampled no digit" * bool(score[i].isnan())
-        shares = map(tuple, logits[:, self.token_ids].float().softmax(1).tolist())
-        return list(map(Answer, score.tolist(), mass.tolist(), causes, words, shares))
-
-    def ask(self, text, pictures, max_tokens=1024):
-        """The reply to one message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
-        try:
-            with self.lock, torch.no_grad():
-                return self._generate([(text,)], [pictures], max_tokens)[0]
-        except (ValueError, RuntimeError) as error:
-            raise JudgeFailure(f"refused: {error!s:.80}") from error
+    @torch.no_grad()
+    def weigh(self, chats):
+        with self.lock:
+            inputs = self.inputs(chats)
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        p = logits.float().softmax(1)  # (B, V)
+        likeliest = p.topk(5)
+        verdicts = []
+        for i in range(len(chats)):
+            words = self.tokenizer.batch_decode(likeliest.indices[i, :, None])
+            seen = dict(zip(words, likeliest.values[i].tolist(), strict=True))
+            seen |= zip(self.strategy.worth, p[i, self.token_ids].tolist(), strict=True)
+            verdicts.append(expected_score(seen, self.strategy.worth))
+        return verdicts
 
 
 # ---------------------------------------------------------------- a served judge
 
+MAX_REPLY = 2**22  # bytes
+DRAW_TEMPERATURE = 0.7  # where the mean of several written scores counts
+SAY_AFTER = 1.0  # seconds without a good reply after which an outage is told
+REST = 10.0  # seconds for which nobody asks again after an outage outlasted judge_patience
+LOOPBACK = "localhost,127.0.0.0/8,::1"
+UNREADABLE = (KeyError, TypeError, IndexError, ValueError, OverflowError)  # in a reply's JSON
+
 
 class ServedJudge(Judge):
-    """One OpenAI-compatible server, or several with the same model. The key comes from JUDGE_API_KEY or OPENAI_API_KEY.
+    """OpenAI-compatible servers with the same model. The key is JUDGE_API_KEY or OPENAI_API_KEY.
 
-    Raises BadInput when a server does not answer or does not have the model.
+    BadInput when a server does not answer or does not have the model. (urllib3.Retry would do the
+    retries, but knows neither other servers nor an outage that all requests share.)
     """
 
-    def __init__(self, settings):
-        self.urls = [url.strip().rstrip("/") for url in settings.judge.split(",")]
-        super().__init__(settings, 64, settings.judge_in_flight * len(self.urls))
-        self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
-        self.session = requests.Session()
-        self.session.mount(
-            "http", requests.adapters.HTTPAdapter(len(self.urls), settings.judge_in_flight)
-        )
-        self.session.headers.update({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        self.load, self.rest, self.free = (
-            dict.fromkeys(self.urls, 0),
-            dict.fromkeys(self.urls, 0.0),
-            threading.Condition(),
-        )
+    def __init__(self, settings: JudgeSettings, stop=None):
+        super().__init__(settings, stop)
+        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
+        self.key = key.strip()
+        if not re.fullmatch("[!-~]*", self.key):
+            raise BadInput("JUDGE_API_KEY: holds what a key cannot; ASCII without spaces only")
+        processes = int(os.environ.get("WORLD_SIZE") or 1)
+        in_flight = max(1, settings.judge_in_flight // processes)
+        self.free = threading.Condition()  # held by who reads or changes the servers' state
+        self.refused = set()  # options that the servers do not take
         self.name = settings.judge_model
-        for url in self.urls:
-            try:
-                names = [model["id"] for model in self._once(url + "/models")["data"]]
-            except (JudgeFailure, KeyError, TypeError) as failure:
-                reason = getattr(failure, "cause", "it lists no models")
-                raise BadInput(
-                    f"judge {url}: {reason}; start the server, or correct the address"
-                ) from None
-            self.name = self.name or (names or [""])[0]
-            if self.name not in names:
-                raise BadInput(
-                    f"judge {url}: serves {', '.join(names) or 'nothing'}, not {self.name}; see --judge_model"
-                )
+        urls = [url.strip().rstrip("/") for url in settings.judge.split(",")]
+        self.servers = [Server(url, self.key, in_flight) for url in urls]
+        for server in self.servers:
+            self.find_model(server)
+        self.use(settings.judge_strategy)
 
-    def _once(self, url, body=None):
-        """One request: the reply's JSON, or a JudgeFailure that knows whether trying again may help."""
+    def find_model(self, server):
+        """Takes the first model that a server lists, or sees that it has the one that is wanted."""
         try:
-            reply = self.session.request(
-                "POST" if body else "GET", url, json=body, timeout=self.settings.judge_timeout
-            )
-        except requests.RequestException as error:
-            kinds = {requests.Timeout: "timeout", requests.ConnectionError: "no connection"}
-            cause = next(
-                (kinds[kind] for kind in kinds if isinstance(error, kind)), "a broken reply"
-            )
-            raise JudgeFailure(cause, may_help=True) from None
-        if reply.status_code != 200:
-            again = reply.status_code in (408, 425, 429) or reply.status_code >= 500
-            said = (
-                ""
-                if again
-                else " " + " ".join(reply.text.split())[:120].replace(self.key or "\0", "***")
-            )
-            wait = reply.headers.get("Retry-After", "")
-            raise JudgeFailure(
-                f"HTTP {reply.status_code}{said}", again, float(wait) if wait.isdigit() else 0.0
-            )
-        try:
-            return reply.json()
-        except ValueError:
-            raise JudgeFailure("a reply that is not JSON", may_help=True) from None
+            names = [str(model["id"]) for model in self.request(server, "/models")["data"]]
+        except JudgeFailure as failure:
+            fix = "start the server, or correct the address"
+            raise BadInput(f"judge {server.url}: {failure}; {fix}") from None
+        except UNREADABLE:
+            names = []
+        self.name = self.name or "".join(names[:1])
+        if self.name not in names:
+            fix = f"serves {str(names)[:200]}, not {self.name!r}; see --judge_model"
+            raise BadInput(f"judge {server.url}: {fix}")
 
-    def _take(self):
-        """The least loaded server that did not just fail, as soon as it has room."""
-        with self.free:
-            while True:
-                awake = [
-                    url for url in self.urls if self.rest[url] <= time.monotonic()
-                ] or self.urls
-                url = min(awake, key=self.load.get)
-                if self.load[url] < self.settings.judge_in_flight:
-                    self.load[url] += 1
-                    return url
-                self.free.wait(1.0)
+    def part(self, picture):
+        file = io.BytesIO()
+        picture.save(file, "PNG", compress_level=1)
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        return {"type": "image_url", "image_url": {"url": url}}
 
-    def _complete(self, turns, urls, **options):
-        """The one choice of a chat completion; tries again, ever more slowly, for judge_patience seconds."""
-        messages = chat(turns, [{"type": "image_url", "image_url": {"url": url}} for url in urls])
-        body = {"model": self.name, "messages": messages, **options}
-        deadline = time.monotonic() + self.settings.judge_patience
+    def write(self, chats, tokens, draw=0):
+        options = {"max_tokens": tokens, "temperature": 0}
+        if self.settings.judge_draws > 1:
+            options |= {"temperature": DRAW_TEMPERATURE, "seed": draw}
+        choice = self.complete(*chats, options)
+        text = choice["message"].get("content")
+        if not text or not isinstance(text, str):
+            raise JudgeFailure("an empty reply")
+        return [Reply(text, choice.get("finish_reason") == "length")]
+
+    def weigh(self, chats):
+        options = {"max_tokens": 1, "temperature": 1, "logprobs": True}
+        options["top_logprobs"] = self.settings.judge_logprobs
+        return [read_choice(self.complete(*chats, options), self.strategy.worth)]
+
+    def complete(self, chat, options):
+        """The one choice of a chat completion. What fails is tried again where that may help."""
+        first_try = math.inf
+        not_before = 0.0
         for attempt in itertools.count():
-            url = self._take()
+            server = self.take_server(not_before)
+            first_try = min(first_try, time.monotonic())
+            body = {"model": self.name, "messages": chat, **options}
+            if "max_tokens" in self.refused:
+                body["max_completion_tokens"] = body.pop("max_tokens")
+            if "temperature" in self.refused:
+                del body["temperature"]
             try:
-                reply = self._once(url + "/chat/completions", body)
-                break
-            except JudgeFailure as failure:
-                wait = max(failure.wait, min(2**attempt, 16) * random.uniform(0.5, 1))
-                if not failure.may_help or time.monotonic() + wait > deadline:
+                return only_choice(self.request(server, "/chat/completions", body))
+            except Unavailable:
+                if time.monotonic() - first_try > self.settings.judge_patience:
                     raise
-                self.rest[url] = time.monotonic() + wait
+                not_before = time.monotonic() + min(2**attempt, 16) * random.uniform(0.5, 1)
+            except JudgeFailure as failure:
+                if not self.learns(str(failure), body):
+                    raise
             finally:
                 with self.free:
-                    self.load[url] -= 1
+                    server.busy -= 1
                     self.free.notify()
-            time.sleep(wait)
-        match reply:
-            case {"choices": [{"message": {}} as choice]}:
-                return choice
-            case {"choices": [*choices]}:
-                raise JudgeFailure(
-                    f"{len(choices)} choices instead of 1"
-                    if len(choices) != 1
-                    else "a choice without message"
-                )
-        raise JudgeFailure("no choices in the reply")
 
-    def _reply(self, turns, urls, max_tokens):
-        reply = self._complete(turns, urls, max_tokens=max_tokens, temperature=0)["message"].get(
-            "content"
-        )
-        if not reply:
-            raise JudgeFailure("an empty reply")
+    def learns(self, cause, body):
+        """Whether a 400 names an option of `body` that OpenAI's newer models do not take."""
+        named = {name for name in ("max_tokens", "temperature") if name in body and name in cause}
+        if not cause.startswith("HTTP 400") or not named:
+            return False
+        self.refused |= named
+        return True
+
+    def take_server(self, not_before):
+        """The least busy server that takes requests, once there is one and it is time.
+
+        The patience is the outage's, not each request's: when no server gave a good reply for
+        judge_patience seconds, all that wait here fail at once, and so do others for a while.
+        """
+        patience = self.settings.judge_patience
+        with self.free:
+            while True:
+                self.check_stop()
+                now = time.monotonic()
+                outage = now - max(server.silent_since for server in self.servers)
+                if patience < outage < patience + REST:
+                    raise JudgeFailure(self.servers[0].cause)
+                if outage >= patience + REST:
+                    self.servers[0].silent_since = math.inf  # a new try, with new patience
+                ready = [server for server in self.servers if server.takes_at(now)]
+                if ready and now >= not_before:
+                    server = min(ready, key=lambda server: (server.is_down, server.busy))
+                    server.busy += 1
+                    return server
+                self.free.wait(0.1)
+
+    def request(self, server, path, body=None):
+        """A reply's JSON; JudgeFailure for all else. Notes whether the server answers."""
+        begun = time.monotonic()
+        sent = background(self.send, server, path, body)
+        try:
+            reply = self.finished(sent, self.settings.judge_timeout)  # for the whole of it
+        except Unavailable as failure:
+            with self.free:
+                server.failed(failure, begun)
+            raise
+        with self.free:
+            server.answered()
         return reply
 
-    def ask(self, text, pictures, max_tokens=1024):
-        """The reply to one message of `text` and PIL pictures, at temperature 0; JudgeFailure where there is none."""
-        return self._reply([text], list(map(png_url, pictures)), max_tokens)
-
-    def _answers(self, questions, pictures):
-        sources = {id(picture): picture for shown in pictures for picture in shown[:-1]}
-        sources = {key: png_url(picture) for key, picture in sources.items()}  # once a group
-
-        def answer(question, shown):
-            try:
-                turns, urls = (
-                    [question],
-                    [*(sources[id(picture)] for picture in shown[:-1]), png_url(shown[-1])],
-                )
-                if self.thinks:
-                    turns += [self._reply(turns, urls, self.settings.judge_thought), self.ending]
-                seed = {"seed": zlib.crc32(shown[-1].tobytes()) >> 1} if self.samples else {}
-                choice = self._complete(
-                    turns,
-                    urls,
-                    max_tokens=1,
-                    temperature=1,
-                    logprobs=True,
-                    top_logprobs=self.settings.judge_logprobs,
-                    **seed,
-                )
-                return read_choice(choice, self.answers, self.samples)
-            except JudgeFailure as failure:
-                return Answer(cause=failure.cause)
-
-        return list(self.pools[1].map(answer, questions, pictures))
+    def send(self, server, path, body):
+        options = {"timeout": self.settings.judge_timeout, "allow_redirects": False, "stream": True}
+        method = "POST" if body else "GET"
+        try:
+            with server.session.request(method, server.url + path, json=body, **options) as reply:
+                content = reply.raw.read(MAX_REPLY + 1, decode_content=True)
+        except (requests.Timeout, urllib3.exceptions.TimeoutError):
+            raise Unavailable("timeout") from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError):
+            raise Unavailable("no connection") from None
+        status = reply.status_code
+        if status in (408, 425, 429) or status >= 500:
+            failure = Unavailable(f"HTTP {status}")
+            wanted = re.fullmatch("[0-9]{1,9}", reply.headers.get("Retry-After", ""))
+            if wanted:
+                failure.wait = min(float(wanted[0]), self.settings.judge_patience)
+            raise failure
+        if status != 200:
+            text = " ".join(content.decode(errors="replace").split())
+            if self.key:
+                text = text.replace(self.key, "***")  # before it is cut: half a key leaks, too
+            raise JudgeFailure(f"HTTP {status} {text[:200]}")
+        if len(content) > MAX_REPLY:
+            raise JudgeFailure("a reply that is too long")
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):
+            raise Unavailable("a reply that is not JSON") from None
 
 
-def png_url(picture):
-    file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+class Server:
+    """A server, and whether it answers. All of it is changed under ServedJudge.free."""
+
+    def __init__(self, url: str, key: str, in_flight: int):
+        self.url = url
+        self.in_flight = in_flight
+        self.busy = 0  # requests in flight
+        self.cause = ""  # of its last failure
+        self.last_good = 0.0  # when its last good reply came
+        self.silent_since = math.inf  # when the first request after that began, once it failed
+        self.rests_until = 0.0  # it asked for a pause
+        self.is_down = False  # it was told that it stopped answering
+        self.session = requests.Session()
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=in_flight)
+        self.session.mount("http://", adapter)  # one kept connection for each request in flight
+        self.session.mount("https://", adapter)
+        # loopback must not go through a proxy that the environment names
+        self.session.trust_env = not requests.utils.should_bypass_proxies(url, LOOPBACK)
+        if key:
+            self.session.headers["Authorization"] = f"Bearer {key}"
+
+    def takes_at(self, now):
+        """Whether it takes one more request; one that is down gets one at a time."""
+        room = 1 if self.is_down else self.in_flight
+        return self.busy < room and self.rests_until <= now
+
+    def failed(self, failure, begun):
+        now = time.monotonic()
+        self.cause = str(failure)
+        self.rests_until = now + failure.wait
+        self.silent_since = min(self.silent_since, max(begun, self.last_good))
+        if not self.is_down and now - self.silent_since > SAY_AFTER:
+            self.is_down = True
+            tqdm.write(f"judge {self.url}: stopped answering: {failure}", file=sys.stderr)
+
+    def answered(self):
+        if self.is_down:
+            tqdm.write(f"judge {self.url}: answers again", file=sys.stderr)
+        self.is_down = False
+        self.silent_since = math.inf
+        self.last_good = time.monotonic()
 
 
-def load_judge(settings, device=None, dtype=torch.bfloat16):
-    """The judge that settings.judge names: local:MODEL or http://host:port/v1[,...]. BadInput when it cannot serve.
+def only_choice(reply) -> dict:
+    """The one choice of a chat completion's JSON; JudgeFailure when it has another form."""
+    match reply:
+        case {"choices": [{"message": {}} as choice]}:
+            return choice
+        case {"choices": [*choices]}:
+            raise JudgeFailure(f"{len(choices)} choices instead of 1, or without message")
+    raise JudgeFailure("no choices in the reply")
 
-    device: where a local judge runs unless settings.judge_device says so, None for a GPU if there is one; dtype: its
-    precision there; float32 on a CPU.
+
+def read_choice(choice: dict, worth: dict[str, float]) -> Verdict:
+    """The Verdict in a choice's likeliest first words.
+
+    Nothing is guessed: probabilities that cannot be, or that were cut so that answers may be
+    missing, are no score.
+    """
+    try:
+        first = choice["logprobs"]["content"][0]
+        words = [str(word["token"]) for word in first["top_logprobs"]]
+        values = [math.exp(float(word["logprob"])) for word in first["top_logprobs"]]
+        drawn = str(first["token"]).strip()
+    except UNREADABLE:
+        return Verdict(cause="no logprobs in the reply")
+    if not math.isfinite(sum(values)):
+        return Verdict(cause="logprobs that are not finite")
+    verdict = expected_score(dict(zip(words, values, strict=True)), worth)
+    thought = choice["message"].get("reasoning_content") or choice["message"].get("reasoning")
+    times = [words.count(text) for text in worth]
+    most_unseen = times.count(0) * min(values, default=1.0)
+    cause = ""
+    if thought or drawn.startswith("<think"):
+        cause = "the judge thinks before it answers"
+    elif max(times) > 1 or sum(values) > 1.01:
+        cause = "probabilities that cannot be"
+    elif values.count(0.0) > 1:
+        cause = "a distribution cut by top-k or top-p"
+    elif verdict.cause or most_unseen > 1e-3 * verdict.mass:
+        cause = "answers missing from top_logprobs"
+    if cause:
+        return verdict._replace(score=torch.nan, cause=cause)
+    return verdict
+
+
+# ---------------------------------------------------------------- which judge, and is it fit?
+
+
+def load_judge(
+    settings: JudgeSettings,
+    device=None,
+    dtype: torch.dtype = torch.bfloat16,
+    stop: threading.Event | None = None,
+) -> Judge:
+    """The judge that settings.judge names; BadInput when it cannot serve.
+
+    device: where a local judge runs unless settings.judge_device says so, None for a GPU if there
+    is one; dtype: its precision there, float32 on a CPU; stop: once it is set, all waiting ends
+    within a second, and what is missing is NaN with the cause "stopped".
     """
     if settings.judge.startswith(("http://", "https://")):
-        return ServedJudge(settings)
+        return ServedJudge(settings, stop)
+    if re.fullmatch(FILE_JUDGE, settings.judge):
+        return FileJudge(settings, stop)
     if not settings.judge.startswith("local:") or settings.judge == "local:":
         raise BadInput(
-            f"judge {settings.judge!r}: not of the form local:MODEL or http://host:port/v1; name one such as "
-            "local:Qwen/Qwen2.5-VL-7B-Instruct"
+            f"judge {settings.judge!r}: not of the form local:MODEL, http://host:port/v1 or "
+            "FILE.py; name one such as local:Qwen/Qwen2.5-VL-7B-Instruct"
         )
-    device = torch.device(
-        settings.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    return LocalJudge(settings, device, torch.float32 if device.type == "cpu" else dtype)
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    device = settings.judge_device or device or usual
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--judge_device {device}: {cause_of(error)}; name cpu or cuda:0") from None
+    if torch.device(device).type == "cpu":
+        dtype = torch.float32
+    return LocalJudge(settings, device, dtype, stop)
 
 
-# ---------------------------------------------------------------- does it agree with people?
+def refuse_silent_judge(groups: list[Scores], name: str, least: float = 0.5):
+    """BadInput for a judge that gave no score, or whose mean mass on answers is below `least`."""
+    mass = torch.cat([group.mass for group in groups]).nanmean()
+    if mass < least:  # not where nothing is known of the mass
+        words = next((group.words[0] for group in groups if group.words[0]), "nothing")
+        raise BadInput(
+            f"{name}: puts {mass:.1%} of its probability on the answers that count and would "
+            f"rather say {words}; take another judge, --judge_strategy or --judge_prompt"
+        )
+    if torch.cat([group.score for group in groups]).isnan().all():
+        causes = Counter(itertools.chain.from_iterable(group.causes for group in groups))
+        listed = ", ".join(f"{number} x {cause}" for cause, number in causes.most_common(3))
+        raise BadInput(f"{name}: gave no score: {listed}; see to the judge")
+
+
+def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
+    """Asks about a few rows, and sets judge.noise. BadInput for a silent judge, and, unless
+    judge_check is off, for one that untouched sources please more than right edits (`target`)."""
+    with_target = [row for row in rows if row.get("target")]
+    plain, padded = [], []
+    for row in with_target[:16] or rows[:4]:
+        sources = [load_image(path) for path in row["images"]]
+        edits = [sources[0]]
+        if with_target:
+            edits.append(load_image(row["target"]))
+        wide = sources[0].resize((2 * sources[0].width, sources[0].height))
+        plain.append(judge.submit(row, sources, edits))
+        padded.append(judge.submit(row, sources, [*edits, wide]))  # the longest pads the others
+    plain = [future.result() for future in plain]
+    refuse_silent_judge(plain, judge.name)
+    scores = torch.stack([group.score for group in plain])  # (rows, 1 or 2): untouched, right
+    again = torch.stack([future.result().score[:-1] for future in padded])
+    judge.noise = (scores - again).square().nanmean().sqrt().nan_to_num(0.0).item()
+    print(f"judge {judge.name}: a score moves by {judge.noise:.1g} with what is asked beside it")
+    if with_target and settings.judge_check:
+        untouched, right = scores.nanmean(0).tolist()
+        if not right > untouched:
+            raise BadInput(
+                f"{judge.name}: scores right edits {right:.2f}, untouched sources {untouched:.2f}; "
+                "take another judge or --judge_prompt, or leave this out: --no_judge_check"
+            )
 
 
 # ---------------------------------------------------------------- what a judge writes for a dataset
 
 ASK_REQUIREMENT = """A picture is to be edited by this instruction: {prompt}
-In one or two sentences, say what a good edit of this very picture must show and what must stay as it is, so that somebody
-who compares the two pictures can check it. Write these sentences alone."""
+In one or two sentences, say what a good edit of this very picture must show and what must stay as
+it is, so that somebody who compares the two pictures can check it. Write these sentences alone."""
+PART = 32  # rows between two writings of the file
 
 
-def write_requirements(argv, part=32):
-    """Lets a judge write the `requirement` of every row that has none; what is there stays, so a killed call is resumed."""
+def write_requirements(argv: list[str]):
+    """Lets a judge write the `requirement` of every row that has none; goes on where it was."""
     if not argv or argv[0].startswith("--"):
-        raise BadInput(
-            "requirements: names no folder; write python reward_mllm.py requirements DIR --judge ..."
-        )
-    folder, judge = (
-        Path(argv[0]),
-        load_judge(parse_settings(JudgeSettings, argv[1:], description=write_requirements.__doc__)),
-    )
+        raise BadInput("requirements: names no folder; python reward_mllm.py requirements DIR")
+    folder = Path(argv[0])
+    settings = parse_settings(JudgeSettings, argv[1:], description=write_requirements.__doc__)
+    splits = [split for split in SPLITS if split_file(folder, split)]
+    rows = {split: read_rows(folder, split) for split in splits or SPLITS}
+    judge = load_judge(settings)
+    for split in splits:
+        fill_requirements(judge, split_file(folder, split), rows[split])
 
-    def ask(row):
-        try:
-            pictures = [load_image(path) for path in row["images"]]
-            reply = judge.ask(ASK_REQUIREMENT.replace("{prompt}", row["prompt"]), pictures, 1024)
-            return " ".join(reply.rpartition("</think>")[2].split()), "an empty reply"
-        except JudgeFailure as failure:
-            return "", failure.cause
 
-    for split in ("train", "test"):
-        file = next(
-            (
-                folder / f"{split}{end}.jsonl"
-                for end in ("", "_metadata")
-                if (folder / f"{split}{end}.jsonl").is_file()
-            ),
-            None,
-        )
-        if file is None:
-            continue
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        todo, causes = (
-            [
-                (i, row)
-                for i, row in enumerate(read_rows(folder, split))
-                if not row.get("requirement")
-            ],
-            Counter(),
-        )
-        with ThreadPoolExecutor(part) as pool:
-            for first in tqdm(range(0, len(todo), part), desc=file.name):
-                for (i, _), (text, cause) in zip(
-                    todo[first:], pool.map(ask, [row for _, row in todo[first : first + part]])
-                ):
-                    causes.update([] if text else [cause])
-                    lines[i] = (
-                        json.dumps(json.loads(lines[i]) | {"requirement": text}, ensure_ascii=False)
-                        if text
-                        else lines[i]
-                    )
-                whole = file.with_name(f".{file.name}.part")
-                whole.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-                whole.replace(file)
-        print(
-            f"{file}: {len(todo) - causes.total()} requirements written, {len(lines) - len(todo)} kept"
-            + "".join(f", {number} failed: {cause}" for cause, number in causes.items())
-        )
+def fill_requirements(judge: Judge, file: Path, rows: list[dict]):
+    """Writes what `rows` lack into their file, of which all else stays as it is."""
+    lines = [line for _, line in read_json_lines(file)]
+    todo = [i for i, row in enumerate(rows) if not row.get("requirement")]
+    causes = Counter()
+    for start in tqdm(range(0, len(todo), PART), desc=file.name):
+        part = todo[start : start + PART]
+        futures = [background(ask_requirement, judge, rows[i]) for i in part]
+        for i, future in zip(part, futures, strict=True):
+            try:
+                lines[i]["requirement"] = future.result()
+            except JudgeFailure as failure:
+                causes[str(failure)] += 1
+        write_json_lines(file, lines)
+    failed = "".join(f", {number} failed: {cause}" for cause, number in causes.items())
+    written = len(todo) - causes.total()
+    print(f"{file}: {written} requirements written, {len(rows) - len(todo)} kept{failed}")
+
+
+def ask_requirement(judge: Judge, row: dict) -> str:
+    """What a good edit of this row must show, in one line; JudgeFailure if there is no reply."""
+    pictures = [load_image(path) for path in row["images"]]
+    reply = judge.ask(ASK_REQUIREMENT.replace("{prompt}", row["prompt"]), pictures)
+    return " ".join(reply.split())
 
 
 # ---------------------------------------------------------------- the command
@@ -996,35 +1179,37 @@ def write_requirements(argv, part=32):
 
 @dataclass(frozen=True)
 class Settings(JudgeSettings):
-    source: list[str] = HfArg(default_factory=list, help="The source picture, or several.")
-    edited: str = HfArg(default="", help="The edited picture.")
-    prompt: str = HfArg(default="", help="The instruction.")
-    requirement: str = HfArg(default="", help="What a good edit must show.")
-    task: str = HfArg(default="", help="The kind of edit, for its default requirement.")
+    """One edit to be judged."""
+
+    source: list[str] = setting([], "The source picture, or several.")
+    edited: str = setting("", "The edited picture.")
+    prompt: str = setting("", "The instruction.")
+    requirement: str = setting("", "What a good edit must show.")
+    task: str = setting("", "The kind of edit, for its default requirement.")
+    mask: str = setting("", "A picture whose white is the region to edit.")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["requirements"]:
         return write_requirements(argv[1:])
     settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
     for name in ("source", "edited", "prompt"):
         if not getattr(settings, name):
-            raise BadInput(
-                f"--{name} is missing; give the source picture, the edited picture and the instruction"
-            )
-    sources, edit = [load_image(path) for path in settings.source], load_image(settings.edited)
-    row = {"prompt": settings.prompt, "requirement": settings.requirement, "task": settings.task}
+            raise BadInput(f"--{name} is missing; give source picture, edited picture, instruction")
+    row = {name: getattr(settings, name) for name in ("prompt", "requirement", "task", "mask")}
+    sources = [load_image(path) for path in settings.source]
+    edit = load_image(settings.edited)
     judge = load_judge(settings)
-    scores = judge.score([row], [sources], [edit])
-    refuse_silent_judge(scores, settings.judge, least=0)
-    print(
-        f"score {scores.score.item():.4f}   mass on answers {scores.mass.item():.4f}   it would say {scores.words[0]}"
-    )
-    print(
-        "   ".join(f"p({text}) {share:.4f}" for text, share in zip(judge.answers, scores.shares[0]))
-    )
-    print("   ".join(f"{name} {value.item():.4f}" for name, value in scores.terms.items()))
+    scores = judge.score(row, sources, [edit])
+    refuse_silent_judge([scores], judge.name, least=0)
+    print(f"score {scores.score.item():.4f}")
+    print(f"mass on answers {scores.mass.item():.4f}")
+    print(f"it says {scores.words[0]}")
+    for text, share in zip(judge.strategy.worth, scores.shares[0], strict=False):
+        print(f"p({text}) {share:.4f}")
+    for name, value in scores.terms.items():
+        print(f"{name} {value.item():.4f}")
 
 
 if __name__ == "__main__":

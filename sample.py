@@ -26,7 +26,6 @@ Departures from the papers (arXiv:2510.16888, arXiv:2509.16117v2) and their rele
 8. Edits keep their source's aspect ratio, at about resolution^2 pixels.
 """
 
-import copy
 import functools
 import inspect
 import json
@@ -247,6 +246,15 @@ class Editor:
     policies: tuple[str, ...] = ()  # names of the LoRA adapters, `new` first
     active: str = "base"  # the policy that is on
 
+    @property
+    def transformer(self) -> nn.Module:
+        return self.pipe.transformer
+
+    @property
+    def kind(self) -> str:
+        """The name of the pipeline's class."""
+        return type(self.pipe).__name__
+
 
 def load_editor(
     base: str | Path,
@@ -264,7 +272,7 @@ def load_editor(
     loads, when it is no image editor, or when it cannot take the resolution.
     """
     base = str(base)
-    pipe = load_pipeline(base, dtype, trust_remote_code)
+    pipe = load_pipeline(base, device, dtype, trust_remote_code)
     family = family_of(pipe, base)
     resolution = checked_resolution(pipe, family, base, resolution)
     max_text = max_text or default_max_text(pipe)
@@ -276,10 +284,12 @@ def load_editor(
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-    return Editor(pipe.to(device), family, resolution, max_text)
+    return Editor(pipe, family, resolution, max_text)
 
 
-def load_pipeline(base: str, dtype: torch.dtype, trust_remote_code: bool) -> DiffusionPipeline:
+def load_pipeline(
+    base: str, device: str | torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> DiffusionPipeline:
     """The pipeline in a folder or of a hub id as diffusers loads it; BadInput if it cannot."""
     fix = "name a whole model folder or a hub id owner/name"
     if base == TOY and not Path(base).is_dir():
@@ -296,8 +306,8 @@ def load_pipeline(base: str, dtype: torch.dtype, trust_remote_code: bool) -> Dif
             **dict.fromkeys(tokenizers),
         )
         pipe.register_modules(**tokenizers)  # diffusers would refuse their class above
-        return pipe
-    except BadInput:
+        return pipe.to(device)  # where weights are missing, this is what fails
+    except (BadInput, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what a damaged folder makes four libraries raise has no end
         reason = one_line(error)
@@ -398,7 +408,7 @@ def add_policies(
     `start`, a LoRA as read_lora takes it, new = old = that LoRA, and rank, alpha and layers are its
     own. BadInput when no module has such a name, or the LoRA is for another editor.
     """
-    transformer = editor.pipe.transformer
+    transformer = editor.transformer
     kind = type(transformer).__name__
     targets = list(targets or editor.family.targets)
     config = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
@@ -411,15 +421,15 @@ def add_policies(
                 f"{start}: a LoRA for another model: {kind} has no layer {strangers[0]}, nor "
                 f"{len(strangers) - 1} more of its layers; take the LoRA's own base model"
             )
-    config = LoraConfig(**config, init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws A, too
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         try:
             for name in (*averages, "new"):
-                transformer.add_adapter(copy.deepcopy(config), name)
-        except ValueError as error:  # peft's, where no module has such a name
+                transformer.add_adapter(LoraConfig(**config, init_lora_weights="gaussian"), name)
+        except ValueError as error:
             raise BadInput(
-                f"LoRA targets {targets} match no module of {kind}; name some of its layers"
+                f"LoRA targets {config['target_modules']} match no module of {kind} that can have "
+                f"one ({one_line(error)}); name some of its layers"
             ) from error
     editor.lora_layers = [
         layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)
@@ -471,7 +481,7 @@ def lora_parameters(editor: Editor, name: str) -> dict[str, nn.Parameter]:
     The keys are without the adapter's name: the same for new and old.
     """
     found = {}
-    for key, parameter in editor.pipe.transformer.named_parameters():
+    for key, parameter in editor.transformer.named_parameters():
         if ".lora_" in key and f".{name}." in key:
             found[key.replace(f".{name}.", ".")] = parameter
     return dict(sorted(found.items()))
@@ -521,7 +531,7 @@ def save_lora(editor: Editor, folder: str | Path, name: str = "new") -> None:
     full = {f"transformer.{key}": weight.to(dtype) for key, weight in weights.items()}
     for key, strength in lora_strengths(editor, name).items():
         full[f"transformer.{key}"] = full[f"transformer.{key}"] * strength
-    config = editor.pipe.transformer.peft_config[name].to_dict()
+    config = editor.transformer.peft_config[name].to_dict()
     config = {key: config[key] for key in LORA_CONFIG}
     with whole_file(Path(folder, LORA_FILE)) as part:
         save_file(full, part, {"format": "pt", "lora_config": json.dumps(config)})
@@ -530,7 +540,7 @@ def save_lora(editor: Editor, folder: str | Path, name: str = "new") -> None:
 def lora_strengths(editor: Editor, name: str) -> dict[str, float]:
     """{LAYER.lora_B.weight: alpha / rank}, which peft multiplies the LoRA's output with."""
     strengths = {}
-    for layer, module in editor.pipe.transformer.named_modules():
+    for layer, module in editor.transformer.named_modules():
         if isinstance(module, BaseTunerLayer):
             strengths[f"{layer}.lora_B.weight"] = module.scaling[name]
     return strengths
@@ -542,7 +552,7 @@ def load_lora(editor: Editor, folder: str | Path, name: str) -> None:
     BadInput when its layers, rank or alpha are not the adapter's.
     """
     lora = read_lora(folder)
-    alpha = editor.pipe.transformer.peft_config[name].lora_alpha
+    alpha = editor.transformer.peft_config[name].lora_alpha
     if lora.config["lora_alpha"] != alpha:
         raise BadInput(
             f"{folder}: was trained with alpha {lora.config['lora_alpha']}, not {alpha}; give the "
@@ -559,7 +569,7 @@ def copy_lora(editor: Editor, lora: Lora, name: str, place: str | Path) -> None:
     if shapes != {key: parameter.shape for key, parameter in own.items()}:
         raise BadInput(
             f"{place}: its layers or rank are not those of this "
-            f"{type(editor.pipe.transformer).__name__} and its policies; take the LoRA's own base "
+            f"{type(editor.transformer).__name__} and its policies; take the LoRA's own base "
             "model and rank"
         )
     strengths = lora_strengths(editor, name) if lora.is_full_strength else {}
@@ -574,8 +584,8 @@ def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
     trainers; layers by other programs' names go through diffusers' converter for `pipe`. BadInput
     when there is no LoRA or when it is not whole.
     """
-    file = find_lora(place)
     try:
+        file = find_lora(place)
         with safe_open(file, "pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no dict)
             metadata = stored.metadata() or {}
@@ -586,30 +596,22 @@ def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
         config = lora_config(file, metadata, weights, alphas)
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         raise BadInput(
-            f"{file}: not a whole LoRA ({one_line(error)}); copy or download it again"
+            f"{place}: not a LoRA that can be read ({one_line(error)}); name RUN/checkpoint-N, a "
+            "whole file or a hub id"
         ) from error
     return Lora(weights, config, is_full_strength="lora_config" in metadata)
 
 
 def find_lora(place: str | Path) -> Path:
-    """The file of the LoRA that a file, a folder or a hub id names; BadInput if there is none."""
+    """The file of the LoRA that a file, a folder or a hub id names; OSError if there is none."""
     path = Path(place)
     if not path.exists() and is_hub_id(place):
-        try:
-            wanted = [LORA_FILE, PEFT_FILE, "adapter_config.json"]
-            path = Path(snapshot_download(str(place), allow_patterns=wanted))
-        except (OSError, ValueError) as error:
-            raise BadInput(
-                f"{place}: not a LoRA that can be had ({one_line(error)}); name RUN/checkpoint-N, "
-                "a file or a hub id"
-            ) from error
+        wanted = [LORA_FILE, PEFT_FILE, "adapter_config.json"]
+        path = Path(snapshot_download(str(place), allow_patterns=wanted))
     for file in (path, path / LORA_FILE, path / PEFT_FILE):
         if file.is_file():
             return file
-    raise BadInput(
-        f"{place}: not a LoRA, holds neither {LORA_FILE} nor {PEFT_FILE}; name RUN/checkpoint-N or "
-        "a file"
-    )
+    raise FileNotFoundError(f"it holds neither {LORA_FILE} nor {PEFT_FILE}")
 
 
 def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -707,7 +709,7 @@ def rollout(
     edits a pipeline call; None: all. BadInput when the editor cannot take these pictures or this
     prompt, or cannot be trained as it takes them.
     """
-    fault = request_fault(editor, len(images), prompt)
+    fault = row_fault(editor, {"images": images, "prompt": prompt})
     if fault:
         raise BadInput(fault)
     if guidance is None:
@@ -723,19 +725,11 @@ def rollout(
     return Group(edits, x_0, conditioning(calls[0]), calls[0].times)
 
 
-def _call_pipeline(
-    editor: Editor,
-    images: Pictures,
-    prompt: str,
-    generators: list[torch.Generator],
-    steps: int,
-    guidance: float | None,
-) -> Drawn:
+def _call_pipeline(editor, images, prompt, generators, steps, guidance) -> Drawn:
     """One call of the diffusers pipeline, with an ear on it; BadInput for what it refuses."""
     pipe = editor.pipe
-    images = [
-        image.resize(working_size(editor, image), Image.Resampling.LANCZOS) for image in images
-    ]
+    resampling = Image.Resampling.LANCZOS
+    images = [image.resize(working_size(editor, image), resampling) for image in images]
     times = []
     arguments = {}
 
@@ -743,7 +737,8 @@ def _call_pipeline(
         # With true CFG a step's second call is the unconditional one.
         if len(times) == (pipe.scheduler.step_index or 0):
             times.append(kwargs["timestep"][0].float().cpu())
-            arguments.update({} if arguments else kwargs)
+            if not arguments:
+                arguments.update(kwargs)
 
     ear = pipe.transformer.register_forward_pre_hook(listen, with_kwargs=True)
     try:
@@ -757,9 +752,7 @@ def _call_pipeline(
                 **call_options(editor, images[0].size, guidance),
             ).images
     except ValueError as error:
-        raise BadInput(
-            f"{type(pipe).__name__} refuses a row: {one_line(error)}; remove it"
-        ) from error
+        raise BadInput(f"{editor.kind} refuses a row: {one_line(error)}; remove it") from error
     return Drawn(drawn, pipe.scheduler.last_x, arguments, torch.stack(times))
 
 
@@ -859,31 +852,29 @@ def velocity(editor: Editor, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
             arguments[name] = value.expand(B, *value.shape[1:]).contiguous()
     tokens = [x_t.to(source), arguments["hidden_states"]]
     arguments["hidden_states"] = torch.cat(tokens, dim=1)  # (B, N + S, C)
-    return editor.pipe.transformer(timestep=t_told, **arguments)[0][:, :N].float()
+    return editor.transformer(timestep=t_told, **arguments)[0][:, :N].float()
 
 
 # ---------------------------------------------------------------- checks
 
 
 def row_fault(editor: Editor, row: dict) -> str:
-    """Why this editor cannot take a row, found without drawing; "" if it is not known to."""
-    return request_fault(editor, len(row["images"]), row["prompt"])
+    """Why this editor cannot take a row, found without drawing; "" if nothing speaks against it.
 
-
-def request_fault(editor: Editor, pictures: int, prompt: str) -> str:
-    """As row_fault, of the number of pictures and a prompt; one that will be cut is but a note."""
-    kind = type(editor.pipe).__name__
+    row: looked at are the number of its `images` and its `prompt`; one that will be cut is a note.
+    """
+    pictures = len(row["images"])
     if pictures > 1 and not editor.family.several:
         return (
-            f"a row has {pictures} pictures and {kind} takes one; remove the row or take another "
-            "editor"
+            f"a row has {pictures} pictures and {editor.kind} takes one; remove the row or take "
+            "another editor"
         )
     if editor.family.long_text == "whole":
         return ""
-    if text_tokens(editor.pipe, prompt) > editor.max_text:
+    if text_tokens(editor.pipe, row["prompt"]) > editor.max_text:
         if editor.family.long_text == "fail":
-            return f"{too_long(editor, prompt)}; shorten it"
-        note(f"{too_long(editor, prompt)}; the rest is cut")
+            return f"{too_long(editor, row['prompt'])}; shorten it"
+        note(f"{too_long(editor, row['prompt'])}; the rest is cut")
     return ""
 
 
@@ -900,7 +891,7 @@ def text_tokens(pipe: DiffusionPipeline, prompt: str) -> int:
 
 def too_long(editor: Editor, prompt: str) -> str:
     return (
-        f"a prompt has more than the {editor.max_text} tokens that {type(editor.pipe).__name__} "
+        f"a prompt has more than the {editor.max_text} tokens that {editor.kind} "
         f"takes: {prompt[:60]!r}..."
     )
 
@@ -926,29 +917,30 @@ def cut_prompts_are_told(editor: Editor, prompt: str) -> Iterator[None]:
 
 def check_call(editor: Editor, images: Pictures, drawn: Drawn) -> None:
     """BadInput unless what was overheard is what `velocity` replays; a note of another size."""
-    kind = type(editor.pipe).__name__
     tokens = drawn.arguments["hidden_states"]  # (B, N + S, C)
     B, N, C = drawn.x_0.shape
     if tokens.shape[1] <= N or tokens.shape[2] != C:
         raise BadInput(
-            f"{kind} does not see the source picture as tokens beside the edit's; take another "
-            "editor"
+            f"{editor.kind} does not see the source picture as tokens beside the edit's; take "
+            "another editor"
         )
     if len(tokens) != B:
         raise BadInput(
-            f"{kind} runs its guidance in one batch with the edits; give a guidance of 1"
+            f"{editor.kind} runs its guidance in one batch with the edits; give a guidance of 1"
         )
     sizes = [working_size(editor, image) for image in images]  # the first is the edit's
     pixels = [width * height for width, height in sizes]
     tokens_wanted = N * (pixels[0] + sum(pixels)) / pixels[0]
     if drawn.images[0].size != sizes[0] or tokens.shape[1] != tokens_wanted:
         note(
-            f"{kind} does not keep the size of its pictures, as its Family says: wanted {sizes}, "
-            f"got {drawn.images[0].size}"
+            f"{editor.kind} does not keep the size of its pictures, as its Family says: wanted "
+            f"{sizes}, got {drawn.images[0].size}"
         )
     sigmas = editor.pipe.scheduler.sigmas[: len(drawn.times)].cpu()
     are_flow_times = torch.allclose(drawn.times, sigmas, atol=0.01)
-    assert are_flow_times, f"{kind} gives its transformer {drawn.times}, not flow times {sigmas}"
+    assert are_flow_times, (
+        f"{editor.kind} gives its transformer {drawn.times}, not flow times {sigmas}"
+    )
 
 
 def check_editor(
@@ -963,7 +955,6 @@ def check_editor(
     row: one of the data; started: the policies begin from a LoRA, not as the base. BadInput names
     the row, the editor or the LoRA's layers.
     """
-    kind = type(editor.pipe).__name__
     sources = [load_image(path) for path in row["images"]]
     inverted = [ImageOps.invert(source) for source in sources]
     try:
@@ -978,7 +969,7 @@ def check_editor(
     # 1. The editor sees its source.
     if torch.allclose(v, velocity(editor, x_t, t, other.cond)):
         raise BadInput(
-            f"{kind}: another source picture changes nothing; take an editor that sees it"
+            f"{editor.kind}: another source picture changes nothing; take an editor that sees it"
         )
     # 2. The policies are equal at the start.
     equals = editor.policies if started else ("base", *editor.policies)
@@ -990,8 +981,10 @@ def check_editor(
     v.square().mean().backward()
     gradients = [parameter.grad for parameter in lora_parameters(editor, "new").values()]
     if not any(gradient is not None and gradient.any() for gradient in gradients):
-        targets = sorted(editor.pipe.transformer.peft_config["new"].target_modules)
-        raise BadInput(f"{kind}: the LoRA on {targets} gets no gradient; name other --lora_targets")
+        targets = sorted(editor.transformer.peft_config["new"].target_modules)
+        raise BadInput(
+            f"{editor.kind}: the LoRA on {targets} gets no gradient; name other --lora_targets"
+        )
     optimizer.zero_grad()
 
 
@@ -1004,7 +997,7 @@ def parked(editor: Editor, park: bool = True) -> Iterator[None]:
 
     park: False does nothing.
     """
-    device = editor.pipe.transformer.device
+    device = editor.transformer.device
     parts = []
     for name, part in editor.pipe.components.items():
         if park and isinstance(part, nn.Module) and name != "transformer":
@@ -1020,7 +1013,7 @@ def compile_blocks(editor: Editor) -> None:
     """Compiles the transformer's blocks, each class once for policy, gradient mode and batch."""
     # The default of 8 recompilations would fall back to eager in silence.
     torch._dynamo.config.recompile_limit = 64
-    editor.pipe.transformer.compile_repeated_blocks()
+    editor.transformer.compile_repeated_blocks()
 
 
 def shard_base(editor: Editor, accelerator: Accelerator) -> None:
@@ -1028,7 +1021,7 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
 
     To be called with the editor on the CPU; what is not sharded moves to the rank's device.
     """
-    transformer = editor.pipe.transformer
+    transformer = editor.transformer
     blocks = set()
     for child in transformer.children():
         if isinstance(child, nn.ModuleList):
@@ -1114,8 +1107,7 @@ def draw_rows(editor: Editor, args: Settings, images: Pictures, names: list[str]
         with policy(editor, name):
             group = rollout(editor, images, args.prompt, generators, steps, guidance, **how)
         rows.append(images + group.images)
-        label = "trained" if name == "new" else "base"
-        captions.append(["source"] * len(images) + [f"{label}, seed {seed}" for seed in seeds])
+        captions.append(["source"] * len(images) + [f"{name}, seed {seed}" for seed in seeds])
     return picture_grid(rows, captions, args.prompt)
 
 

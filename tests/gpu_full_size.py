@@ -1,22 +1,26 @@
-"""Peak memory and speed of training full-size editors on one GPU, as a table for the README. Nothing is downloaded.
+"""Peak memory and speed of training full-size editors on one GPU, as a table. No downloads.
 
     python tests/gpu_full_size.py [--models kontext qwen klein] [--compile both|yes|no] [--cap 24]
-    python tests/gpu_full_size.py --estimate        # no GPU: what the weights and a rough count of activations come to
+    python tests/gpu_full_size.py --estimate    # no GPU: weights and a rough count of activations
 
-Random weights in the released configs are made on the GPU in bf16 (transformer, text encoders, VAE; only vocabularies are
-tiny, their tables are not). train_nft.main runs two epochs with its own defaults: K = 12, 512 x 512, 6 steps, 5 trained
-times, LoRA of rank 32. Shown is the second epoch, after warm-up and compilation; evaluation and saving are left out.
-encode: text encoders and VAE encoder; decode: VAE decoder; rollout: the rest of drawing, so the denoising;
-train: the update, with what moves off the GPU for it. A judge is not in the figures: scores are even steps from 0 to 1.
---cap N lets the process have N GB (10^9 bytes) of the card, to see whether a smaller card would do.
+Random weights in the released configs are made on the GPU in bf16 (transformer, text encoders, VAE;
+only vocabularies are tiny, their tables are not). train_nft.main runs two epochs with its own
+defaults: K = 12, 512 x 512, 6 steps, 5 trained times, LoRA of rank 32. Shown is the second epoch,
+after warm-up and compilation; evaluation and saving are left out.
+encode: text encoders and VAE encoder; decode: VAE decoder; rollout: the rest of drawing, so the
+denoising; update: with what moves off the GPU for it. A judge is not in the figures: scores are
+even steps from 0 to 1. --cap N lets the process have N GB (10^9 bytes) of the card, to see whether
+a smaller card would do.
 """
 
 import argparse
 import functools
 import json
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,22 +34,23 @@ NAMES = {  # the editor and its pipeline's class
     "qwen": ("Qwen-Image-Edit-2509", "QwenImageEditPlusPipeline"),
     "klein": ("FLUX.2-klein-base-4B", "Flux2KleinPipeline"),
 }
-PHASES = ("encode", "rollout", "decode", "train")
+PHASES = ("encode", "rollout", "decode", "update")
 COPIES, SIDE, BATCH, RANK = 12, 512, 12, 32  # train_nft's defaults
 TEXT = {
     "kontext": 512,
     "qwen": 230,
     "klein": 512,
 }  # text tokens; Qwen's are 196 of the picture and the prompt's own
-# what one block with LoRA saves for backward, in units of its input; counted with saved_tensors_hooks at full width, with
-# q, k, v and the output in place of the score matrix that a fused attention does not keep
+# what one block with LoRA saves for backward, in units of its input; counted with
+# saved_tensors_hooks at full width, with q, k, v and the output in place of the score matrix that a
+# fused attention does not keep
 SAVED = {"kontext": 22, "qwen": 24, "klein": 31}
 
 # ---------------------------------------------------------------- the editors
 
 
 def full_size(model, tiny):
-    """{part: module} of an editor in its released config, on the default device and in the default dtype.
+    """{part: module} of an editor in its released config, on the default device, of its dtype.
 
     tiny: a tiny pipeline of the same class, whose ids of the picture tokens the encoder is told.
     """
@@ -157,7 +162,7 @@ def full_size(model, tiny):
 
 
 def build(model, device, tiny_size=False):
-    """The pipeline: a tiny one of its class, with full-size modules, prompts and pictures of the released lengths."""
+    """A tiny pipeline of the class, with full-size modules, prompts and pictures as released."""
     from conftest import tiny_editor
     from transformers.modeling_utils import local_torch_dtype
 
@@ -178,35 +183,42 @@ def build(model, device, tiny_size=False):
 # ---------------------------------------------------------------- the measurement
 
 
+def read_clock(device):
+    """Now in seconds, and peak GB: the GPU's since the last call, or this process's so far."""
+    if device.type == "cpu":
+        return time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return time.time(), peak
+
+
 class Meter:
-    """Seconds and peak GB by phase. At any moment one phase runs, and a change of phase is an entry in `figures`."""
+    """Seconds and peak GB by phase: at any moment one runs; its end is an entry in `figures`."""
 
     def __init__(self, read, device):
-        self.read, self.device, self.phase, self.since, self.figures = (
-            read,
-            device,
-            "loading",
-            0.0,
-            {},
-        )
+        self.read = read
+        self.device = device
+        self.phase = "loading"
+        self.since = 0.0
+        self.figures = {}
 
     def switch(self, phase):
-        """Ends the running phase, begins another; returns what time_and_memory does."""
+        """Ends the running phase and begins another."""
         now, peak = self.read(self.device)
         seconds, highest = self.figures.get(self.phase, (0.0, 0.0))
         self.figures[self.phase] = (seconds + now - self.since, max(highest, peak))
-        self.phase, self.since = phase, now
-        return now, peak
+        self.phase = phase
+        self.since = now
 
-    def lap(self, device):
-        """In place of time_and_memory in train_nft, which calls it at the start of an epoch and after each of its phases."""
-        reading = self.switch(
-            {"rollout": "reward", "reward": "train", "train": "evaluation"}.get(
-                self.phase, "rollout"
-            )
-        )
-        self.figures = {} if self.phase == "rollout" else self.figures  # of one epoch
-        return reading
+    @contextmanager
+    def timed(self, record, phase, device):
+        """In place of train_nft's, which holds each phase of an epoch."""
+        self.switch(phase)
+        if phase == "rollout":
+            self.figures = {}  # of one epoch
+        yield
+        self.switch("between")
 
     @contextmanager
     def within(self, phase):
@@ -231,15 +243,16 @@ class Meter:
 
         for part in {"text_encoder", "text_encoder_2"} & set(pipe.components):
             getattr(pipe, part).forward = timed(getattr(pipe, part).forward, "encode")
-        pipe.vae.encode, pipe.vae.decode = (
-            timed(pipe.vae.encode, "encode"),
-            timed(pipe.vae.decode, "decode"),
-        )
+        pipe.vae.encode = timed(pipe.vae.encode, "encode")
+        pipe.vae.decode = timed(pipe.vae.decode, "decode")
         return pipe
 
 
 def measure(args):
-    """A row's cells of one editor: two epochs of train_nft.main, peak GB and edits/s of the second, or where memory ran out."""
+    """A row's cells of one editor: peak GB and edits/s of the second of two epochs of training.
+
+    Or in which phase memory ran out.
+    """
     from PIL import Image
     from rule_judge import RuleJudge, log, write_dataset
 
@@ -247,25 +260,27 @@ def measure(args):
     import train_nft
 
     class EvenJudge(RuleJudge):
-        def score(self, rows, sources, edits):
-            scores = super().score(rows, sources, edits)
+        def score(self, row, sources, edits):
+            scores = super().score(row, sources, edits)
             return scores._replace(score=torch.linspace(0, 1, len(edits)), causes=[""] * len(edits))
 
     device = torch.device("cpu" if args.tiny else "cuda:0")
     total = 0 if args.tiny else torch.cuda.get_device_properties(0).total_memory
     if args.cap:
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 1e9 / total))
-    meter = Meter(train_nft.time_and_memory, device)
+    meter = Meter(read_clock, device)
     edits = args.groups * COPIES
 
-    def load(base, dtype, trust_remote_code):
+    def load(base, device, dtype, trust_remote_code):
         return meter.listen(build(args.models[0], device, args.tiny))
 
     sample.load_pipeline = load
     train_nft.load_judge = lambda *args, **kwargs: EvenJudge()
-    train_nft.time_and_memory = meter.lap
+    train_nft.check_judge = lambda *args, **kwargs: None
+    train_nft.timed = meter.timed
+    side = 64 if args.tiny else SIDE
     with tempfile.TemporaryDirectory() as folder:
-        data, side = write_dataset(Path(folder) / "data"), 64 if args.tiny else SIDE
+        data = write_dataset(Path(folder) / "data")
         for path in data.glob("*.png"):
             Image.open(path).resize((side, side)).save(path)
         settings = {
@@ -276,27 +291,26 @@ def measure(args):
             "epochs": 2,
             "groups": args.groups,
             "resolution": side,
-            "eval_rows": 1,
+            "eval_rows": 2,
             "eval_steps": 1,
             "compile": args.compile == "yes",
         }
+        words = []
+        for key, value in settings.items():
+            words += [f"--{key}", str(value)]
         try:
-            train_nft.main(
-                [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-            )
+            train_nft.main(words)
         except torch.OutOfMemoryError as error:
             print(error, file=sys.stderr)
-            return {
-                "row": f"does not fit ({args.cap or total / 1e9:.0f} GB), ran out in phase {meter.phase}"
-            }
+            room = f"{args.cap or total / 1e9:.0f} GB"
+            return {"row": f"does not fit ({room}), ran out in phase {meter.phase}"}
         last = log(settings["out"])[-1]
-    assert last["epoch"] == 2 and last["optimizer steps"] == 1 and last["groups kept"] == 1, last
-    cells = [(meter.figures[phase][1], edits / meter.figures[phase][0]) for phase in PHASES]
-    whole = (
-        max(peak for peak, _ in cells),
-        edits / sum(meter.figures[phase][0] for phase in PHASES),
-    )
-    return {"row": " | ".join(f"{peak:.1f} GB, {speed:.2f}/s" for peak, speed in [*cells, whole])}
+    assert last["epoch"] == 2, last
+    assert last["steps/made"] == last["groups/kept"] == 1, last
+    figures = [meter.figures[phase] for phase in PHASES]  # seconds, GB
+    figures.append((sum(seconds for seconds, _ in figures), max(peak for _, peak in figures)))
+    cells = [f"{peak:.1f} GB, {edits / seconds:.2f}/s" for seconds, peak in figures]
+    return {"row": " | ".join(cells)}
 
 
 # ---------------------------------------------------------------- the estimate
@@ -312,12 +326,13 @@ def parameters(pipe):
 
 
 def estimate(model):
-    """GB (10^9 bytes): weights by part, and peaks of drawing and training with train_nft's defaults, roughly.
+    """GB (10^9 bytes): weights by part, and peaks with train_nft's defaults, roughly.
 
-    Weights are bf16; LoRAs new, old and ema, the gradient and AdamW's moments are float32. A tensor of one forward is
-    (batch, tokens, width) in bf16. Training keeps one per block (gradient checkpointing) and, in the block that it
-    recomputes, SAVED of them for backward plus some for the gradients on their way; drawing has about 16 at once,
-    the decoder three at full size and its widest channels there.
+    Weights are bf16; LoRAs new, old and ema, the gradient and AdamW's moments are float32. A tensor
+    of one forward is (batch, tokens, width) in bf16. Training keeps one per block (gradient
+    checkpointing) and, in the block that it recomputes, SAVED of them for backward plus some for
+    the gradients on their way; drawing has about 16 at once, the decoder three at full size and its
+    widest channels there.
     """
     from sample import FAMILIES
 
@@ -336,14 +351,8 @@ def estimate(model):
     )
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     one = 2 * BATCH * (2 * (SIDE // 16) ** 2 + TEXT[model]) * width / 1e9
-    decode = (
-        3
-        * 2
-        * COPIES
-        * SIDE**2
-        * (2 * vae.base_dim if model == "qwen" else vae.block_out_channels[1])
-        / 1e9
-    )
+    channels = 2 * vae.base_dim if model == "qwen" else vae.block_out_channels[1]
+    decode = 3 * 2 * COPIES * SIDE**2 * channels / 1e9
     text = sum(value for part, value in size.items() if part.startswith("text"))
     return {
         "transformer": size["transformer"],
@@ -359,28 +368,48 @@ def estimate(model):
 
 
 def in_process_of_its_own(args, model, compiled):
-    """The row that a fresh process prints for one configuration; a process that fails gives its error as the row."""
-    given = [f"--{name}={getattr(args, name)}" for name in ("cap", "groups")] + [
-        "--tiny"
-    ] * args.tiny
-    command = [
-        sys.executable,
-        __file__,
-        "--child",
-        "--models",
-        model,
-        "--compile",
-        compiled,
-        *given,
-    ]
+    """The row that a fresh process prints for one configuration, or how that process failed."""
+    command = [sys.executable, __file__, "--child", "--models", model, "--compile", compiled]
+    command += [f"--cap={args.cap}", f"--groups={args.groups}"]
+    if args.tiny:
+        command.append("--tiny")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.splitlines() or [""]
     print(*lines[:-1], sep="\n", file=sys.stderr)
-    return (
-        json.loads(lines[-1])["row"]
-        if done.returncode == 0
-        else f"failed with exit code {done.returncode}, see above"
-    )
+    if done.returncode != 0:
+        return f"failed with exit code {done.returncode}, see above"
+    return json.loads(lines[-1])["row"]
+
+
+def print_row(cells):
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_head(cells):
+    print_row(cells)
+    print("|" + "---|" * len(cells))
+
+
+def print_estimates(models):
+    rows = {model: estimate(model) for model in models}
+    print_head(["estimated GB", *rows[models[0]]])
+    for model, row in rows.items():
+        print_row([NAMES[model][0], *(f"{value:.1f}" for value in row.values())])
+
+
+def print_measurements(args):
+    card = "CPU, tiny models, peak of the whole process"
+    if not args.tiny:
+        card = torch.cuda.get_device_name(0)
+    if args.cap:
+        card += f", {args.cap:g} GB of it"
+    print(f"{card}; torch {torch.__version__}; {args.groups} x {COPIES} edits an epoch\n")
+    print_head(["editor", "compile", *PHASES, "whole epoch"])
+    ways = ("no", "yes") if args.compile == "both" else (args.compile,)
+    for model in args.models:
+        for compiled in ways:
+            row = in_process_of_its_own(args, model, compiled)
+            print_row([NAMES[model][0], compiled, row])
 
 
 def main():
@@ -394,54 +423,17 @@ def main():
     parser.add_argument(
         "--estimate", action="store_true", help="count weights and activations; no GPU needed"
     )
-    for hidden in (
-        "--tiny",
-        "--child",
-    ):  # tiny models on the CPU; one configuration in this process
+    for hidden in ("--tiny", "--child"):  # tiny models on the CPU; one row in this process
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return print(json.dumps(measure(args)))
-    if args.estimate:
-        rows = {model: estimate(model) for model in args.models}
-        print(
-            "| estimated GB | "
-            + " | ".join(next(iter(rows.values())))
-            + " |\n|---"
-            + "|---" * 6
-            + "|"
-        )
-        for model, row in rows.items():
-            print(
-                f"| {NAMES[model][0]} | "
-                + " | ".join(f"{value:.1f}" for value in row.values())
-                + " |"
-            )
-        return None
-    if not (args.tiny or torch.cuda.is_available()):
-        return print("skipped: no CUDA device here; --estimate needs none")
-    card = (
-        "CPU, tiny models, peak of the whole process"
-        if args.tiny
-        else torch.cuda.get_device_name(0)
-    )
-    print(
-        f"{card}{f', {args.cap:g} GB of it' * bool(args.cap)}; torch {torch.__version__}; {args.groups} x {COPIES} edits an epoch\n"
-    )
-    print(
-        "| editor | compile | "
-        + " | ".join(PHASES)
-        + " | whole epoch |\n|---|---"
-        + "|---" * 5
-        + "|"
-    )
-    for model in args.models:
-        for compiled in ("no", "yes") if args.compile == "both" else (args.compile,):
-            print(
-                f"| {NAMES[model][0]} | {compiled} | {in_process_of_its_own(args, model, compiled)} |",
-                flush=True,
-            )
-    return None
+        print(json.dumps(measure(args)))
+    elif args.estimate:
+        print_estimates(args.models)
+    elif args.tiny or torch.cuda.is_available():
+        print_measurements(args)
+    else:
+        print("skipped: no CUDA device here; --estimate needs none")
 
 
 if __name__ == "__main__":

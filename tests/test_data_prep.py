@@ -1,10 +1,16 @@
-"""Rows and pictures, and the toy world: its split, its oracle, its tokens, and the building of its models."""
+"""Errors, settings, whole files, JSON lines, rows, pictures, and the toy world with its models."""
 
 import json
 import os
+import random
+import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +22,507 @@ from PIL.PngImagePlugin import PngImageFile
 import data_prep
 from data_prep import (
     BadInput,
+    CheckedSettings,
+    CheckSettings,
+    Scene,
     ToySettings,
+    append_json_line,
     apply_change,
     build_toy,
     graded_corruptions,
+    held_out,
     instructions,
     is_test_scene,
+    is_whole,
     load_image,
+    load_rows,
+    locked,
     oracle,
     oracle_scores,
     parse_settings,
+    picture_grid,
+    read_json_lines,
     read_rows,
     render,
     run_script,
     scenes_of,
     seeded,
+    setting,
     spearman,
     spoil,
     to_pil,
     toy_examples,
+    whole_file,
+    whole_folder,
+    write_json_lines,
 )
 
 ROOT = Path(__file__).parents[1]
+
+# ---------------------------------------------------------------- errors, output, signals
+
+
+def python(code, **options):
+    """A running python process of its own that knows data_prep; its stdout is a pipe."""
+    lines = [f"import sys; sys.path.insert(0, {str(ROOT)!r})", "from data_prep import *", code]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
+    def main():
+        raise BadInput("x.png: broken; mend it")
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: x.png: broken; mend it\n"
+
+
+@pytest.mark.parametrize("end", ["pass", "raise BadInput('x')"])
+def test_a_script_whose_output_nobody_reads_ends_without_a_word(end):
+    code = f"def main():\n  for i in range(99999): print('line', i)\n  {end}\nrun_script(main)"
+    process = python(code, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 141
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_not_hidden():
+    def main():
+        raise BrokenPipeError("a judge's server")
+
+    with pytest.raises(BrokenPipeError, match="a judge's server"):
+        run_script(main)
+
+
+def test_say_goes_on_when_nobody_reads_stdout(tmp_path):
+    code = f"""
+def main():
+    say("one")
+    sys.stdin.readline()
+    say("two")
+    print("three")
+    Path({str(tmp_path / "done")!r}).touch()
+run_script(main)
+"""
+    process = python(code, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "one\n"
+    process.stdout.close()
+    process.stdin.write("go\n")
+    process.stdin.close()
+    assert process.wait(60) == 0 and process.stderr.read() == ""
+    assert (tmp_path / "done").exists()
+
+
+WAITER = """
+stop = catch_signals()
+print("ready", flush=True)
+while True:
+    stop.wait()
+    time.sleep(0.05)
+    if sys.stdin.readline():
+        sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    "names, code",
+    [
+        (["SIGTERM"], 7),
+        (["SIGTERM", "SIGTERM"], 7),
+        (["SIGHUP"], 7),
+        (["SIGHUP", "SIGTERM", "SIGINT"], 7),
+        (["SIGINT"], 7),
+    ],
+)
+def test_a_signal_sets_the_flag_and_does_not_end_the_program(names, code):
+    process = python(WAITER, stdin=subprocess.PIPE)
+    process.stdout.readline()
+    for name in names:
+        process.send_signal(getattr(signal, name))
+        time.sleep(0.2)
+    process.communicate("go\n", timeout=60)
+    assert process.returncode == code
+
+
+def test_a_second_ctrl_c_ends_the_program_at_once():
+    process = python(WAITER, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert process.wait(60) == -signal.SIGINT
+
+
+def test_under_nohup_a_closed_terminal_is_no_stop():
+    code = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\nstop = catch_signals()\n"
+    code += "os.kill(os.getpid(), signal.SIGHUP)\nprint(stop.is_set())"
+    assert python(code).communicate(timeout=60)[0] == "False\n"
+
+
+# ---------------------------------------------------------------- settings and seeds
+
+
+@dataclass(frozen=True)
+class Demo(CheckedSettings):
+    sizes: list[int] = setting([1, 2], "Sizes of 5 % each.", at_least=1, at_most=9)
+    nothing: list[str] = setting([], "May be empty.")
+    free: float = setting(0.0, "Any number.")
+    share: float = setting(0.5, "A share.", above=0, at_most=1)
+
+
+def test_an_unknown_key_and_an_abbreviation_are_refused():
+    for word in ("--nonsense", "--test_row"):
+        with pytest.raises(BadInput, match=f"unrecognized arguments: {word} 3; --help"):
+            parse_settings(ToySettings, [word, "3"])
+    wanted = ToySettings(test_rows=3, seed=7)
+    assert parse_settings(ToySettings, ["--test_rows", "3"], seed=7) == wanted
+
+
+NAN = float("nan")
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    "kind, name, value",
+    [
+        *((ToySettings, "wrong_share", value) for value in (NAN, INFINITE, -1.0, 1.01, 1e30)),
+        *(
+            (ToySettings, name, value)
+            for name in ("train_rows", "test_rows", "pool", "vae_steps", "editor_steps")
+            for value in (-1, 0, 10**30, 1e30, NAN)
+        ),
+        *((ToySettings, "judge_steps", value) for value in (-1, 0, 10**400)),
+        *((ToySettings, "seed", value) for value in (-1, 2**63, 10**400, INFINITE)),
+        *((ToySettings, "out", value) for value in ("a\0b", "\udcff")),
+        *((CheckSettings, "dataset", value) for value in ("a\0b", "\udcff")),
+        *((CheckSettings, "against", value) for value in ("a\0b", "\udcff")),
+        *((Demo, "sizes", value) for value in ([], [0], [3, 10], [NAN], [10**400])),
+        *((Demo, "free", value) for value in (NAN, INFINITE, -INFINITE, 1e30, -1e30)),
+        *((Demo, "share", value) for value in (0.0, -0.1, 1.1)),
+        (Demo, "nothing", ["a\0"]),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_by_the_settings_name(kind, name, value):
+    with pytest.raises(BadInput, match=f"^--{name}") as error:
+        kind(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--wrong_share", "nan"],
+        ["--wrong_share", "1e400"],
+        ["--train_rows", "1e30"],
+        ["--train_rows", "-1"],
+        ["--train_rows", "9" * 400],
+        ["--train_rows", "9" * 5000],
+        ["--seed"],
+        ["--check", "maybe"],
+    ],
+)
+def test_a_hostile_command_line_is_one_line(words):
+    with pytest.raises(BadInput) as error:
+        parse_settings(ToySettings, words)
+    assert "\n" not in str(error.value)
+
+
+def test_values_at_the_ends_of_a_range_are_taken():
+    assert Demo(sizes=[1, 9], share=1.0).nothing == []
+    assert parse_settings(ToySettings, ["--wrong_share", "0"]).wrong_share == 0
+
+
+def test_help_shows_ranges_and_percent_signs(capsys):
+    for kind, wanted in (
+        (Demo, "Sizes of 5 % each. (at least 1 and at most 9)"),
+        (Demo, "A share. (above 0 and at most 1)"),
+        (ToySettings, "last 30 % of them. (at least 0 and at most 1)"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_settings(kind, ["--help"])
+        assert wanted in " ".join(capsys.readouterr().out.split())
+
+
+# ---------------------------------------------------------------- files, whole or not at all
+
+
+@pytest.fixture
+def full_disk():
+    """full_disk() makes every file of this process end at 10,000 bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_tensors(path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(10_000)}, path)
+
+
+@pytest.mark.parametrize(
+    "write_to",
+    [
+        lambda path: path.write_bytes(bytes(20_000)),
+        lambda path: torch.save(torch.zeros(10_000), path),
+        save_tensors,
+    ],
+)
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, full_disk, write_to):
+    (tmp_path / "x").write_text("old")
+    full_disk()
+    with (
+        pytest.raises(BadInput, match="x: cannot be written .*; make room") as error,
+        whole_file(tmp_path / "x") as part,
+    ):
+        write_to(part)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "x").read_text() == "old" and len(os.listdir(tmp_path)) == 1
+
+
+def test_a_full_disk_leaves_the_old_folder_and_nothing_else(tmp_path, full_disk):
+    with whole_folder(tmp_path / "x") as part:
+        (part / "a").write_text("old")
+    full_disk()
+    with (
+        pytest.raises(BadInput, match="x: cannot be written"),
+        whole_folder(tmp_path / "x") as part,
+    ):
+        (part / "a").write_bytes(bytes(20_000))
+    assert (tmp_path / "x" / "a").read_text() == "old" and is_whole(tmp_path / "x")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_an_error_of_the_writer_leaves_nothing_and_stays_what_it_is(tmp_path):
+    for whole in (whole_file, whole_folder):
+        with pytest.raises(ZeroDivisionError), whole(tmp_path / "x") as part:
+            assert part.parent != part
+            raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder, locked])
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, whole):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "x" / "y", "/proc/nowhere/x"):
+        with pytest.raises(BadInput, match="cannot be written") as error, whole(place):
+            pass
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")  # root, who runs CI, may write anywhere
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    for whole in (whole_file, whole_folder, locked):
+        with pytest.raises(BadInput, match="cannot be written"), whole(tmp_path / "x"):
+            pass
+
+
+def test_only_a_plain_file_is_replaced_by_a_file_and_a_folder_by_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, "", ".", "/", "/dev/null", tmp_path / "pipe"):
+        with pytest.raises(BadInput, match="is no plain file"), whole_file(place):
+            pass
+    for place in ("/dev/null", tmp_path / "pipe"):
+        with pytest.raises(BadInput, match="is a file"), whole_folder(place):
+            pass
+
+
+def test_the_folder_one_works_in_is_never_moved(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "deep")
+    for place in ("", ".", "..", "/", tmp_path):
+        with pytest.raises(BadInput, match="holds the folder you work in"), whole_folder(place):
+            pass
+
+
+def test_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file))
+    )
+    with whole_file(tmp_path / "x") as part:
+        part.write_text("new")
+    assert (tmp_path / "x").stat().st_ino in synced and tmp_path.stat().st_ino in synced
+    with whole_folder(tmp_path / "y") as part:
+        (part / "deep").mkdir()
+        (part / "deep" / "a").write_text("a")
+    for path in ("y", "y/deep", "y/deep/a", "y/hashes.json"):
+        assert (tmp_path / path).stat().st_ino in synced
+
+
+def test_a_folder_is_whole_while_its_files_are_what_was_written(tmp_path):
+    folder = tmp_path / "x"
+    assert not is_whole(folder)
+    with whole_folder(folder) as part:
+        (part / "a").write_text("a")
+    (folder / "more").write_text("mine")
+    assert is_whole(folder)
+    (folder / "a").write_text("b")
+    assert not is_whole(folder)
+    for content in ("{", "3", "[" * 100_000, "\xff"):
+        (folder / "hashes.json").write_text(content, encoding="latin-1")
+        assert not is_whole(folder)
+
+
+def test_a_folder_of_ours_is_replaced_and_anything_of_others_is_moved_aside(tmp_path, capsys):
+    def fill(text):
+        with whole_folder(tmp_path / "x") as part:
+            (part / "a").write_text(text)
+
+    fill("1")
+    fill("2")
+    assert os.listdir(tmp_path) == ["x"] and capsys.readouterr().err == ""
+    (tmp_path / "x" / "a").write_text("changed")
+    fill("3")
+    (tmp_path / "x" / "mine").symlink_to("nowhere")
+    fill("4")
+    (tmp_path / "x" / "deep").mkdir()
+    (tmp_path / "x" / "deep" / "hashes.json").write_text("mine")
+    fill("5")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all("moved to" in line for line in said)
+    assert (tmp_path / "x" / "a").read_text() == "5"
+    assert (tmp_path / "x.old-1" / "a").read_text() == "changed"
+    assert (tmp_path / "x.old-2" / "mine").is_symlink()
+    assert (tmp_path / "x.old-3" / "deep" / "hashes.json").read_text() == "mine"
+
+
+def test_an_empty_folder_is_no_loss_and_a_link_is_followed(tmp_path):
+    (tmp_path / "disk" / "x").mkdir(parents=True)
+    (tmp_path / "x").symlink_to(tmp_path / "disk" / "x")
+    for text in ("1", "2"):
+        with whole_folder(tmp_path / "x") as part:
+            (part / "a").write_text(text)
+    assert (tmp_path / "x").is_symlink() and (tmp_path / "disk" / "x" / "a").read_text() == "2"
+    assert sorted(os.listdir(tmp_path)) == ["disk", "x"]
+    assert os.listdir(tmp_path / "disk") == ["x"]
+
+
+HOLDER = "with {what}({place!r}) as part:\n  print('held', flush=True)\n  sys.stdin.read()"
+
+
+def test_a_folder_that_another_process_writes_is_refused_and_what_its_kill_left_goes(tmp_path):
+    holder = python(
+        HOLDER.format(what="whole_folder", place=str(tmp_path / "x")), stdin=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    with pytest.raises(BadInput, match="another run is at work"), whole_folder(tmp_path / "x"):
+        pass
+    holder.kill()
+    holder.wait()
+    assert os.listdir(tmp_path) == [".part-x"]
+    with whole_folder(tmp_path / "x"):
+        pass
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_part_folder_that_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / ".part-x").mkdir()
+    (tmp_path / ".part-x" / "mine").write_text("mine")
+    with pytest.raises(BadInput, match="is in the way"), whole_folder(tmp_path / "x"):
+        pass
+    assert (tmp_path / ".part-x" / "mine").exists()
+
+
+def test_a_locked_folder_is_refused_until_its_process_ends(tmp_path):
+    code = HOLDER.format(what="locked", place=str(tmp_path))
+    holder = python(code, stdin=subprocess.PIPE, start_new_session=True)  # as an orphan is
+    holder.stdout.readline()
+    words = "another run is at work there.*fuser"
+    with pytest.raises(BadInput, match=words) as error, locked(tmp_path):
+        pass
+    assert "\n" not in str(error.value)
+    holder.kill()
+    holder.wait()
+    for _ in range(2):
+        with locked(tmp_path):
+            pass
+
+
+# ---------------------------------------------------------------- JSON lines
+
+BAD_LINES = {
+    "zeros": b"\0\0\0\0",
+    "a number": b"3",
+    "a list": b"[]",
+    "latin-1": b'{"a": "\xe9"}',
+    "half a pair": b'{"a": "\\ud800"}',
+    "very deep": b'{"a": ' + b"[" * 100_000,
+    "cut": b'{"a": ',
+    "a long number": b'{"a": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_line_that_is_no_object_is_named_by_file_and_line(tmp_path, line):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line + b'\n\n{"a": 2}')
+    with pytest.raises(BadInput, match=f"^{path}:2: not ") as error:
+        read_json_lines(path)
+    assert "\n" not in str(error.value)
+    faults = []
+    assert read_json_lines(path, faults) == [(1, {"a": 1}), (4, {"a": 2})]
+    assert faults == [str(error.value)]
+
+
+def test_json_lines_end_at_newlines_alone_and_may_begin_with_a_bom(tmp_path):
+    objects = [{"b": "one\u2028two\u0085three\x0bfour", "a": {"z": None}}, {}, {"\ufeff": "é 🙂"}]
+    path = tmp_path / "x.jsonl"
+    write_json_lines(path, objects)
+    assert path.read_bytes().count(b"\n") == 3
+    assert "é 🙂".encode() in path.read_bytes()  # as it was, not escaped
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    read = read_json_lines(path)
+    assert [number for number, _ in read] == [1, 2, 3]
+    assert [list(value.items()) for _, value in read] == [list(o.items()) for o in objects]
+
+
+def test_a_file_of_lines_that_is_none_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place, words in ((tmp_path, "no plain"), ("nowhere", "no such"), ("/dev/zero", "no plain")):
+        with pytest.raises(BadInput, match=words):
+            read_json_lines(place)
+    for act in (read_json_lines, lambda path: append_json_line(path, {})):
+        with pytest.raises(BadInput, match="is no plain file"):
+            act(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "before, kept",
+    [
+        (b"", b""),
+        (b'{"a": 1}\n', b'{"a": 1}\n'),
+        (b'{"a": 1}', b'{"a": 1}\n'),
+        (b'{"a": 1}\n{"a"', b'{"a": 1}\n'),
+        (b'{"a"', b""),
+        (b'{"a": 1}\n\0\0\0', b'{"a": 1}\n'),
+        (b'{"a": 1}\n\0\0\n', b'{"a": 1}\n\0\0\n'),
+    ],
+)
+def test_a_line_is_appended_whole_after_a_last_line_that_a_kill_cut_short(tmp_path, before, kept):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(before)
+    append_json_line(path, {"é": float("nan"), "b": "\ud800"})
+    assert path.read_bytes() == kept + '{"é": NaN, "b": "?"}\n'.encode()
+
+
+def test_a_log_on_a_full_disk_keeps_its_whole_lines(tmp_path, full_disk):
+    path = tmp_path / "new" / "log.jsonl"
+    append_json_line(path, {"a": 1})
+    full_disk()
+    with pytest.raises(BadInput, match="log.jsonl: cannot be written"):
+        append_json_line(path, {"a": "x" * 20_000})
+    assert path.read_bytes() == b'{"a": 1}\n'
+    for place in (path / "x", "/proc/nowhere/log"):
+        with pytest.raises(BadInput, match="cannot be written"):
+            append_json_line(place, {})
+
 
 # ---------------------------------------------------------------- rows and pictures
 
@@ -166,20 +651,14 @@ def test_transparent_parts_are_white_and_not_what_lies_behind(folder):
 
 
 def test_a_bomb_is_refused_by_its_header_before_it_is_decoded(folder, monkeypatch):
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + kind + data + check
+
     def png(width, height):
-        chunk = lambda kind, data: (
-            len(data).to_bytes(4, "big")
-            + kind
-            + data  # noqa: E731
-            + zlib.crc32(kind + data).to_bytes(4, "big")
-        )
         head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
-        return (
-            b"\x89PNG\r\n\x1a\n"
-            + chunk(b"IHDR", head)
-            + chunk(b"IDAT", zlib.compress(bytes(99)))
-            + chunk(b"IEND", b"")
-        )
+        body = chunk(b"IDAT", zlib.compress(bytes(99)))
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body + chunk(b"IEND", b"")
 
     monkeypatch.setattr(Image.Image, "convert", lambda *a: pytest.fail("decoded"))
     monkeypatch.setattr(PngImageFile, "load", lambda *a: pytest.fail("decoded"))
@@ -216,6 +695,191 @@ def draw(path, seed, size=(96, 64), **options):
     Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC).save(path, **options)
 
 
+@pytest.mark.parametrize("name", ["/proc/1/mem", "pipe", "/dev/zero", "link to a pipe", ""])
+def test_only_plain_files_are_opened(folder, name):
+    os.mkfifo(folder / "pipe")
+    (folder / "link to a pipe").symlink_to("pipe")
+    with pytest.raises(BadInput, match="is no plain file|not a readable picture"):
+        load_image(folder / name)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyError, IndexError, RuntimeError, OSError])
+def test_whatever_pillow_raises_is_a_fault_of_that_picture(folder, monkeypatch, error):
+    def fail(*args, **options):
+        raise error("two\nlines")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(BadInput, match="a.png: not a readable picture .*two.*lines") as raised:
+        load_image(folder / "a.png")
+    assert "\n" not in str(raised.value)
+    assert data_prep.header_fault(str(folder / "a.png")) == str(raised.value)
+
+
+BROKEN_EXIF = {
+    "TypeError": ("110f", "011a0007"),
+    "AttributeError": ("010f", "014d0005"),
+    "struct.error": ("010f", "010a0005"),
+}
+
+
+@pytest.mark.parametrize("tags", BROKEN_EXIF.values(), ids=BROKEN_EXIF)
+def test_a_jpeg_with_broken_exif_is_a_fault_whatever_pillow_makes_of_it(folder, tags):
+    count = "1a03" if tags[1] == "014d0005" else "0003"
+    exif = f"4d4d002a00000008{count}{tags[0]}00020000000600000032011200030000000100060000"
+    exif += f"{tags[1]}00000001000000380000" + "00006d616b6572000000000300000002"
+    path = folder / "x.jpg"
+    Image.new("RGB", (32, 32)).save(path, exif=b"Exif\0\0" + bytes.fromhex(exif))
+    with pytest.raises(BadInput, match="x.jpg: not a readable picture"):
+        load_image(path)
+    write(folder, {"prompt": "p", "image": "x.jpg"})
+    with pytest.raises(BadInput, match="1 faults"):
+        data_prep.main(["check", str(folder)])
+
+
+def test_links_are_followed(tmp_path):
+    """A snapshot of the hub is all links; `images -> /bigdisk` is a user's own choice."""
+    for name in ("blob", "disk/a.png"):
+        draw(tmp_path / Path(name).with_suffix(".png"), 0)
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    rows = [{"prompt": "p", "image": "b.png"}, {"prompt": "q", "image": "images/a.png"}]
+    write(tmp_path, *rows)
+    for split in ("train", "test"):
+        (snapshot / f"{split}.jsonl").symlink_to("../train.jsonl")
+    (snapshot / "b.png").symlink_to("../blob.png")
+    (snapshot / "images").symlink_to(tmp_path / "disk")
+    data_prep.main(["check", str(snapshot)])
+    for row in load_rows(snapshot)["train"]:
+        assert load_image(row["images"][0]).size == (96, 64)
+
+
+def test_a_row_tells_where_it_stands_and_keeps_its_order(folder):
+    write(folder, "", {"z": 1, "prompt": "p", "image": "a.png", "a": 2})
+    row = read_rows(folder, "train")[0]
+    assert row["where"] == f"{folder}/train.jsonl:2"
+    assert [key for key in row if key in "za"] == ["z", "a"]
+
+
+# ---------------------------------------------------------------- the start
+
+
+def small_dataset(folder, number=4):
+    for i in range(number):
+        draw(folder / f"{i}.png", i)
+    write(folder, *({"prompt": "p", "image": f"{i}.png"} for i in range(number)))
+    write(folder, {"prompt": "q", "image": "0.png", "mask": "1.png"}, name="test.jsonl")
+
+
+def test_the_start_looks_at_headers_alone(tmp_path, monkeypatch):
+    small_dataset(tmp_path)
+    monkeypatch.setattr(PngImageFile, "load", lambda *a: pytest.fail("decoded"))
+    monkeypatch.setattr(Image.Image, "tobytes", lambda *a: pytest.fail("hashed"))
+    assert [len(rows) for rows in load_rows(tmp_path).values()] == [4, 1]
+
+
+@pytest.mark.parametrize("content", ["text", "small", "missing", "pipe"])
+def test_a_fault_that_a_header_shows_stops_the_start_or_is_skipped(tmp_path, capsys, content):
+    small_dataset(tmp_path)
+    (tmp_path / "2.png").unlink()
+    if content == "text":
+        (tmp_path / "2.png").write_text("text")
+    elif content == "small":
+        Image.new("RGB", (15, 64)).save(tmp_path / "2.png")
+    elif content == "pipe":
+        os.mkfifo(tmp_path / "2.png")
+    with pytest.raises(BadInput, match="2.png: ") as error:
+        load_rows(tmp_path)
+    rows = load_rows(tmp_path, skip=True)
+    assert [row["id"] for row in rows["train"]] == ["train-1", "train-2", "train-4"]
+    assert f"skipped: {error.value}\n" in capsys.readouterr().err
+
+
+def test_a_mask_counts_as_a_picture_of_its_row(tmp_path):
+    small_dataset(tmp_path)
+    (tmp_path / "1.png").write_text("text")
+    with pytest.raises(BadInput, match="no faultless row is left in test"):
+        load_rows(tmp_path, skip=True)
+
+
+def test_a_missing_split_is_said_also_where_faults_are_skipped(tmp_path, capsys):
+    for skip in (False, True):
+        with pytest.raises(BadInput, match="holds neither train.jsonl|no faultless row"):
+            load_rows(tmp_path, skip)
+    assert "holds neither train.jsonl" in capsys.readouterr().err
+
+
+RANKS = """
+import accelerate, data_prep
+folder, case = sys.argv[1:]
+accelerator = accelerate.Accelerator(cpu=True)
+rank = accelerator.process_index
+look = data_prep.header_fault
+seen = []
+def header_fault(path):
+    seen.append(Path(path).name)
+    if case == "broken" and rank == 1:
+        return f"{path}: cannot be read on this node"
+    return look(path)
+data_prep.header_fault = header_fault
+if case == "differ" and rank == 1:
+    folder += "-other"
+try:
+    rows = load_rows(folder, skip=case != "stop", accelerator=accelerator)
+    said = [row["id"] for row in rows["train"]]
+except BadInput as fault:
+    said = str(fault)
+print(json.dumps([seen, said]))
+"""
+
+
+@pytest.mark.parametrize("case", ["good", "broken", "stop", "differ"])
+def test_processes_share_the_start_and_agree_on_what_they_found(tmp_path, case):
+    folder = tmp_path / "data"
+    small_dataset(folder)
+    small_dataset(tmp_path / "data-other", 3)
+    for place in (folder, tmp_path / "data-other"):
+        write(place, {"prompt": "q", "image": "0.png"}, name="test.jsonl")
+    if case == "stop":
+        (folder / "3.png").write_text("text")
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(20_000 + os.getpid() % 20_000),
+        "OMP_NUM_THREADS": "1",
+    }
+    script = tmp_path / "ranks.py"
+    head = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom data_prep import *\n"
+    script.write_text(head + RANKS)
+    processes = []
+    for rank in "01":
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, script, folder, case],
+                env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    ends = [process.communicate(timeout=120) for process in processes]
+    (seen, said), (other_seen, other_said) = [json.loads(out.splitlines()[-1]) for out, _ in ends]
+    if case != "differ":  # there the folders have two names
+        assert said == other_said
+    assert "pictures" not in ends[1][1]  # the bar is the main process's
+    if case == "good":
+        assert sorted(seen + other_seen) == ["0.png", "1.png", "2.png", "3.png"]
+        assert len(seen) == 2 and len(said) == 4
+    elif case == "broken":
+        assert said == ["train-1", "train-3"]
+        assert "skipped: " in ends[0][1] and "skipped: " not in ends[1][1]
+    elif case == "stop":
+        assert "3.png: not a readable picture" in said
+    else:
+        assert "rows differ between processes" in said and "rows differ" in other_said
+
+
 def faulty(folder):
     """A dataset with one fault of each kind in nine rows, the ninth being good."""
     for i in range(9):
@@ -244,8 +908,8 @@ def test_check_lists_all_faults_together_and_training_can_skip_them(tmp_path, ca
         "3.png: no such picture",
         "4.png: 64 x 8 pixels, below 16",
     ]
-    assert len(said) == 7 and all(mark in line for mark, line in zip(wanted, said))
-    faults = []
+    assert len(said) == 7
+    assert all(words in line for words, line in zip(wanted, said, strict=True))
     write(tmp_path, {"prompt": "p", "image": "0.png"}, name="test.jsonl")
     rows = data_prep.load_rows(tmp_path, skip=True)["train"]
     assert [Path(row["images"][0]).name for row in rows] == ["0.png", "2.png", "8.png"]
@@ -313,6 +977,33 @@ def test_pictures_inside_a_parquet_or_arrow_benchmark_are_compared_too(tmp_path,
     assert "an exact copy of row 0, input_image" in capsys.readouterr().out
 
 
+def test_check_wants_a_mask_of_the_size_of_its_rows_first_picture(tmp_path, capsys):
+    draw(tmp_path / "a.png", 0)
+    draw(tmp_path / "good.png", 1)
+    draw(tmp_path / "bad.png", 2, size=(64, 96))
+    write(
+        tmp_path,
+        {"prompt": "p", "image": "a.png", "mask": "good.png"},
+        {"prompt": "q", "image": "a.png", "mask": "bad.png"},
+        {"prompt": "r", "image": "a.png", "mask": "none.png"},
+    )
+    with pytest.raises(BadInput, match="2 faults, one a line above; 1 good rows"):
+        data_prep.main(["check", str(tmp_path)])
+    missing, other = capsys.readouterr().out.splitlines()
+    assert "none.png: no such picture" in missing
+    assert other.startswith(f"{tmp_path}/train.jsonl:2: `mask` has not the size")
+
+
+def test_a_broken_table_is_one_line(tmp_path):
+    pytest.importorskip("pyarrow")
+    for name in ("a.parquet", "a.arrow"):
+        (tmp_path / name).write_text("text")
+        with pytest.raises(BadInput, match=f"{name}: not a readable table") as error:
+            list(data_prep.read_table(tmp_path))
+        assert "\n" not in str(error.value)
+        (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -327,27 +1018,6 @@ def test_a_wrong_command_is_one_line(words, message):
     with pytest.raises(BadInput, match=message) as error:
         data_prep.main(words)
     assert "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------- settings and seeds
-
-
-def test_an_unknown_key_and_an_abbreviation_are_refused():
-    for word in ("--nonsense", "--test_row"):
-        with pytest.raises(BadInput, match=f"unrecognized arguments: {word} 3; --help"):
-            parse_settings(ToySettings, [word, "3"])
-    assert parse_settings(ToySettings, ["--test_rows", "3"], seed=7) == ToySettings(
-        test_rows=3, seed=7
-    )
-
-
-def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
-    def main():
-        raise BadInput("x.png: broken; mend it")
-
-    with pytest.raises(SystemExit) as stop:
-        run_script(main)
-    assert stop.value.code == 2 and capsys.readouterr().err == "error: x.png: broken; mend it\n"
 
 
 def test_a_seed_is_a_hash_of_its_key_and_nothing_else():
@@ -365,38 +1035,59 @@ def test_spearman_is_the_correlation_of_mean_ranks():
     assert tied == pytest.approx(0.9486833)
 
 
+# ---------------------------------------------------------------- pictures of results
+
+
+def test_a_grid_shows_every_picture_whole_and_leaves_gaps():
+    red = Image.new("RGB", (32, 32), "red")
+    blue = Image.new("RGB", (120, 60), "blue")
+    grid = picture_grid([[red, None], [red, blue]])
+    pixels = np.asarray(grid).reshape(-1, 3).tolist()
+    assert pixels.count([255, 0, 0]) == 2 * 96 * 96  # enlarged by three
+    assert pixels.count([0, 0, 255]) == 120 * 60
+
+
+def test_captions_and_title_are_written_below_and_above():
+    red = Image.new("RGB", (96, 96), "red")
+    plain = picture_grid([[red, red]])
+    told = picture_grid([[red, red]], [["a", "a caption that is long enough for two lines"]], "t")
+    assert told.width == plain.width
+    assert told.height == plain.height + 12 + 3 * 12
+    pixels = np.asarray(told).reshape(-1, 3)
+    assert pixels.tolist().count([255, 0, 0]) == 2 * 96 * 96
+    assert (pixels.max(1) < 128).sum() > 50  # letters
+
+
 # ---------------------------------------------------------------- the toy world
 
 
 def test_test_scenes_and_instructions_do_not_occur_in_training():
-    held_out = instructions()[1]
     for source, target, _, text in toy_examples(3000, "train", 0):
-        assert not is_test_scene(source) and not is_test_scene(target) and text not in held_out
+        assert not is_test_scene(source) and not is_test_scene(target) and text not in held_out()
     for source, _, _, text in toy_examples(300, "test", 0):
-        assert is_test_scene(source) and text in held_out
+        assert is_test_scene(source) and text in held_out()
 
 
 def test_the_five_tasks_take_equal_parts_and_every_edit_changes_the_scene():
     examples = toy_examples(500, "train", 0)
-    assert {task: sum(e[2] == task for e in examples) for task in data_prep.TASKS} == dict.fromkeys(
-        data_prep.TASKS, 100
-    )
-    assert all(source != target for source, target, _, _ in examples)
+    tasks = [example.task for example in examples]
+    assert all(tasks.count(task) == 100 for task in data_prep.TASKS)
+    assert all(example.source != example.target for example in examples)
 
 
 def test_an_instruction_that_does_not_fit_the_scene_is_none():
-    texts = instructions()[0]
+    def after(background, cell, text):
+        return apply_change(Scene(background, cell, 0, 0, 0), instructions()[text])
+
     red_circle = data_prep.OBJECTS.index(("red", "circle"))
-    assert apply_change((0, red_circle, 0, 0, 0), *texts["make the red circle blue"]) is not None
-    assert apply_change((0, 0, 0, 0, 0), *texts["make the red circle blue"]) is None
-    assert (
-        apply_change((0, red_circle, 0, 0, 0), *texts["remove the red circle at the top right"])
-        is None
-    )
-    assert (
-        apply_change((0, red_circle, 0, 0, 0), *texts["change the black background to white"])
-        is None
-    )
+    blue_circle = data_prep.OBJECTS.index(("blue", "circle"))
+    text = "make the red circle blue"
+    assert after(0, red_circle, text) == (0, blue_circle, 0, 0, 0)
+    assert after(0, 0, text) is None
+    assert after(0, red_circle, "remove the red circle at the top right") is None
+    assert after(0, red_circle, "add a red circle at the top right") is None  # there is one
+    assert after(0, red_circle, "change the black background to white") is None
+    assert after(2, red_circle, "change the black background to white").background == 0
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +1107,7 @@ def test_the_oracle_gives_one_to_the_target_and_nothing_to_the_untouched_source(
 def test_an_edit_that_ruins_something_else_scores_between(world):
     _, sources, targets = world
     ruined = targets.clone()
-    for scene, source, target in zip(ruined, sources, targets):
+    for scene, source, target in zip(ruined, sources, targets, strict=True):
         cell = next(i for i in range(1, 5) if source[i] == target[i])
         scene[cell] = 0 if scene[cell] else 7
     score, success = oracle_scores(render(ruined), sources, targets)
@@ -431,12 +1122,9 @@ def test_a_grey_smear_is_no_success(world):
 
 def test_spoiled_scenes_are_mostly_wrong(world):
     examples, sources, targets = world
-    import random
-
     rng = random.Random(0)
-    _, success = oracle_scores(
-        render(torch.tensor([spoil(e, rng) for e in examples])), sources, targets
-    )
+    spoiled = torch.tensor([spoil(example, rng) for example in examples])
+    _, success = oracle_scores(render(spoiled), sources, targets)
     assert success.float().mean() < 0.2
 
 
@@ -449,7 +1137,7 @@ def test_corruptions_have_every_quality(world):
 
 def test_no_word_is_unknown_and_the_longest_instruction_fits():
     pipe, judge = data_prep.new_editor(), data_prep.new_judge_tokenizer()
-    for text in instructions()[0]:
+    for text in instructions():
         ids = pipe.tokenizer_2(text).input_ids
         assert len(ids) <= data_prep.TEXT_TOKENS and pipe.tokenizer_2.unk_token_id not in ids
         assert len(pipe.tokenizer(text).input_ids) == len(text.split()) + 2
@@ -528,19 +1216,127 @@ def test_two_machines_make_the_same_rows_and_another_seed_others(toy, tmp_path):
     assert load_image(toy / picture).tobytes() == load_image(tmp_path / "same" / picture).tobytes()
 
 
-def test_the_same_settings_rebuild_nothing_and_others_do(toy, monkeypatch):
+def test_the_same_settings_rebuild_nothing_and_others_do(toy, monkeypatch, capsys):
     monkeypatch.setattr(data_prep, "write_rows", lambda *a: pytest.fail("built again"))
     build_toy(tiny(toy))
     with pytest.raises(pytest.fail.Exception, match="built again"):
         build_toy(tiny(toy, editor_steps=3))
+    assert "was built with editor_steps 2, not 3" in capsys.readouterr().out
     assert (toy / "toy.json").exists()  # what was there stays until the new one is whole
+
+
+def made_of(folder, recipe="{}", **files):
+    folder.mkdir()
+    (folder / "toy.json").write_text(recipe)
+    (folder / "mine.txt").write_text("mine")
+
+
+def quick_build(monkeypatch):
+    """Makes the building of a toy the writing of one file."""
+    monkeypatch.setattr(data_prep, "train_models", lambda *a: None)
+    monkeypatch.setattr(data_prep, "write_rows", lambda part, _: (part / "new").touch())
+
+
+@pytest.mark.parametrize("recipe", ["", '{"seed": 0, "trai', "3", "\0\0", "[" * 100_000])
+def test_a_toy_json_that_is_cut_short_is_said_and_nothing_is_touched(tmp_path, monkeypatch, recipe):
+    quick_build(monkeypatch)
+    made_of(tmp_path / "toy", recipe)
+    with pytest.raises(BadInput, match="toy.json: is not whole; move the folder away"):
+        build_toy(tiny(tmp_path / "toy"))
+    assert sorted(os.listdir(tmp_path / "toy")) == ["mine.txt", "toy.json"]
+
+
+def test_a_toy_of_another_recipe_with_files_of_the_user_is_moved_aside(
+    tmp_path, monkeypatch, capsys
+):
+    quick_build(monkeypatch)
+    made_of(tmp_path / "toy", json.dumps({"seed": 5}))
+    build_toy(tiny(tmp_path / "toy"))
+    assert (tmp_path / "toy.old-1" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "toy" / "new").exists()
+    said = capsys.readouterr()
+    assert "built with seed 5, not 0" in said.out and "moved to" in said.err
+
+
+def test_a_toy_of_another_recipe_without_other_files_is_replaced(tmp_path, monkeypatch):
+    quick_build(monkeypatch)
+    for seed in (0, 1):
+        build_toy(tiny(tmp_path / "toy", seed=seed))
+    assert os.listdir(tmp_path) == ["toy"]
+
+
+def test_a_toy_that_has_lost_a_model_is_said_in_one_line(toy, tmp_path):
+    import shutil
+
+    shutil.copytree(toy, tmp_path / "toy")
+    (tmp_path / "toy" / "hashes.json").unlink()  # toys made before have none
+    build_toy(tiny(tmp_path / "toy"))
+    (tmp_path / "toy" / "judge" / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match="toy: has lost judge/model.safetensors; move"):
+        build_toy(tiny(tmp_path / "toy"))
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(BadInput, match="holds no toy"):
         build_toy(tiny(tmp_path))
-    assert (tmp_path / "mine.txt").exists()
+    with pytest.raises(BadInput, match="is a file"):
+        build_toy(tiny(tmp_path / "mine.txt"))
+    assert (tmp_path / "mine.txt").read_text() == "x" and os.listdir(tmp_path) == ["mine.txt"]
+
+
+BUILDER = """
+import data_prep
+data_prep.write_rows = lambda part, settings: (print("building", flush=True), sys.stdin.read())
+data_prep.train_models = lambda part, settings: None
+def main(): build_toy(ToySettings(out=sys.argv[1]))
+"""
+
+
+def test_two_processes_do_not_build_one_toy_at_once(tmp_path):
+    code = BUILDER.replace("sys.argv[1]", repr(str(tmp_path / "toy"))) + "run_script(main)"
+    first = python(code, stdin=subprocess.PIPE)
+    first.stdout.readline()
+    assert first.stdout.readline() == "building\n"
+    with pytest.raises(BadInput, match="another run is at work there"):
+        build_toy(tiny(tmp_path / "toy"))
+    first.communicate("", timeout=60)
+    assert first.returncode == 0 and os.listdir(tmp_path) == ["toy"]
+
+
+CHILD = """
+import multiprocessing, time, sys
+sys.path.insert(0, {root!r})
+import data_prep
+def child():
+    import threading
+    threading.Thread(target=data_prep.end_with_parent, daemon=True).start()
+    print("alive", flush=True)
+    time.sleep(600)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=child).start()
+"""
+
+
+def test_the_judges_process_ends_when_its_killed_parent_has(tmp_path):
+    (tmp_path / "child.py").write_text(CHILD.format(root=str(ROOT)))
+    command = [sys.executable, tmp_path / "child.py"]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "alive\n"
+    parent.kill()
+    ended = threading.Thread(target=parent.stdout.read)  # ends when no process holds the pipe
+    ended.start()
+    ended.join(30)
+    assert not ended.is_alive()
+
+
+def test_the_judges_process_watches_its_parent(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(data_prep, "end_with_parent", lambda: started.append(True))
+    monkeypatch.setattr(data_prep, "train_judge", lambda *a: None)
+    with torch.random.fork_rng():
+        data_prep.build_judge(tmp_path / "judge", tiny(tmp_path))
+    assert started == [True]
 
 
 def test_a_toy_that_is_too_bad_to_learn_from_stops_the_build(toy):
@@ -548,7 +1344,7 @@ def test_a_toy_that_is_too_bad_to_learn_from_stops_the_build(toy):
 
     pipe = FluxKontextPipeline.from_pretrained(toy / "editor")
     pipe.set_progress_bar_config(disable=True)
-    with pytest.raises(RuntimeError, match="is not in 25-60 %"):
+    with pytest.raises(BadInput, match="is not in 25-60 %"):
         data_prep.check_toy(pipe, toy / "judge", tiny(toy, check=True))
 
 
@@ -579,12 +1375,13 @@ def test_the_toys_editor_is_the_same_at_every_build():
         )
 
 
-def test_importing_does_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data_prep"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ,
-    )
-    assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
+def test_importing_does_nothing_and_loads_neither_diffusers_nor_a_model_class(tmp_path):
+    code = """
+import data_prep
+heavy = [name for name in sys.modules if name.startswith(("diffusers", "transformers.models."))]
+print(heavy)
+"""
+    process = python(code, stderr=subprocess.PIPE, cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out == "[]\n" and err == ""
+    assert not list(tmp_path.iterdir())

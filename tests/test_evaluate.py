@@ -1,5 +1,5 @@
-"""The evaluation: parsers and arithmetic against answers known beforehand, and whole runs on small benchmarks of our own
-in the official layouts, with a judge that answers by a rule over HTTP."""
+"""The evaluation: parsers and arithmetic against answers known beforehand, and whole runs on small
+benchmarks of our own in the official layouts, with a judge that answers by a rule over HTTP."""
 
 import base64
 import io
@@ -20,9 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
+import data_prep
 import evaluate
-from data_prep import BadInput, bootstrap, load_image
+from data_prep import BadInput, bootstrap, load_image, seeded
 from evaluate import (
+    labels_of,
     paired_differences,
     parse_gedit,
     parse_imgedit,
@@ -32,12 +34,19 @@ from evaluate import (
     tabulate,
     verdict,
 )
+from reward_mllm import JudgeSettings, load_judge
 
 ROOT = Path(__file__).parents[1]
 
 # ---------------------------------------------------------------- reading an answer
 
-THREE = "Reasoning: the hat is there.\nPrompt Compliance: {}\nVisual Seamlessness: {}\nDetail Fidelity: {}"
+THREE = """Reasoning: the hat is there.
+Prompt Compliance: {}
+Visual Seamlessness: {}
+Detail Fidelity: {}"""
+
+
+SPELT = "Prompt Compliance{0}4{1}Visual Seamlessness{0}5{1}Detail Fidelity{0}3"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +60,7 @@ THREE = "Reasoning: the hat is there.\nPrompt Compliance: {}\nVisual Seamlessnes
         ),
         ("1. Prompt Compliance - 4\n2. Visual Seamlessness – 5\n3. Detail Fidelity = 3", [4, 5, 3]),
         (
-            "Prompt Compliance: 4 (the hat is there)\nVisual Seamlessness: 5 - no seam\nDetail Fidelity: 3;",
+            "Prompt Compliance: 4 (it is)\nVisual Seamlessness: 5 - none\nDetail Fidelity: 3;",
             [4, 5, 3],
         ),
         ("Prompt Compliance: 4, Visual Seamlessness: 5, Detail Fidelity: 3", [4, 5, 3]),
@@ -61,23 +70,41 @@ THREE = "Reasoning: the hat is there.\nPrompt Compliance: {}\nVisual Seamlessnes
             [4, 5, 3],
         ),
         (
-            '```json\n{"Prompt Compliance": 4, "Visual Seamlessness": 5, "Detail Fidelity": 3}\n```',
+            '```json\n{"' + SPELT.format('": ', ', "') + "}\n```",
             [4, 5, 3],
         ),
-        ("Prompt Compliance：4\nVisual Seamlessness：5\nDetail Fidelity：3", [4, 5, 3]),
+        (SPELT.format("：", "\n"), [4, 5, 3]),
         ("Prompt Compliance: 4.5\nVisual Seamlessness: 5.0\nDetail Fidelity: 3", [4.5, 5, 3]),
         ("Prompt Compliance is 4.\nVisual Seamlessness is 5.\nDetail Fidelity is 3.", [4, 5, 3]),
         ("<think>Prompt Compliance: 1\nmaybe 2</think>\n" + THREE.format(4, 5, 3), [4, 5, 3]),
         (THREE.format(4, 5, 3) + "\nOverall: 4\nAverage score: 4.0", [4, 5, 3]),
         (
-            THREE.format(1, 1, 1)
-            + "\nOn a second look:\nPrompt Compliance: 4\nVisual Seamlessness: 5\nDetail Fidelity: 3",
+            THREE.format(1, 1, 1) + "\nOn a second look:\n" + SPELT.format(": ", "\n"),
             [4, 5, 3],
         ),
         (
             THREE.format(4, 5, 3).replace("the hat is there", 'it says "ratio: 4, fine"; 3 hats'),
             [4, 5, 3],
         ),
+        (SPELT.format("\n", "\n"), [4, 5, 3]),
+        (SPELT.format("\n", "/5\n\n"), [4, 5, 3]),
+        (SPELT.format(": [", "]\n") + "]", [4, 5, 3]),
+        (SPELT.format("：", "分，"), [4, 5, 3]),
+        (SPELT.format("：", "。"), [4, 5, 3]),
+        (SPELT.format(": ", "\n") + "\nSum: 12", [4, 5, 3]),
+        ("<answer>" + SPELT.format(": ", "\n") + "</answer>", [4, 5, 3]),
+        ("<|begin_of_box|>" + SPELT.format(": ", "\n") + "<|end_of_box|>", [4, 5, 3]),
+        (SPELT.format(": \\boxed{", "}\n") + "}", [4, 5, 3]),
+        (
+            "| Prompt Compliance | Visual Seamlessness | Detail Fidelity |\n"
+            "|---|---|---|\n| 4 | 5 | 3 |",
+            [4, 5, 3],
+        ),
+        ("| Aspect | Score |\n|---|---|\n| " + SPELT.format(" | ", " |\n| ") + " |", [4, 5, 3]),
+        ("<think>at first\n" + THREE.format(4, 5, 3), None),
+        ("a</think><think>then\n" + THREE.format(4, 5, 3), None),
+        ("Scores as follows\n1. " + SPELT.format(": ", "\n2. "), [4, 5, 3]),
+        (THREE.format(4, 5, "9" * 5000), None),
         (THREE.format(4, 5, 7), None),
         (THREE.format(0, 5, 3), None),
         (THREE.format(4, 5, "3/10"), None),
@@ -147,6 +174,40 @@ def test_the_official_imgedit_parser_loses_what_it_loses(reply, scores):
 )
 def test_gedit_answers_are_read_and_nothing_is_guessed(reply, strict, official):
     assert parse_gedit(reply) == strict and parse_gedit(reply, "official") == official
+
+
+def test_only_the_labels_count_that_the_prompt_asks_for():
+    labels = labels_of(
+        "Rate it.\nPrompt Compliance: A number from 1 to 5.\n"
+        "Visual Naturalness: A number from 1 to 5.\n"
+        "Physical & Detail Integrity: A number from 1 to 5.\nIt is: <edit_prompt>"
+    )
+    assert labels == ("prompt compliance", "visual naturalness", "physical and detail integrity")
+    right = "Prompt Compliance: 4\nVisual naturalness score: 5\nPhysical & Detail Integrity: 3"
+    assert parse_imgedit(right, "strict", labels) == [4, 5, 3]
+    assert parse_imgedit(f"{right}\nMy mood: 2", "strict", labels) == [4, 5, 3]
+    assert parse_imgedit(SPELT.format(": ", "\n"), "strict", labels) is None
+    assert labels_of("Rate «<edit_prompt>» by three marks.") == ()
+
+
+@pytest.mark.parametrize(
+    "reply, scores",
+    [
+        ('{"score": {"success": 7, "overedit": 8}, "reasoning": "r"}', [7, 8]),
+        ('{"score"：[7，8]}', [7, 8]),
+        ('<answer>{"score": [7, 8]}</answer>', [7, 8]),
+        ('<think>{"score": [7, 8]}', None),
+        ('{"a":' * 5000, None),
+        ('{"score": [1e999, 7]}', None),
+    ],
+)
+def test_more_spellings_of_gedits_scores_are_read_and_none_is_made_up(reply, scores):
+    assert parse_gedit(reply) == scores
+
+
+@pytest.mark.parametrize("reply", ['{"a":' * 5000, f"A: {'9' * 5000}", '{"score": [1e999]}'])
+def test_no_reply_breaks_an_official_parser(reply):
+    assert parse_gedit(reply, "official") is None and parse_imgedit(reply, "official") is None
 
 
 # ---------------------------------------------------------------- adding up
@@ -254,9 +315,11 @@ def test_the_bootstrap_resamples_source_pictures_and_not_rows():
     rng = np.random.default_rng(0)
     pictures = [str(i // 10) for i in range(400)]  # forty pictures with ten rows each, that agree
     values = np.repeat(rng.normal(size=40), 10)
-    width = lambda sources: np.ptp(
-        np.quantile(bootstrap(values, ["t"] * 400, sources)[1], (0.025, 0.975))
-    )  # noqa: E731
+
+    def width(sources):
+        _, draws = bootstrap(values, ["t"] * 400, sources)
+        return np.ptp(np.quantile(draws, (0.025, 0.975)))
+
     clustered, single = width(pictures), width([str(i) for i in range(400)])
     assert clustered == pytest.approx(2 * 1.96 * values.std() / math.sqrt(40), rel=0.1)
     assert clustered > 2.5 * single
@@ -320,11 +383,13 @@ def test_an_edit_that_is_not_there_costs_the_oracles_score_too():
     )
 
 
-# ---------------------------------------------------------------- a judge by rule, and small benchmarks
+# ---------------------------------------------------------------- a judge by rule
 
 
 class RuleServer(ThreadingHTTPServer):
-    """An OpenAI-compatible server whose `rule(text, pictures)` is the reply; a number is an HTTP status instead."""
+    """An OpenAI-compatible server whose `rule(text, pictures)` is the reply, a number a status."""
+
+    request_queue_size = 64  # a connection refused under load would be a failure
 
     def __init__(self, rule):
         self.rule, self.name, self.asked, self.headers_seen = rule, "rule-7b", [], []
@@ -426,7 +491,7 @@ _unused = f"{os.getpid()}"
 
 
 def gedit_rows(bench):
-    """Rows of GEdit-Bench with pictures of 40 x 32 pixels; the last repeats a key with another instruction."""
+    """Rows of GEdit-Bench with pictures of 40 x 32 pixels; the last repeats a key."""
     tasks = ("color_alter", "ps_human", "color_alter", "ps_human", "color_alter")
     for i, task in enumerate(tasks):
         flat(bench / "pictures" / f"{i}.png", 40 * i + 20)
@@ -570,7 +635,9 @@ def test_missing_edits_refusals_and_failed_calls_count_at_the_floor_and_are_aske
     table = result["subjects"]["edits"]["groups"]["all"]
     assert table["answered"] == 3 and table["score"]["micro"][0] == (3 * 5 + 3 * 1) / 6
     failures = {record["row"]: record.get("failure") for record in calls(out)}
-    assert failures["0"] == "no edit" and "400" in failures["2"] and failures["1"] is None
+    assert "0" not in failures and "400" in failures["2"] and failures["1"] is None
+    (row,) = (row for row in result["subjects"]["edits"]["rows"] if row["row"] == "0")
+    assert row["said"] == "no edit"
     assert "3 of 6 rows answered" in capsys.readouterr().out
     official = run(
         "imgedit", imgedit, out, server, edits=tmp_path / "edits", mode="official", stage="score"
@@ -637,8 +704,8 @@ def test_gedit_asks_twice_and_keeps_languages_and_rows_of_one_key_apart(
     )
     pq = next(shown for text, shown in server.asked if text == "Reply in JSON.\nOne picture.")
     assert (
-        len(sc) == 2 and len(pq) == 1 and sc[0].size == (572, 457) and sc[1].size == (724, 362)
-    )  # about 512 x 512
+        len(sc) == 2 and len(pq) == 1 and sc[0].size == sc[1].size == pq[0].size == (576, 448)
+    )  # sides multiples of 32, about 512 x 512
     assert len(server.asked) == 10
 
 
@@ -662,11 +729,8 @@ def test_gedit_is_read_from_parquet_and_from_a_datasets_folder(gedit, tmp_path, 
             str(gedit / "data-00000-of-00001.arrow"), table.schema
         ) as stream:
             stream.write_table(table)
-    (result,) = run(
-        "gedit", gedit, tmp_path / "out", server, edits=tmp_path / "none", baselines=["source"]
-    ).values()
+    (result,) = run("gedit", gedit, tmp_path / "out", server, baselines=["source"]).values()
     assert result["subjects"]["source"]["groups"]["en"]["answered"] == 4
-    assert result["subjects"]["edits"]["groups"]["en"]["answered"] == 0
     assert result["subjects"]["source"]["groups"]["en"]["SC"]["ps_human"][0] == round(60 / 25.5)
 
 
@@ -677,17 +741,15 @@ def test_edits_of_a_row_depend_on_its_seed_alone_and_are_not_drawn_twice(
     imgedit, tmp_path, kontext_folder, server
 ):
     options = dict(base=kontext_folder, steps=2, stage="sample")
-    run("imgedit", imgedit, tmp_path / "one", **options, copies=2)
+    run("imgedit", imgedit, tmp_path / "one", **options)
     files = sorted(
         path.relative_to(tmp_path / "one/base") for path in (tmp_path / "one/base").rglob("*.png")
     )
-    assert files == sorted(
-        [*(Path(f"{i}.png") for i in range(6)), *(Path(f"seed-43/{i}.png") for i in range(6))]
-    )
+    assert files == [Path(f"{i}.png") for i in range(6)]
     first = {file: (tmp_path / "one/base" / file).read_bytes() for file in files}
     (tmp_path / "one/base/3.png").unlink()
     marker = (tmp_path / "one/base/4.png").stat().st_mtime_ns
-    run("imgedit", imgedit, tmp_path / "one", **options, copies=2)
+    run("imgedit", imgedit, tmp_path / "one", **options)
     assert (tmp_path / "one/base/3.png").read_bytes() == first[Path("3.png")]
     assert (tmp_path / "one/base/4.png").stat().st_mtime_ns == marker
     done = subprocess.run(
@@ -708,8 +770,6 @@ def test_edits_of_a_row_depend_on_its_seed_alone_and_are_not_drawn_twice(
             kontext_folder,
             "--steps",
             "2",
-            "--copies",
-            "2",
             "--judge",
             server.url,
         ],
@@ -722,11 +782,11 @@ def test_edits_of_a_row_depend_on_its_seed_alone_and_are_not_drawn_twice(
     for i in range(6):
         assert (tmp_path / "two/base" / f"{i}.png").read_bytes() == first[Path(f"{i}.png")], i
     assert (
-        len(server.asked) == 12 and len(calls(tmp_path / "two")) == 12
+        len(server.asked) == 6 and len(calls(tmp_path / "two")) == 6
     )  # both processes asked, each its own rows
     assert len(list((tmp_path / "two").glob("calls-*.jsonl"))) == 2
     (result,) = (json.loads(file.read_text()) for file in (tmp_path / "two").glob("scores-*.json"))
-    assert result["subjects"]["base"]["groups"]["all"]["answered"] == 12
+    assert result["subjects"]["base"]["groups"]["all"]["answered"] == 6
 
 
 @pytest.fixture
@@ -757,12 +817,11 @@ def test_trained_base_and_source_are_drawn_judged_and_compared(
         lora=lora,
         steps=2,
         baselines=["base", "source"],
-        name="tiny",
     ).values()
     said = capsys.readouterr()
     assert list(result["subjects"]) == ["trained", "base", "source"]
     assert (out / "trained/0.png").read_bytes() != (out / "base/0.png").read_bytes()
-    assert "is the judge that" in said.err and "| tiny | rule-7b-" in said.out
+    assert "is the judge that" in said.err and f"| {kontext_folder} + {lora} | rule-7b-" in said.out
     assert load_image(out / "grid.png").width > 200
     page = (out / "report.html").read_text()
     pictures = re.findall(r'src="(.*?)"', page)
@@ -819,22 +878,20 @@ def test_the_report_shows_instructions_as_text_and_never_as_page(imgedit, tmp_pa
     table = json.loads((imgedit / "singleturn/singleturn.json").read_text())
     table["0"]["prompt"] = "</script><script>alert(1)</script>"
     (imgedit / "singleturn/singleturn.json").write_text(json.dumps(table))
-    run("imgedit", imgedit, tmp_path / "out", server, edits=tmp_path / "none", baselines=["source"])
+    run("imgedit", imgedit, tmp_path / "out", server, baselines=["source"])
     page = (tmp_path / "out/report.html").read_text()
     assert "<script>alert" not in page and page.count("<script") == 1 and "&lt;script&gt;" in page
 
 
 def test_a_held_out_set_is_scored_by_the_judge_and_by_the_oracle(tmp_path, capsys):
-    import data_prep
-
     settings = data_prep.ToySettings(train_rows=1, test_rows=10)
     data_prep.write_rows(tmp_path / "toy", settings)
     tokenizer = data_prep.new_judge_tokenizer()
     data_prep.save_judge(data_prep.new_judge(tokenizer), tokenizer, tmp_path / "judge")
     rows = data_prep.read_rows(tmp_path / "toy", "test")
-    for i, row in enumerate(rows[:8]):
+    for row in rows[:8]:
         (tmp_path / "edits").mkdir(exist_ok=True)
-        load_image(row["target"]).save(tmp_path / "edits" / f"{i:05}.png")
+        load_image(row["target"]).save(tmp_path / "edits" / f"{row['id']}.png")
     (result,) = run(
         "heldout",
         tmp_path / "toy",
@@ -874,18 +931,15 @@ def test_a_second_judge_is_one_more_result_and_pays_for_its_own_calls_alone(
         ][0]
         for result in results.values()
     }["strict-72b"] == 2 and len(results) == 2
-    assert re.search(
-        r"edits score 2[.]00; score \d|edits score \d[.]\d\d; score 2[.]00",
-        (out / "report.html").read_text(),
-    )
+    page = (out / "report.html").read_text()
+    assert re.search(r"edits score \d[.]\d\d psnr [\d.]+ by rule-7b-\w+;", page)
+    assert re.search(r"score 2[.]00 psnr [\d.]+ by strict-72b-\w+;", page)
     other.shutdown()
 
 
-def test_a_local_judge_is_asked_too_and_an_answer_without_scores_is_kept_and_counted(
+def test_a_local_judge_is_asked_too_and_a_call_without_an_answer_is_kept_and_counted(
     imgedit, tmp_path
 ):
-    import data_prep
-
     tokenizer = data_prep.new_judge_tokenizer()
     data_prep.save_judge(data_prep.new_judge(tokenizer), tokenizer, tmp_path / "judge")
     table = json.loads((imgedit / "singleturn/singleturn.json").read_text())
@@ -902,12 +956,11 @@ def test_a_local_judge_is_asked_too_and_an_answer_without_scores_is_kept_and_cou
         tmp_path / "out",
         edits=tmp_path / "edits",
         judge=f"local:{tmp_path}/judge",
+        reply_tokens=8,
     ).values()
     assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 0
     records = calls(tmp_path / "out")
-    assert len(records) == 2 and all(
-        "reply" in record and record["scores"] is None for record in records
-    )
+    assert len(records) == 2 and all("without an answer" in record["failure"] for record in records)
 
 
 # ---------------------------------------------------------------- comparing
@@ -938,6 +991,101 @@ def test_results_under_different_judges_readings_or_benchmarks_are_not_compared(
             evaluate.main(["compare", *places])
 
 
+# ---------------------------------------------------------------- agreement with people
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory):
+    """The toy's judge with random weights, loud enough that questions get different answers."""
+    folder = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(0)
+    tokenizer = data_prep.new_judge_tokenizer()
+    model = data_prep.new_judge(tokenizer)
+    for parameter in model.parameters():
+        parameter.data *= 3
+    data_prep.save_judge(model, tokenizer, folder)
+    (folder / "judge_prompt.txt").write_text("{prompt}")
+    return folder
+
+
+def noise_picture(*key):
+    noise = torch.rand(32, 32, 3, generator=seeded("picture", *key))
+    return Image.fromarray((noise * 255).byte().numpy())
+
+
+def test_pairs_are_counted_as_right_wrong_or_half():
+    assert evaluate.ordered_pairs([0.9, 0.1, 0.5], [3, 1, 2]) == (3, 3, 0)
+    assert evaluate.ordered_pairs([0.1, 0.9], [3, 1]) == (1, 0, 0)
+    assert evaluate.ordered_pairs([0.5, 0.5, 0.7], [1, 2, 2]) == (
+        2,
+        1.5,
+        1,
+    )  # one tie, one right, one without a label
+    assert evaluate.ordered_pairs([0.5, float("nan")], [1, 2]) == (0, 0, 0)
+
+
+def ratings(folder, *lines):
+    for i in range(4):
+        noise_picture(i).save(folder / f"{i}.png")
+    lines = [{"prompt": "make the red circle blue", "image": "0.png"} | line for line in lines]
+    (folder / "ratings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "ratings.jsonl"
+
+
+def test_agree_prints_a_line_for_each_strategy(judge_folder, tmp_path, capsys):
+    settings = JudgeSettings(judge=f"local:{judge_folder}")
+    edits = [noise_picture(i) for i in (1, 2, 3)]
+    row = {"prompt": "make the red circle blue"}
+    marks = load_judge(settings).score(row, [noise_picture(0)], edits).score.tolist()
+    better = float(marks[1] > marks[0])
+    file = ratings(
+        tmp_path,
+        {"edits": ["1.png", "2.png", "3.png"], "scores": marks},
+        {"edits": ["1.png", "2.png"], "preference": better},
+    )
+    evaluate.main(
+        [
+            "agree",
+            str(file),
+            "--judge",
+            f"local:{judge_folder}",
+            "--strategies",
+            "logits",
+            "yes_no",
+            "sampled",
+        ]
+    )
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        "5 edits in 2 groups" in printed[0]
+        and printed[2].startswith("logits")
+        and "100.0%" in printed[2]
+    )
+    assert "has no {answer}" in printed[3] and printed[4].startswith("sampled")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ({"edits": ["1.png", "2.png"]}, "lacks `edits` with `scores` or a `preference`"),
+        ({"scores": [1]}, "lacks `edits`"),
+        ({"edits": ["1.png"], "scores": [1, 2]}, "has 1 edits and 2 scores"),
+        ({"edits": ["9.png"], "scores": [1]}, "9.png: no such picture"),
+        ({"edits": ["1.png"], "scores": ["good"]}, "lacks `edits`"),
+    ],
+)
+def test_a_rating_that_cannot_be_read_is_refused(tmp_path, line, message):
+    with pytest.raises(BadInput, match=message):
+        evaluate.read_ratings(ratings(tmp_path, line))
+
+
+def test_agree_refuses_what_it_does_not_know(judge_folder, tmp_path):
+    with pytest.raises(BadInput, match="names no file"):
+        evaluate.main(["agree", "--judge", f"local:{judge_folder}"])
+    with pytest.raises(BadInput, match="--strategies guess: no strategy"):
+        evaluate.main(["agree", str(ratings(tmp_path)), "--strategies", "guess"])
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -954,7 +1102,6 @@ def test_a_judge_without_pictures_stops_after_a_few_calls_in_one_line(imgedit, t
             imgedit,
             tmp_path / "out",
             server,
-            edits=tmp_path / "none",
             baselines=["source"],
             judge_in_flight=2,
         )
@@ -1058,7 +1205,7 @@ def test_the_judges_key_comes_from_the_environment_and_is_written_nowhere(
     imgedit, tmp_path, server, monkeypatch
 ):
     monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
-    run("imgedit", imgedit, tmp_path / "out", server, edits=tmp_path / "none", baselines=["source"])
+    run("imgedit", imgedit, tmp_path / "out", server, baselines=["source"])
     assert set(server.headers_seen) == {"Bearer secret-key"}
     assert not any(
         b"secret-key" in file.read_bytes()
@@ -1067,14 +1214,10 @@ def test_the_judges_key_comes_from_the_environment_and_is_written_nowhere(
     )
 
 
-def test_the_script_stays_readable_and_importing_it_does_nothing(tmp_path):
+def test_importing_the_script_does_nothing_and_needs_no_training_script(tmp_path):
     import ast
 
     source = (ROOT / "evaluate.py").read_text()
-    assert len(source.splitlines()) <= 650
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno + 1 <= 60, node.name
     imported = {
         node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)
     }

@@ -1,4 +1,4 @@
-"""The full-size editors of gpu_full_size.py have the released sizes, and its measurement makes its table, on tiny ones."""
+"""gpu_full_size.py: its editors have the released sizes, and tiny ones make its table."""
 
 import subprocess
 import sys
@@ -35,7 +35,8 @@ def test_the_full_size_editors_have_as_many_parameters_as_the_released_ones(mode
 def test_the_estimate_counts_bf16_weights_and_six_float32_copies_of_the_lora():
     figures = estimate("klein")
     assert figures["transformer"] == pytest.approx(2 * 3.8755, abs=0.001)
-    # 5 double blocks with 8 square layers; 20 single ones with 3072 -> 3 x 3072 + 2 x 9216 and 3072 + 9216 -> 3072
+    # 5 double blocks with 8 square layers; 20 single ones with 3072 -> 3 x 3072 + 2 x 9216 and
+    # 3072 + 9216 -> 3072
     lora = 32 * (5 * 8 * 2 * 3072 + 20 * (3072 + 27648 + 12288 + 3072))
     assert figures["LoRA"] == pytest.approx(24 * lora / 1e9)
     assert figures["peak, drawing"] > sum(
@@ -47,16 +48,19 @@ def test_every_second_belongs_to_one_phase_and_evaluation_to_none():
     clock = iter((float(second), 1.0) for second in range(100))
     meter = Meter(lambda device: next(clock), "cpu")
     for _ in range(2):  # epochs
-        for phase in ("rollout", "reward", "train", "evaluation"):
-            meter.lap("cpu")
-            assert meter.phase == phase
-            with meter.within("encode"), meter.within("decode"):
-                pass
+        for phase in ("rollout", "reward", "update"):
+            with meter.timed({}, phase, "cpu"):
+                assert meter.phase == phase
+                with meter.within("encode"), meter.within("decode"):
+                    pass
+        with meter.within("encode"):
+            pass
     assert meter.figures == {
         "rollout": (2.0, 1.0),
         "encode": (1.0, 1.0),
+        "between": (2.0, 1.0),
         "reward": (1.0, 1.0),
-        "train": (1.0, 1.0),
+        "update": (1.0, 1.0),
     }
 
 
@@ -71,11 +75,12 @@ def test_a_model_that_does_not_fit_is_a_row_and_no_crash(monkeypatch):
     # measure puts its own there: pytest takes them out again
     monkeypatch.setattr(sample, "load_pipeline", full)
     monkeypatch.setattr(train_nft, "load_judge", full)
-    monkeypatch.setattr(train_nft, "time_and_memory", full)
-    row = gpu_full_size.measure(
-        Namespace(models=["klein"], tiny=True, cap=0.0, groups=1, compile="no")
-    )["row"]
-    assert row.startswith("does not fit") and row.endswith("in phase loading")
+    monkeypatch.setattr(train_nft, "check_judge", full)
+    monkeypatch.setattr(train_nft, "timed", full)
+    args = Namespace(models=["klein"], tiny=True, cap=0.0, groups=1, compile="no")
+    row = gpu_full_size.measure(args)["row"]
+    assert row.startswith("does not fit")
+    assert row.endswith("in phase loading")
 
 
 def test_two_epochs_of_a_tiny_editor_make_the_table():
@@ -86,7 +91,7 @@ def test_two_epochs_of_a_tiny_editor_make_the_table():
     )
     assert done.returncode == 0, done.stderr
     *_, head, line, row = done.stdout.splitlines()
-    assert head == "| editor | compile | encode | rollout | decode | train | whole epoch |"
+    assert head == "| editor | compile | encode | rollout | decode | update | whole epoch |"
     name, compiled, *cells = row.strip("| ").split(" | ")
     assert (name, compiled, len(cells)) == ("FLUX.2-klein-base-4B", "no", 5)
     speeds = [float(cell.split(" GB, ")[1].removesuffix("/s")) for cell in cells]
