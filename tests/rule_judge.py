@@ -1,12 +1,21 @@
-"""Training with a judge that answers by a rule; also a script, for runs of several processes."""
+"""Training with a judge that answers by a rule; also a script, for runs of several processes.
+
+    python tests/rule_judge.py --base ... --out ...    # train_nft.py with this judge
+    python tests/rule_judge.py serve                   # forks such runs on demand, see `serve`
+"""
 
 import json
+import os
+import socket
 import sys
+import time
+import traceback
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,6 +35,7 @@ class RuleJudge:
     Rows with `flat` get one score for all edits, rows with `broken` none for every other edit.
     """
 
+    name = "rule"
     noise = 0.0
 
     def __init__(self, mass=1.0, pitch=40.0):
@@ -107,6 +117,107 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def checkpoints(out):
+    """The numbers of the checkpoints in a run's folder, the newest first."""
+    names = [folder.name for folder in out.glob("checkpoint-*")]
+    return sorted([int(name.split("-")[1]) for name in names], reverse=True)
+
+
+# ---------------------------------------------------------------- processes, forked
+
+
+def slow(owner, name, seconds, first_call):
+    """Makes a function take some seconds more, from its first_call-th call on."""
+    call = getattr(owner, name)
+    calls = []
+
+    def slowed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) >= first_call:
+            time.sleep(seconds)
+        return call(*args, **kwargs)
+
+    setattr(owner, name, slowed)
+
+
+def never(*args):
+    """What a judge that hangs gives for a group."""
+    return Future()
+
+
+def raising(error):
+    """A function that raises."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+# What is wrong in a forked run; each is called in the child, after everything is imported.
+FAULTS = {
+    "": lambda: None,
+    "slow rollout": lambda: slow(train_nft, "rollout", 0.5, 16),
+    "slow update": lambda: slow(train_nft, "nft_loss", 0.5, 12),
+    "hanging judge": lambda: setattr(RuleJudge, "submit", never),
+    "memory": lambda: setattr(train_nft, "nft_loss", raising(torch.OutOfMemoryError("CUDA out"))),
+}
+
+
+def fork(words, said, fault="", rank=0, ranks=1, port=0):
+    """A child of this process that trains and appends what it says to the file `said`: its pid."""
+    child = os.fork()
+    if child:
+        return child
+    sink = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    code = 1
+    try:
+        if ranks > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in place.items()}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        AcceleratorState._reset_state(reset_partial_state=True)
+        FAULTS[fault]()
+        train_nft.load_judge = lambda *args: RuleJudge()
+        train_nft.run_script(lambda: train_nft.main(words))
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def fork_ranks(words, said, ranks=1, fault=""):
+    """Forks the processes of one run: their pids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [fork(words, said, fault, rank, ranks, port) for rank in range(ranks)]
+
+
+def serve():
+    """Reads the keywords of fork_ranks, a line of JSON each; answers with pids, then exit codes.
+
+    Everything is imported once: a run of two processes then takes seconds. The processes of the
+    tests cannot be forked themselves, as PyTorch allows no backward in a fork after one before.
+    """
+    torch.set_num_threads(1)
+    os.cpu_count = lambda: 1
+    for line in sys.stdin:
+        pids = fork_ranks(**json.loads(line))
+        print(json.dumps(pids), flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps(codes), flush=True)
+
+
 if __name__ == "__main__":
-    train_nft.load_judge = lambda *args: RuleJudge()
-    train_nft.run_script(train_nft.main)
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    else:
+        train_nft.load_judge = lambda *args: RuleJudge()
+        train_nft.run_script(train_nft.main)
