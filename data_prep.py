@@ -115,6 +115,12 @@ def say(text: str, file: TextIO | None = None) -> None:
         drop_output(file)
 
 
+def say_once(text: str, file: TextIO | None = None) -> None:
+    """As `say`, by the first of several processes alone: for what all of them have to tell."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text, file)
+
+
 def drop_output(file: TextIO) -> None:
     """Leads a stream nowhere from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
@@ -452,11 +458,15 @@ def newest_whole(folder: Path, name: str) -> Path | None:
 
 
 def numbered_folders(folder: Path, name: str) -> list[Path]:
-    """The folders NAME-<digits>, highest number first; what has another name is not ours."""
+    """The folders NAME-<digits>, highest number first; what has another name is not ours.
+
+    BadInput for a file with such a name: it would be in the way.
+    """
     folders = []
     for path in folder.glob(f"{name}-*"):
         if re.fullmatch(rf"{name}-[0-9]+", path.name):
             folders.append(path)
+    check_names(folder, [], [path.name for path in folders])
     return sorted(folders, key=number_of, reverse=True)
 
 

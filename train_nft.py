@@ -112,6 +112,7 @@ GRAD_CLIP = 1.0  # largest norm of the gradient
 LEAST_SPREAD = 0.005  # below it r lies within 0.005 of 1/2: nothing to learn
 SHOWN_ROWS = 8  # held-out rows in the pictures under samples/
 HOPELESS = 10  # epochs in a row without a kept group that end a run
+FARTHEST = 1.0  # mean squared distance to the base's velocity: as far as noise from noise
 SHARE = {"at_least": 0, "at_most": 1}  # the range of some settings
 EXPLODED = 20  # latents are of size 1: errors so large are no training any more
 
@@ -560,7 +561,8 @@ def evaluate(run: Run, name: str) -> list[dict]:
         result = {"row": number, "judge": verdict.result().score.item(), "image": None}
         result |= {"oracle": math.nan, "success": math.nan}
         if group:
-            result |= oracle(row, group.images[0]) or {}
+            truth = oracle(row, group.images[0])  # None for rows that are not the toy's
+            result |= zip(("oracle", "success"), truth or (), strict=False)
         if group and number < SHOWN_ROWS:
             result["image"] = group.images[0]
         results.append(result)
@@ -790,6 +792,7 @@ def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=WEIGHT_DECAY)
     check_editor(editor, rows["train"][0], settings.guidance, optimizer, bool(settings.start_lora))
     check_judge(judge, settings, rows["train"])
+    judge.noise = max(gather_object([judge.noise]))  # so that all ranks drop the same groups
     if settings.compile:
         compile_blocks(editor)
     if not settings.shard:  # where all ranks do each forward, or none
@@ -833,7 +836,11 @@ def refuse_hopeless(
 ) -> None:
     """BadInput after three steps in a row that did harm, or many epochs without a kept group."""
     exploded = EXPLODED * run.settings.advantage_clip
-    is_bad = record["steps/skipped"] or record.get("update/loss", 0.0) > exploded
+    is_bad = (
+        record["steps/skipped"]
+        or record.get("update/loss", 0.0) > exploded
+        or record.get("update/drift_base", 0.0) > FARTHEST
+    )
     state["bad_steps"] = state["bad_steps"] + 1 if is_bad else 0
     state["silent_epochs"] = 0 if record["groups/kept"] else state["silent_epochs"] + 1
     if state["bad_steps"] >= 3:
@@ -842,9 +849,9 @@ def refuse_hopeless(
         with whole_file(run.out / "bad-steps.json") as part:
             part.write_text(json.dumps(pairs))
         raise BadInput(
-            f"three steps in a row were not finite or had a loss above {exploded:g}; "
-            f"{run.out}/bad-steps.json has the last one's rows and times; lower --lr or mend those "
-            "rows, remove the checkpoints since then and go on with --resume auto"
+            f"three steps in a row were not finite, had a loss above {exploded:g} or a drift above "
+            f"{FARTHEST:g}; {run.out}/bad-steps.json has the last one's rows and times; lower --lr "
+            "or mend those rows, remove the checkpoints since then and go on with --resume auto"
         )
     if state["silent_epochs"] >= HOPELESS:
         kinds = ("groups/", "judge/failed/")
