@@ -10,11 +10,12 @@ JSON object: `prompt`, `image` (a path in the folder, or a list of them), and op
 first, white where the edit may change); other keys are kept. Pictures are upright RGB PIL images;
 those of the toy are also float tensors (B, 3, 32, 32) in [0, 1].
 
-Departures:
-1. Edit-R1's released rows (*_metadata.jsonl) may repeat a row; here the second one is a fault.
-2. A random draw has no state: `seeded` names each one (Edit-R1 seeds each process once).
-3. Training looks at the headers of the pictures alone; `check` decodes all of them.
-4. The toy stands in for the paper's 27,572 rows, which are not released.
+Departures from Edit-R1, paper and released code:
+1. The paper's 27,572 rows are not released: any folder of rows will do, and a toy world stands in.
+2. Its rows hold source and instruction; ours may have a target, a mask, a requirement of their own.
+3. Draws have no state: `seeded` names each, `rows_of_epoch` counts. The released sampler of rows
+   never learns which epoch it is, and draws the same ones each time.
+4. Rows are checked before training, not when it comes to them.
 """
 
 import difflib
@@ -61,6 +62,9 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 class BadInput(Exception):
     """A mistake in what the user gave: one line that names the file, line or value, and the fix."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # a name may hold a line break
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -200,14 +204,14 @@ def setting(
     limits = {words: limit for words, limit in limits.items() if limit is not None}
     help = help.replace("%", "%%")  # argparse fills in %(default)s
     if limits:
-        help = f"{help} ({told(limits)})"
+        help = f"{help} ({in_words(limits)})"
     options = {"help": help, "metadata": {"limits": limits}}
     if isinstance(default, list):
         return HfArg(default_factory=default.copy, **options)
     return HfArg(default=default, **options)
 
 
-def told(limits: dict[str, float]) -> str:
+def in_words(limits: dict[str, float]) -> str:
     """Limits in words: at least 0 and at most 1."""
     return " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
 
@@ -238,7 +242,7 @@ def check_range(field: Field, number: float) -> None:
         and number <= limits.get("at most", LARGEST)
     )
     if not fits:
-        wanted = told(limits) or "between -2^63 and 2^63"
+        wanted = in_words(limits) or "between -2^63 and 2^63"
         raise BadInput(f"--{field.name} {number}: give a number {wanted}")
 
 
@@ -964,7 +968,9 @@ def picture_paths(rows: Iterable[dict]) -> list[str]:
     return sorted(set(itertools.chain.from_iterable(map(row_pictures, rows))))
 
 
-def load_rows(folder: str | Path, skip: bool = False, accelerator=None) -> dict[str, list[dict]]:
+def load_rows(
+    folder: str | Path, skip: bool = False, accelerator: Accelerator | None = None
+) -> dict[str, list[dict]]:
     """{"train": rows, "test": rows} of a dataset, by the headers of its pictures fit for training.
 
     The first fault raises BadInput; with `skip` faulty rows are left out, with a line on stderr for
@@ -1010,7 +1016,7 @@ def read_splits(folder: str | Path) -> tuple[dict[str, list[dict]], dict[str, st
     return rows, dict(zip(faults, faults, strict=True))
 
 
-def gathered(value: Any, accelerator) -> list:
+def gathered(value: Any, accelerator: Accelerator | None) -> list:
     """A value of every process, in the order of their ranks."""
     if accelerator is None:
         return [value]
@@ -1284,26 +1290,26 @@ def picture_grid(
         for j, image in enumerate(row):
             if image:
                 pictures[i, j] = enlarged(image, cell)
+    columns = max(map(len, rows))
     width = max(cell, *(image.width for image in pictures.values()))
+    height = max(image.height for image in pictures.values())
     texts = {}  # lines, by (row, column)
     for i, row in enumerate(captions or []):
         for j, text in enumerate(row):
             texts[i, j] = wrapped(text, width)
-    head = wrapped(title, max(map(len, rows)) * (width + GAP))
+    deepest = max(map(len, texts.values()), default=0)  # lines below a picture
+    head = wrapped(title, columns * (width + GAP))
 
     top = GAP + LINE * len(head)
-    right = width + GAP  # from column to column
-    down = max(image.height for image in pictures.values()) + GAP  # from row to row
-    text_top = down - GAP + 1
-    down += LINE * max(map(len, texts.values()), default=0)
-    size = (GAP + right * max(map(len, rows)), top + GAP + (down + GAP) * len(rows))
-    sheet = Image.new("RGB", size, "white")
+    across = width + GAP  # from column to column
+    down = height + GAP + LINE * deepest + GAP  # from row to row
+    sheet = Image.new("RGB", (GAP + across * columns, top + GAP + down * len(rows)), "white")
     for (i, j), image in pictures.items():
-        sheet.paste(image, (GAP + j * right, top + i * (down + GAP)))
+        sheet.paste(image, (GAP + across * j, top + down * i))
     draw = ImageDraw.Draw(sheet)
     draw.multiline_text((GAP, GAP // 2), "\n".join(head), fill="black", spacing=0)
     for (i, j), lines in texts.items():
-        place = (GAP + j * right, top + i * (down + GAP) + text_top)
+        place = (GAP + across * j, top + down * i + height + 1)
         draw.multiline_text(place, "\n".join(lines), fill="black", spacing=0)
     return sheet
 
@@ -1547,11 +1553,11 @@ def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[T
     credit = object_credit()[old_things, new_things]  # (B, 4, 16)
     thing = (seen.sum(2) * credit).sum(2)  # (B, 4)
 
-    changed = old_things != new_things  # (B, 4)
-    changed_thing = torch.where(changed, thing, 0.0).sum(1)
+    is_changed = old_things != new_things  # (B, 4)
+    changed_thing = torch.where(is_changed, thing, 0.0).sum(1)
     is_background = (old_ground != new_ground).squeeze(1)  # (B,) whether that was the task
     done = torch.where(is_background, ground.sum(1) / 4, changed_thing)
-    kept = torch.where(changed, 0.0, thing).sum(1) / (~changed).sum(1)
+    kept = torch.where(is_changed, 0.0, thing).sum(1) / (~is_changed).sum(1)
     kept_ground = torch.where(is_background[:, None], 1.0, ground).mean(1)
 
     wanted = shown_in(targets)  # (B, 4)
@@ -1583,27 +1589,26 @@ TOY_FILES = (
 )
 
 
+COUNT = {"at_least": 1, "at_most": 1e6}  # the range of numbers of rows and of steps
+
+
 @dataclass(frozen=True)
 class ToySettings(CheckedSettings):
     """What makes the toy what it is: a folder built with other values than these is built anew."""
 
     out: str = setting("data/toy", "The folder that holds it.")
     seed: int = setting(0, "Seed of rows, pictures and models.", at_least=0)
-    train_rows: int = setting(480, "Rows of train.jsonl.", at_least=1, at_most=1e6)
-    test_rows: int = setting(
-        240, "Rows of test.jsonl: other scenes, other instructions.", at_least=1, at_most=1e6
-    )
+    train_rows: int = setting(480, "Rows of train.jsonl.", **COUNT)
+    test_rows: int = setting(240, "Rows of test.jsonl: other scenes, other instructions.", **COUNT)
     pool: int = setting(
         8000, "Examples that the two models are trained on.", at_least=128, at_most=1e6
     )
-    vae_steps: int = setting(360, "Training steps of the autoencoder.", at_least=1, at_most=1e6)
-    editor_steps: int = setting(900, "Training steps of the editor.", at_least=1, at_most=1e6)
+    vae_steps: int = setting(360, "Training steps of the autoencoder.", **COUNT)
+    editor_steps: int = setting(900, "Training steps of the editor.", **COUNT)
     wrong_share: float = setting(
         0.6, "Share of wrong targets in the last 30 % of them.", at_least=0, at_most=1
     )
-    judge_steps: int = setting(
-        700, "Training steps of the judge on graded corruptions.", at_least=1, at_most=1e6
-    )
+    judge_steps: int = setting(700, "Training steps of the judge on graded corruptions.", **COUNT)
     check: bool = setting(True, "Stop if a model is not what the reinforcement learning needs.")
 
 

@@ -1,6 +1,6 @@
 """Scores an editor on ImgEdit-Bench, GEdit-Bench or a held-out set: draws, asks a judge, adds up.
 
-    python evaluate.py imgedit --bench DIR --base MODEL --lora RUN/checkpoint-N --judge http://HOST/v1
+    python evaluate.py imgedit --bench DIR --base MODEL --lora RUN/checkpoint-N --judge URL
     python evaluate.py gedit --language both ...     # the same settings
     python evaluate.py heldout --bench DATASET ...   # the test split of a dataset folder
     python evaluate.py compare RUN_A RUN_B           # the paired difference with its interval
@@ -39,7 +39,7 @@ import time
 import unicodedata
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from html import escape
@@ -136,19 +136,9 @@ class Settings(JudgeSettings):
                 raise BadInput(f"--baselines {name}: not a baseline; there are source and base")
 
 
-DRAWN = (  # settings that all edits in one --out share
-    "benchmark",
-    "bench",
-    "base",
-    "lora",
-    "edits",
-    "steps",
-    "seed",
-    "guidance",
-    "resolution",
-    "language",
-)
-DRAWN_WITH = ("steps", "seed", "guidance", "resolution")  # of these what an edit is made from
+DRAWN_WITH = ("steps", "seed", "guidance", "resolution")  # what an edit is made with
+# what all edits in one --out share
+DRAWN = ("benchmark", "bench", "base", "lora", "edits", "language", *DRAWN_WITH)
 HOW_ASKED = (  # the judge's settings that a held-out score depends on
     "judge_strategy",
     "judge_think",
@@ -247,8 +237,9 @@ def labelled_scores(text: str, start: str, top: int, labels: tuple = ()) -> list
     start: where a label may begin; top: what may stand after a slash. With `labels`, only theirs.
     """
     unit = rf"\s*(?:/\s*{top}(?!\d)|(?:out )?of {top}(?!\d))?\s*(?:points?|stars?|分)?"
-    value = rf"[\[(]?\s*{NUMBER}{unit}\s*[\])]?"
+    value = rf"{NUMBER}{unit}"
     text = re.sub(r"[*`\"“”]", "", text)
+    text = re.sub(rf"([:=|]\s*)\[\s*({value})\s*\]", r"\1\2", text)  # label: [4]
     text += "\n" + columns_as_lines(text)
     # a value alone on the line below its label
     text = re.sub(rf"(?m)^([^\n\d:=|]{{2,60}}?)\s*\n\s*({value})\s*$", r"\1: \2", text)
@@ -507,16 +498,16 @@ def interval(values: list[float], draws: np.ndarray) -> list:
 
 def paired_differences(a: Rows, b: Rows, metrics: tuple) -> dict[str, dict]:
     """The tables of a - b over the rows that both results have, resampled together."""
+    every = (*metrics, *KEPT)
     others = {row["row"]: row for row in b}
     pairs = []
     for row in a:
-        other = others.get(row["row"], row)
-        both = (*metrics, *KEPT)
-        pair = {key: row[key] - other[key] for key in both if key in row and key in other}
-        rest = {key: value for key, value in row.items() if key not in both}
-        rest["answered"] = row["answered"] and other["answered"]
-        if other is not row:
-            pairs.append(rest | pair)
+        if row["row"] in others:
+            other = others[row["row"]]
+            pair = {key: value for key, value in row.items() if key not in every}
+            pair["answered"] = row["answered"] and other["answered"]
+            shared = [key for key in every if key in row and key in other]
+            pairs.append(pair | {key: row[key] - other[key] for key in shared})
     return grouped(pairs, metrics)
 
 
@@ -549,6 +540,7 @@ IMGEDIT_TASKS = (
     "compose",
     "action",
 )
+GEDIT_KEYS = ("key", "task_type", "instruction_language", "instruction")
 GEDIT_TASKS = (
     "background_change",
     "color_alter",
@@ -607,10 +599,9 @@ def read_heldout(folder: Path) -> Rows:
 
 def safe_name(text: str) -> str:
     """A file name for any text: itself where it is plain, else what is plain of it and a hash."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:80]
-    if plain == text and not plain.startswith("."):
+    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,80}", text):
         return text
-    return f"{plain.lstrip('.')}-{short_hash(text)}"
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:80] + "-" + short_hash(text)
 
 
 def read_imgedit(folder: Path, prompts_file: str) -> tuple[Rows, dict, str]:
@@ -644,16 +635,10 @@ def read_imgedit(folder: Path, prompts_file: str) -> tuple[Rows, dict, str]:
 
 def imgedit_row(key: str, entry: dict, folder: Path, where: str) -> dict:
     """A checked row of ImgEdit's metadata."""
-    names = ("id", "prompt", "edit_type")
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in names):
-        raise BadInput(
-            f"{where} has no id, prompt and edit_type; take ImgEdit-Bench's single-turn metadata"
-        )
-    kind = entry["edit_type"]
-    task = "adjust" if kind == "alter" else kind  # two versions circulate
-    if task not in IMGEDIT_TASKS:
-        known = ", ".join(IMGEDIT_TASKS)
-        raise BadInput(f"{where}: unknown task {kind!r}; ImgEdit-Bench has {known}")
+    check_entry(entry, ("id", "prompt", "edit_type"), where)
+    # two versions circulate
+    task = "adjust" if entry["edit_type"] == "alter" else entry["edit_type"]
+    check_task(task, IMGEDIT_TASKS, where)
     inside(folder, f"{key}.png", where)
     return {
         "row": key,
@@ -663,6 +648,17 @@ def imgedit_row(key: str, entry: dict, folder: Path, where: str) -> dict:
         "source": entry["id"],
         "files": [key],
     }
+
+
+def check_entry(entry: dict, keys: tuple[str, ...], where: str) -> None:
+    """BadInput for an entry of a benchmark that lacks one of these texts."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
+        raise BadInput(f"{where} lacks {' or '.join(keys)}; take the benchmark's own metadata")
+
+
+def check_task(task: str, tasks: tuple[str, ...], where: str) -> None:
+    if task not in tasks:
+        raise BadInput(f"{where}: unknown task {task!r}; the benchmark has {', '.join(tasks)}")
 
 
 def read_gedit(
@@ -682,7 +678,10 @@ def read_gedit(
     times = {}
     for number, entry in enumerate(entries or read_table(folder), 1):
         where = f"{folder}: row {number}"
-        check_gedit(entry, where)
+        check_entry(entry, GEDIT_KEYS, where)
+        check_task(entry["task_type"], GEDIT_TASKS, where)
+        if entry["instruction_language"] not in ("en", "cn"):
+            raise BadInput(f"{where}: is in {entry['instruction_language']!r}, not in en or cn")
         if entry["instruction_language"] in languages:
             place = "{task_type}/{instruction_language}/{key}".format(**entry)
             times[place] = times.get(place, 0) + 1
@@ -693,19 +692,6 @@ def read_gedit(
             "metadata.jsonl; name GEdit-Bench's folder"
         )
     return rows, prompts
-
-
-def check_gedit(entry: dict, where: str) -> None:
-    """BadInput for an entry that is none of GEdit-Bench."""
-    keys = ("key", "task_type", "instruction_language", "instruction")
-    if not all(isinstance(entry.get(name), str) for name in keys):
-        raise BadInput(
-            f"{where} lacks {', '.join(keys[:3])} or {keys[3]}; name GEdit-Bench's folder"
-        )
-    task, language = entry["task_type"], entry["instruction_language"]
-    if task not in GEDIT_TASKS or language not in ("en", "cn"):
-        known = f"{', '.join(GEDIT_TASKS)}, in en and cn"
-        raise BadInput(f"{where}: unknown task {task!r} in {language!r}; GEdit-Bench has {known}")
 
 
 def gedit_row(entry: dict, place: str, time_seen: int, folder: Path, out: Path, where: str) -> dict:
@@ -810,6 +796,15 @@ class Job:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
 
+    def refuse_when_stopped(self) -> None:
+        if self.stop.is_set():
+            raise Stopped
+
+    def warn(self, text: str) -> None:
+        """Says something once, whatever the number of processes."""
+        if self.accelerator.is_main_process:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+
     def bar(self, work: Iterable, name: str, total: int | None = None) -> tqdm:
         """A progress bar, shown by one process."""
         quiet = not self.accelerator.is_main_process
@@ -847,15 +842,17 @@ def find_edit(row: dict, subject: str, folder: Path) -> Path | None:
     return find_picture(folder, row["files"] if subject == "edits" else row["files"][:1])
 
 
-def check_folder(flag: str, folder: str, rows: Rows) -> None:
+def check_folder(job: Job, flag: str, folder: str) -> None:
     """BadInput when a folder of --edits or --masks is for no row; a warning when it misses some."""
-    missing = [row for row in rows if find_picture(folder, row["files"]) is None]
+    missing = [row for row in job.rows if find_picture(folder, row["files"]) is None]
     if missing:
         first = f"{folder}/{missing[0]['files'][0]}{ENDINGS[0]}"
-        lost = f"{flag} {folder}: has nothing for {len(missing)} of {len(rows)} rows, no {first}"
-        if len(missing) == len(rows):
+        lost = (
+            f"{flag} {folder}: has nothing for {len(missing)} of {len(job.rows)} rows, no {first}"
+        )
+        if len(missing) == len(job.rows):
             raise BadInput(f"{lost}; name a folder in the benchmark's layout")
-        print(f"warning: {lost}", file=sys.stderr)
+        job.warn(lost)
 
 
 # ---------------------------------------------------------------- sample: the edits
@@ -930,8 +927,7 @@ def draw_edits(job: Job) -> None:
     if settings.lora:
         add_policies(editor, averages=(), start=settings.lora)
     for edit in job.bar(todo, "edits"):
-        if job.stop.is_set():
-            return
+        job.refuse_when_stopped()
         sources = [load_image(path) for path in edit.row["images"]]
         noise = [torch.Generator().manual_seed(settings.seed)]
         how = (edit.row["prompt"], noise, settings.steps, settings.guidance)
@@ -982,14 +978,14 @@ def question(job: Job, row: dict, call: str) -> str:
     return re.sub("<edit_prompt>|<instruction>", lambda place: row["prompt"], text)
 
 
-def read_answers(out: str, label: str) -> dict[str, dict]:
+def read_answers(job: Job, label: str) -> dict[str, dict]:
     """{key: its newest record} of all processes' files of a judge; what cannot be read is none."""
     records = []
     faults = []
-    for file in Path(out).glob(f"calls-{label}-*.jsonl"):
+    for file in Path(job.settings.out).glob(f"calls-{label}-*.jsonl"):
         records += [record for _, record in read_json_lines(file, faults)]
     if faults:
-        print(f"warning: {len(faults)} calls do not count, such as {faults[0]}", file=sys.stderr)
+        job.warn(f"{len(faults)} calls do not count, such as {faults[0]}")
     records.sort(key=recorded_at)
     return {str(record.get("key")): record for record in records}
 
@@ -1012,12 +1008,11 @@ def judge_edits(job: Job) -> None:
     settings = job.settings
     judge = load_judge(settings, job.accelerator.device, job.dtype, stop=job.stop)
     label = label_of(job, judge)
-    answers = read_answers(settings.out, label)
+    answers = read_answers(job, label)
     unknown = {"failure": "not asked"}
     todo = [call for call in find_calls(job, job.mine) if call.path]
     todo = [call for call in todo if "failure" in answers.get(call.record["key"], unknown)]
-    if job.accelerator.is_main_process:
-        warn_of_own_judge(settings, judge)
+    warn_of_own_judge(job, judge)
     file = Path(settings.out, f"calls-{label}-{job.accelerator.process_index}.jsonl")
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
     calls = {pool.submit(answer, job, judge, call): call for call in todo}
@@ -1039,16 +1034,16 @@ def judge_edits(job: Job) -> None:
         judge.close()
 
 
-def warn_of_own_judge(settings: Settings, judge: Judge) -> None:
+def warn_of_own_judge(job: Job, judge: Judge) -> None:
     """A warning when the LoRA was trained with this very judge."""
-    config = Path(settings.lora).parent / "config.json"
-    if not settings.lora or not config.is_file():
+    lora = job.settings.lora
+    config = Path(lora).parent / "config.json"
+    if not lora or not config.is_file():
         return
-    if read_json(config, "take a run's own folder").get("judge") == settings.judge:
-        print(
-            f"warning: {judge.name} is the judge that {settings.lora} was trained with; its scores "
-            "tell how well it is pleased: let another judge have the last word",
-            file=sys.stderr,
+    if read_json(config, "take a run's own folder").get("judge") == job.settings.judge:
+        job.warn(
+            f"{judge.name} is the judge that {lora} was trained with; its scores tell how well it "
+            "is pleased: let another judge have the last word"
         )
 
 
@@ -1061,9 +1056,9 @@ def answer(job: Job, judge: Judge, call: Call) -> dict:
         if job.settings.benchmark == "heldout":
             return heldout_answer(judge, call.row, sources, edit)
         if job.settings.benchmark == "gedit":
-            sources, edit = as_gedit_shows(load_image(call.row["shown"]), edit)
-        if call.record["call"] == "PQ":  # quality is judged without the source
-            sources = []
+            source, edit = as_gedit_shows(load_image(call.row["shown"]), edit)
+            # quality is judged without the source
+            sources = [] if call.record["call"] == "PQ" else [source]
         return {"reply": judge.ask(call.text, [*sources, edit], job.settings.reply_tokens)}
     except (JudgeFailure, BadInput) as failure:
         return {"failure": str(failure)}
@@ -1083,7 +1078,7 @@ def heldout_answer(judge: Judge, row: dict, sources: list[Image.Image], edit: Im
     return record
 
 
-def as_gedit_shows(source: Image.Image, edit: Image.Image) -> tuple[Rows, Image.Image]:
+def as_gedit_shows(source: Image.Image, edit: Image.Image) -> list[Image.Image]:
     """Source and edit as GEdit's scorer shows them: at the size of the stored source, whose sides
     are multiples of 32 at about 512 x 512 pixels, and through JPEG."""
     size = source.size
@@ -1095,7 +1090,7 @@ def as_gedit_shows(source: Image.Image, edit: Image.Image) -> tuple[Rows, Image.
         content = io.BytesIO()
         picture.resize(size).save(content, "JPEG")
         shown.append(load_image(content))
-    return shown[:1], shown[1]
+    return shown
 
 
 # ---------------------------------------------------------------- what is kept of the source
@@ -1154,41 +1149,48 @@ def score_calls(job: Job) -> Rows:
     What lay there before goes: calls of other edits or other questions do not count.
     """
     out = Path(job.settings.out)
-    score = SCORERS[job.settings.benchmark]
-    stems = sorted(file.stem.removeprefix("calls-") for file in out.glob("calls-*.jsonl"))
+    mode = job.settings.mode
     calls = find_calls(job, job.rows)
     known = known_of_rows(job, calls)
+    stems = sorted(file.stem.removeprefix("calls-") for file in out.glob("calls-*.jsonl"))
     results = {}
     for label in dict.fromkeys(stem.rpartition("-")[0] for stem in stems):
-        answers = read_answers(job.settings.out, label)
-        records = {}
-        for call, row in zip(calls, known, strict=True):
-            empty = {"failure": "not judged" if call.path else MISSING}
-            said = answers.get(call.record["key"], empty)
-            records.setdefault(call.record["subject"], []).append(said | call.record | row)
+        answers = read_answers(job, label)
         if any(call.record["key"] in answers for call in calls):
-            results[f"scores-{label}-{job.settings.mode}.json"] = {
+            records = records_of(calls, known, answers)
+            score = SCORERS[job.settings.benchmark]
+            results[out / f"scores-{label}-{mode}.json"] = {
                 "benchmark": job.settings.benchmark,
                 "judge": label,
-                "mode": job.settings.mode,
+                "mode": mode,
                 "metadata": job.version,
-                "subjects": {name: score(records[name], job.settings.mode) for name in records},
+                "subjects": {subject: score(records[subject], mode) for subject in records},
             }
     if not results:
         raise BadInput(f"{out}: holds no calls of a judge on these edits; run --stage judge first")
-    for name, result in results.items():
-        with whole_file(out / name) as part:
+    for file, result in results.items():
+        with whole_file(file) as part:
             part.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
-    for file in out.glob("scores-*.json"):
-        if file.name not in results:
-            file.unlink()
+    for file in set(out.glob("scores-*.json")) - results.keys():
+        file.unlink()
     return list(results.values())
+
+
+def records_of(calls: list[Call], known: Rows, answers: dict) -> dict[str, Rows]:
+    """{subject: a record of each of its calls, answered or not}."""
+    records = {}
+    for call, row in zip(calls, known, strict=True):
+        empty = {"failure": "not judged" if call.path else MISSING}
+        said = answers.get(call.record["key"], empty)
+        records.setdefault(call.record["subject"], []).append(said | call.record | row)
+    return records
 
 
 def known_of_rows(job: Job, calls: list[Call]) -> Rows:
     """Of each call what its record has of the row, and what the edit keeps of the source."""
 
     def known(call):
+        job.refuse_when_stopped()
         row = {key: call.row[key] for key in ROW_KEYS if key in call.row}
         if call.path is None or call.record["subject"] == "source":
             return row
@@ -1338,6 +1340,7 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
     articles = []
     by_task = {}
     for number, row in enumerate(job.bar(job.rows, "report")):
+        job.refuse_when_stopped()
         edits = []
         for name in dict.fromkeys(["source", *reversed(subjects)]):  # source, base, trained
             path = find_edit(row, name, subjects.get(name))
@@ -1367,8 +1370,8 @@ def show_edit(name: str, path: Path | None, small: Path, found: Rows) -> Shown:
     written to `small`."""
     caption = name
     for row in found:
-        values = [f"{key} {row[key]:.2f}" for key in SHOWN_METRICS if key in row]
-        caption += f" {' '.join(values)} by {row['by']};".replace("nan", "missing")
+        values = " ".join(f"{key} {row[key]:.2f}" for key in SHOWN_METRICS if key in row)
+        caption += f" {values.replace('nan', 'missing')} by {row['by']};"
     picture, image = None, MISSING
     with suppress(BadInput):
         picture = load_image(path) if path else None
@@ -1477,7 +1480,7 @@ def read_ratings(file: Path) -> list[Rated]:
     return groups
 
 
-def pair_outcomes(scores: list[float], labels: list[float]) -> list[float]:
+def ordered_pairs(scores: list[float], labels: list[float]) -> list[float]:
     """Of each pair of edits that labels tell apart: 1 if the scores order them alike, 0 if not,
     0.5 if they tie. Pairs with a score that is NaN are left out."""
     outcomes = []
@@ -1487,13 +1490,6 @@ def pair_outcomes(scores: list[float], labels: list[float]) -> list[float]:
         elif abs(a - b) >= 1e-6 and x != y:
             outcomes.append(1.0 if (a > b) == (x > y) else 0.0)
     return outcomes
-
-
-def ordered_pairs(scores: list[float], labels: list[float]) -> tuple[int, float, int]:
-    """Of a group's pairs that labels tell apart: how many, how many are right (a tie is half), how
-    many tie."""
-    outcomes = pair_outcomes(scores, labels)
-    return len(outcomes), sum(outcomes), outcomes.count(0.5)
 
 
 @dataclass(frozen=True)
@@ -1540,7 +1536,7 @@ def agreement(judge: Judge, groups: list[Rated]) -> str:
     places = []  # the group of each pair
     spreads = []
     for group, result in zip(groups, results, strict=True):
-        pairs = pair_outcomes(result.score.tolist(), group.labels)
+        pairs = ordered_pairs(result.score.tolist(), group.labels)
         outcomes += pairs
         places += [str(id(group))] * len(pairs)
         spreads.append(result.score[~result.score.isnan()].std(unbiased=False))
@@ -1581,23 +1577,35 @@ def claim(settings: Settings) -> Settings:
     return settings
 
 
+def begin(settings: Settings, accelerator: Accelerator, stop: threading.Event) -> Job:
+    """What is to be done, checked; parts of it are written into --out."""
+    settings = claim(settings)
+    job = Job(settings, accelerator, stop, *load_benchmark(settings))
+    for flag in ("edits", "masks"):
+        if getattr(settings, flag):
+            check_folder(job, f"--{flag}", getattr(settings, flag))
+    return job
+
+
 def run_stages(settings: Settings, accelerator: Accelerator, stop: threading.Event) -> None:
     """Draws, judges and adds up. Raises Stopped on all processes when one has to stop."""
-    with together(accelerator, stop), accelerator.main_process_first():
-        settings = claim(settings)
-        job = Job(settings, accelerator, stop, *load_benchmark(settings))
-        for flag in ("edits", "masks"):
-            if getattr(settings, flag):
-                check_folder(f"--{flag}", getattr(settings, flag), job.rows)
-    for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
+    job = None
+    with ExitStack() as held:
         with together(accelerator, stop):
-            if settings.stage in ("all", stage):
-                work(job)
-    if settings.stage in ("all", "score") and accelerator.is_main_process:
-        results = score_calls(job)
-        summary = "\n".join(describe(settings, result) for result in results)
-        write_report(job, results, summary)
-        print(summary, f"wrote {settings.out}/report.html and grid.png", sep="\n")
+            if accelerator.is_main_process:  # first: it writes
+                held.enter_context(locked(settings.out))
+                job = begin(settings, accelerator, stop)
+        with together(accelerator, stop):
+            job = job or begin(settings, accelerator, stop)
+        for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
+            with together(accelerator, stop):
+                if settings.stage in ("all", stage):
+                    work(job)
+        if settings.stage in ("all", "score") and accelerator.is_main_process:
+            results = score_calls(job)
+            summary = "\n".join(describe(job.settings, result) for result in results)
+            write_report(job, results, summary)
+            print(summary, f"wrote {settings.out}/report.html and grid.png", sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1614,13 +1622,14 @@ def main(argv: list[str] | None = None) -> None:
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one may be done long before
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
     try:
-        with locked(settings.out) if accelerator.is_main_process else nullcontext():
-            run_stages(settings, accelerator, stop)
+        run_stages(settings, accelerator, stop)
     except Stopped as stopped:
-        if stopped.__cause__:
+        if stopped.__cause__ and not isinstance(stopped.__cause__, Stopped):
             raise stopped.__cause__ from None
-        kept = f"every finished edit and call is kept in {settings.out}"
-        raise SystemExit(f"stopped: {kept}; the same command goes on") from None
+        if accelerator.is_main_process:
+            kept = f"every finished edit and call is kept in {settings.out}"
+            print(f"stopped: {kept}; the same command goes on", file=sys.stderr)
+        sys.exit(1)
     accelerator.end_training()
 
 

@@ -24,6 +24,7 @@ Departures from the authors' released code:
 """
 
 import base64
+import contextlib
 import io
 import itertools
 import json
@@ -175,6 +176,9 @@ def requirement_of(row: dict) -> str:
 # ---------------------------------------------------------------- settings
 
 
+ADDRESS = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s@]*)?"
+
+
 @dataclass(frozen=True)
 class JudgeSettings(CheckedSettings):
     """Which judge it is, what it is asked, and how its answer is read."""
@@ -228,12 +232,16 @@ class JudgeSettings(CheckedSettings):
         ends = self.judge_range
         if len(ends) != 2 or not 0 < ends[1] - ends[0] < math.inf:
             raise BadInput(f"--judge_range {ends}: give the worst and the best score, 0 10")
-        try:
+        groups = 0
+        with contextlib.suppress(re.error, RecursionError, OverflowError):
             groups = re.compile(self.judge_reply).groups
-        except (re.error, RecursionError, OverflowError) as error:
-            raise BadInput(f"--judge_reply {self.judge_reply}: {error}; correct it") from None
         if not groups:
-            raise BadInput(f"--judge_reply {self.judge_reply}: put a (group) around the number")
+            fix = "write a regular expression with a (group) around the number"
+            raise BadInput(f"--judge_reply {self.judge_reply}: {fix}")
+        is_served = self.judge.startswith(("http://", "https://"))
+        if is_served and not all(re.fullmatch(ADDRESS, url) for url in self.judge.split(",")):
+            fix = "http://HOST:PORT/v1[,...] without a password; JUDGE_API_KEY holds a key"
+            raise BadInput(f"--judge: not of the form {fix}")
 
 
 def read_prompts(settings: JudgeSettings) -> dict[str, str]:
@@ -241,14 +249,14 @@ def read_prompts(settings: JudgeSettings) -> dict[str, str]:
     files of --judge_prompt. BadInput when a file cannot be read or has no {prompt}."""
     entries = settings.judge_prompt
     own = Path(settings.judge.removeprefix("local:"), "judge_prompt.txt")
-    if settings.judge.startswith("local:") and own.is_file():
+    if os.path.isfile(own):
         entries = [f"execution={own}", *entries]
     prompts = dict(PROMPTS)
     for entry in entries:
         if "=" not in entry:
             entry = f"execution={entry}"
         name, _, file = entry.partition("=")
-        if not Path(file).is_file():
+        if not os.path.isfile(file):
             raise BadInput(f"--judge_prompt {file}: no such file; name a text file")
         try:
             prompts[name] = Path(file).read_text(encoding="utf-8-sig")
@@ -259,14 +267,14 @@ def read_prompts(settings: JudgeSettings) -> dict[str, str]:
     return prompts
 
 
-def read_weights(entries: list[str], names: list[str]) -> dict[str, float]:
+def read_weights(entries: list[str], names: set[str]) -> dict[str, float]:
     """ASPECT=WEIGHT entries as a dict; BadInput for an aspect that is none, or a bad weight."""
     weights = {}
     for entry in entries:
         name, _, number = entry.partition("=")
         if name not in names:
             raise BadInput(
-                f"--judge_aspects {name}: is none of {', '.join(names)}; "
+                f"--judge_aspects {name}: is none of {', '.join(sorted(names))}; "
                 f"add --judge_prompt {name}=FILE"
             )
         if not re.fullmatch(r"0|1|0?\.\d+|[01]\.0*", number):
@@ -298,7 +306,8 @@ def plain_terms(
         if mask:
             white = mask.convert("L").resize(edit.size, Image.Resampling.NEAREST)
             error = error[torch.tensor(np.array(white) < 128)]
-        dull, sharp = sharpness(before), sharpness(after)
+        dull = sharpness(before)
+        sharp = sharpness(after)
         terms["psnr"].append(-10 * error.mean().clamp(min=1e-6).log10())
         terms["pixel_distance"].append((after - before).abs().mean())
         terms["brightness_drift"].append(after.mean() - before.mean())
@@ -333,24 +342,23 @@ class Scores(NamedTuple):
     shares: list = ()  # n tuples: probability of each word that counts, among those words
 
     @staticmethod
-    def missing(n, cause):
+    def missing(n: int, cause: str) -> "Scores":
         """The Scores of n edits that could not be judged."""
         none = torch.full((n,), torch.nan)
         return Scores(none, none, {}, [cause] * n, [""] * n)
 
     @staticmethod
-    def stack(groups):
-        """G groups' Scores as one, (G, n); its causes are those of all G n edits."""
-        known = {}
-        for group in groups:
-            known |= group.terms
+    def stack(groups: list["Scores"]) -> "Scores":
+        """G groups' Scores as one, (G, n) each; causes and words are those of all G n edits."""
         nothing = torch.full_like(groups[0].score, torch.nan)
-        terms = {name: torch.stack([g.terms.get(name, nothing) for g in groups]) for name in known}
-        causes = []
-        for group in groups:
-            causes += group.causes
+        terms = {}
+        for name in max((group.terms for group in groups), key=len):  # missing Scores have none
+            terms[name] = torch.stack([group.terms.get(name, nothing) for group in groups])
         score = torch.stack([group.score for group in groups])
-        return Scores(score, torch.stack([group.mass for group in groups]), terms, causes)
+        mass = torch.stack([group.mass for group in groups])
+        causes = list(itertools.chain.from_iterable(group.causes for group in groups))
+        words = list(itertools.chain.from_iterable(group.words for group in groups))
+        return Scores(score, mass, terms, causes, words)
 
 
 class Verdict(NamedTuple):
@@ -392,7 +400,7 @@ def expected_score(p: dict[str, float], worth: dict[str, float] = DIGITS) -> Ver
     answers = [p.get(word, 0.0) for word in worth]
     mass = sum(answers)
     if not 0 < mass < math.inf:
-        return Verdict(cause="logits that are not finite", words=words)
+        return Verdict(torch.nan, mass, "no finite probability of the answers", words)
     shares = tuple(value / mass for value in answers)
     score = sum(map(operator.mul, shares, worth.values()))
     return Verdict(min(score, 1.0), min(mass, 1.0), "", words, shares)
@@ -403,9 +411,7 @@ class JudgeFailure(Exception):
 
 
 class Unavailable(JudgeFailure):
-    """No answer for now: to ask again, after `wait` seconds, may help."""
-
-    wait = 0.0
+    """No answer for now: to ask again may help."""
 
 
 class Reply(NamedTuple):
@@ -477,9 +483,9 @@ def background(function: Callable, *args) -> Future:
 
 def message(role: str, *parts: str | dict) -> dict:
     """A chat message of texts, and of pictures as a judge's `part` makes them."""
-    content = []
-    for part in filter(None, parts):
-        content.append({"type": "text", "text": part} if isinstance(part, str) else part)
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else part for part in parts if part
+    ]
     return {"role": role, "content": content}
 
 
@@ -519,17 +525,21 @@ class Judge:
             if self.ending == YES_NO and "{answer}" not in self.prompts[aspect]:
                 raise BadInput(f"{aspect}'s prompt: has no {{answer}} for {strategy}; write one")
 
+    def is_stopped(self) -> bool:
+        return self.is_closed or self.stop.is_set()
+
     def check_stop(self):
-        if self.is_closed or self.stop.is_set():
+        if self.is_stopped():
             raise JudgeFailure("stopped")
 
     def finished(self, future: Future, seconds: float = math.inf):
         """What a Future brings; JudgeFailure once the run is stopped, or the seconds are over."""
         deadline = time.monotonic() + seconds
-        while not wait([future], 0.2).done:
+        while not future.done():
             self.check_stop()
             if time.monotonic() > deadline:
                 raise Unavailable("timeout")
+            wait([future], 0.2)
         return future.result()
 
     def question(self, row: dict, aspect: str = "execution") -> tuple[str, str]:
@@ -548,11 +558,12 @@ class Judge:
 
     def examine(self, row: dict, aspect: str, sources: list, edits: list) -> list[Verdict]:
         """One question about n edits: n Verdicts."""
+        if not edits:
+            return []
         question, ending = self.question(row, aspect)
+        shown = [self.part(shrunk(source, edits[0])) for source in sources]
         chats = []
         for edit in edits:
-            if not chats:
-                shown = [self.part(shrunk(source, edit)) for source in sources]
             parts = [question, *shown, self.part(edit)]
             if self.settings.judge_order == "pictures_first":
                 parts = parts[1:] + parts[:1]
@@ -679,14 +690,15 @@ class FileJudge(Judge):
     def __init__(self, settings: JudgeSettings, stop=None):
         super().__init__(settings, stop)
         file, name = re.fullmatch(FILE_JUDGE, settings.judge).groups(default="score")
-        if not Path(file).is_file():
-            raise BadInput(f"--judge {file}: no such file; name one with a function `{name}`")
         if self.aspects != ["execution"]:
             raise BadInput(f"--judge_aspects: {file} answers no questions; name plain terms alone")
         try:
             self.function = runpy.run_path(file)[name]
         except (Exception, SystemExit) as error:
-            raise BadInput(f"--judge {file}: {cause_of(error)}; it needs a `{name}`") from error
+            fix = f"correct it, and write a function `{name}`"
+            raise BadInput(f"--judge {file}: {cause_of(error)}; {fix}") from error
+        if not callable(self.function):
+            raise BadInput(f"--judge {file}: `{name}` is no function; write one")
         self.use(settings.judge_strategy)
 
     def examine(self, row, aspect, sources, edits):
@@ -716,7 +728,7 @@ def answer_token_ids(tokenizer, texts=DIGITS) -> list[int]:
     """The token ids of the answers; BadInput when one of them is not a token of its own."""
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     for text, pieces in zip(texts, ids, strict=True):
-        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id or ids.count(pieces) > 1:
+        if len(pieces) != 1 or tokenizer.decode(pieces).strip() != text:
             raise BadInput(
                 f"{tokenizer.name_or_path}: the answer {text} is not one token of its own "
                 f"({pieces}); take another judge or another --judge_strategy"
@@ -729,7 +741,7 @@ class LocalJudge(Judge):
 
     def __init__(self, settings: JudgeSettings, device="cpu", dtype=torch.float32, stop=None):
         super().__init__(settings, stop)
-        if not Path(self.name).is_dir() and self.name.count("/") != 1:
+        if not os.path.isdir(self.name) and self.name.count("/") != 1:
             fix = "name a folder or a hub id owner/name, or run python data_prep.py toy first"
             raise BadInput(f"{self.name}: no such model folder; {fix}")
         if settings.judge_draws > 1:
@@ -770,12 +782,21 @@ class LocalJudge(Judge):
     def write(self, chats, tokens, draw=0):
         with self.lock:
             inputs = self.inputs(chats)
-            whole = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+            whole = self.model.generate(
+                **inputs,
+                max_new_tokens=tokens,
+                do_sample=False,
+                stopping_criteria=[self.ends_writing],
+            )
         written = whole[:, inputs["input_ids"].shape[1] :]  # (B, tokens at most)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         has_ended = torch.isin(written[:, -1].cpu(), torch.tensor(self.tokenizer.all_special_ids))
         is_cut = ~has_ended & (written.shape[1] == tokens)
         return list(map(Reply, texts, is_cut.tolist()))
+
+    def ends_writing(self, ids, scores, **_):
+        """Whether to write no further, (B,): not once the run is stopped."""
+        return torch.full((len(ids),), self.is_stopped(), device=ids.device)
 
     @torch.no_grad()
     def weigh(self, chats):
@@ -821,8 +842,8 @@ class ServedJudge(Judge):
         self.free = threading.Condition()  # held by who reads or changes the servers' state
         self.refused = set()  # options that the servers do not take
         self.name = settings.judge_model
-        urls = [url.strip().rstrip("/") for url in settings.judge.split(",")]
-        self.servers = [Server(url, self.key, in_flight) for url in urls]
+        urls = settings.judge.split(",")
+        self.servers = [Server(url.rstrip("/"), self.key, in_flight) for url in urls]
         for server in self.servers:
             self.find_model(server)
         self.use(settings.judge_strategy)
@@ -912,7 +933,7 @@ class ServedJudge(Judge):
                     raise JudgeFailure(self.servers[0].cause)
                 if outage >= patience + REST:
                     self.servers[0].silent_since = math.inf  # a new try, with new patience
-                ready = [server for server in self.servers if server.takes_at(now)]
+                ready = [server for server in self.servers if server.has_room()]
                 if ready and now >= not_before:
                     server = min(ready, key=lambda server: (server.is_down, server.busy))
                     server.busy += 1
@@ -934,22 +955,18 @@ class ServedJudge(Judge):
         return reply
 
     def send(self, server, path, body):
-        options = {"timeout": self.settings.judge_timeout, "allow_redirects": False, "stream": True}
+        # Twice the time that `request` waits: it tells a timeout, this only ends the thread.
+        seconds = 2 * self.settings.judge_timeout
+        options = {"timeout": seconds, "allow_redirects": False, "stream": True}
         method = "POST" if body else "GET"
         try:
             with server.session.request(method, server.url + path, json=body, **options) as reply:
                 content = reply.raw.read(MAX_REPLY + 1, decode_content=True)
-        except (requests.Timeout, urllib3.exceptions.TimeoutError):
-            raise Unavailable("timeout") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError):
             raise Unavailable("no connection") from None
         status = reply.status_code
         if status in (408, 425, 429) or status >= 500:
-            failure = Unavailable(f"HTTP {status}")
-            wanted = re.fullmatch("[0-9]{1,9}", reply.headers.get("Retry-After", ""))
-            if wanted:
-                failure.wait = min(float(wanted[0]), self.settings.judge_patience)
-            raise failure
+            raise Unavailable(f"HTTP {status}")
         if status != 200:
             text = " ".join(content.decode(errors="replace").split())
             if self.key:
@@ -973,7 +990,6 @@ class Server:
         self.cause = ""  # of its last failure
         self.last_good = 0.0  # when its last good reply came
         self.silent_since = math.inf  # when the first request after that began, once it failed
-        self.rests_until = 0.0  # it asked for a pause
         self.is_down = False  # it was told that it stopped answering
         self.session = requests.Session()
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=in_flight)
@@ -984,15 +1000,13 @@ class Server:
         if key:
             self.session.headers["Authorization"] = f"Bearer {key}"
 
-    def takes_at(self, now):
+    def has_room(self):
         """Whether it takes one more request; one that is down gets one at a time."""
-        room = 1 if self.is_down else self.in_flight
-        return self.busy < room and self.rests_until <= now
+        return self.busy < (1 if self.is_down else self.in_flight)
 
     def failed(self, failure, begun):
         now = time.monotonic()
         self.cause = str(failure)
-        self.rests_until = now + failure.wait
         self.silent_since = min(self.silent_since, max(begun, self.last_good))
         if not self.is_down and now - self.silent_since > SAY_AFTER:
             self.is_down = True
@@ -1035,17 +1049,15 @@ def read_choice(choice: dict, worth: dict[str, float]) -> Verdict:
     thought = choice["message"].get("reasoning_content") or choice["message"].get("reasoning")
     times = [words.count(text) for text in worth]
     most_unseen = times.count(0) * min(values, default=1.0)
-    cause = ""
-    if thought or drawn.startswith("<think"):
-        cause = "the judge thinks before it answers"
-    elif max(times) > 1 or sum(values) > 1.01:
-        cause = "probabilities that cannot be"
-    elif values.count(0.0) > 1:
-        cause = "a distribution cut by top-k or top-p"
-    elif verdict.cause or most_unseen > 1e-3 * verdict.mass:
-        cause = "answers missing from top_logprobs"
-    if cause:
-        return verdict._replace(score=torch.nan, cause=cause)
+    faults = {
+        "the judge thinks before it answers": thought or drawn.startswith("<think"),
+        "probabilities that cannot be": max(times) > 1 or sum(values) > 1.01,
+        "a distribution cut by top-k or top-p": values.count(0.0) > 1,
+        "answers missing from top_logprobs": verdict.cause or most_unseen > 1e-3 * verdict.mass,
+    }
+    for cause, is_so in faults.items():
+        if is_so:
+            return verdict._replace(score=torch.nan, cause=cause)
     return verdict
 
 
@@ -1084,18 +1096,18 @@ def load_judge(
     return LocalJudge(settings, device, dtype, stop)
 
 
-def refuse_silent_judge(groups: list[Scores], name: str, least: float = 0.5):
+def refuse_silent_judge(scores: Scores, name: str, least: float = 0.5):
     """BadInput for a judge that gave no score, or whose mean mass on answers is below `least`."""
-    mass = torch.cat([group.mass for group in groups]).nanmean()
+    mass = scores.mass.nanmean()
     if mass < least:  # not where nothing is known of the mass
-        words = next((group.words[0] for group in groups if group.words[0]), "nothing")
+        words = next(filter(None, scores.words), "nothing")
         raise BadInput(
             f"{name}: puts {mass:.1%} of its probability on the answers that count and would "
             f"rather say {words}; take another judge, --judge_strategy or --judge_prompt"
         )
-    if torch.cat([group.score for group in groups]).isnan().all():
-        causes = Counter(itertools.chain.from_iterable(group.causes for group in groups))
-        listed = ", ".join(f"{number} x {cause}" for cause, number in causes.most_common(3))
+    if scores.score.isnan().all():
+        causes = Counter(scores.causes).most_common(3)
+        listed = ", ".join(f"{number} x {cause}" for cause, number in causes)
         raise BadInput(f"{name}: gave no score: {listed}; see to the judge")
 
 
@@ -1103,28 +1115,28 @@ def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
     """Asks about a few rows, and sets judge.noise. BadInput for a silent judge, and, unless
     judge_check is off, for one that untouched sources please more than right edits (`target`)."""
     with_target = [row for row in rows if row.get("target")]
-    plain, padded = [], []
+    plain = []
+    padded = []
     for row in with_target[:16] or rows[:4]:
         sources = [load_image(path) for path in row["images"]]
-        edits = [sources[0]]
-        if with_target:
-            edits.append(load_image(row["target"]))
-        wide = sources[0].resize((2 * sources[0].width, sources[0].height))
-        plain.append(judge.submit(row, sources, edits))
-        padded.append(judge.submit(row, sources, [*edits, wide]))  # the longest pads the others
-    plain = [future.result() for future in plain]
-    refuse_silent_judge(plain, judge.name)
-    scores = torch.stack([group.score for group in plain])  # (rows, 1 or 2): untouched, right
-    again = torch.stack([future.result().score[:-1] for future in padded])
-    judge.noise = (scores - again).square().nanmean().sqrt().nan_to_num(0.0).item()
-    print(f"judge {judge.name}: a score moves by {judge.noise:.1g} with what is asked beside it")
-    if with_target and settings.judge_check:
-        untouched, right = scores.nanmean(0).tolist()
-        if not right > untouched:
-            raise BadInput(
-                f"{judge.name}: scores right edits {right:.2f}, untouched sources {untouched:.2f}; "
-                "take another judge or --judge_prompt, or leave this out: --no_judge_check"
-            )
+        source = sources[0]
+        target = load_image(row["target"]) if with_target else ImageOps.mirror(source)
+        halfway = Image.blend(source, target.resize(source.size), 0.5)  # a score from 0 to 1
+        wide = source.resize((3 * source.width, source.height))  # the longest pads the others
+        plain.append(judge.submit(row, sources, [source, target, halfway]))
+        padded.append(judge.submit(row, sources, [halfway, wide]))
+    scores = Scores.stack([future.result() for future in plain])
+    refuse_silent_judge(scores, judge.name)
+    untouched, right, once = scores.score.unbind(1)  # (rows,)
+    again, _ = Scores.stack([future.result() for future in padded]).score.unbind(1)
+    moves = (once - again).square().nanmean().sqrt().item()
+    judge.noise = 0.0 if math.isnan(moves) else moves
+    print(f"judge {judge.name}: a score moves by {moves:.1g} with what is asked beside it")
+    if with_target and settings.judge_check and not right.nanmean() > untouched.nanmean():
+        raise BadInput(
+            f"{judge.name}: scores right edits {right.nanmean():.2f}, untouched sources "
+            f"{untouched.nanmean():.2f}; take another judge or --judge_prompt, or --no_judge_check"
+        )
 
 
 # ---------------------------------------------------------------- what a judge writes for a dataset
@@ -1169,9 +1181,8 @@ def fill_requirements(judge: Judge, file: Path, rows: list[dict]):
 
 def ask_requirement(judge: Judge, row: dict) -> str:
     """What a good edit of this row must show, in one line; JudgeFailure if there is no reply."""
-    pictures = [load_image(path) for path in row["images"]]
-    reply = judge.ask(ASK_REQUIREMENT.replace("{prompt}", row["prompt"]), pictures)
-    return " ".join(reply.split())
+    text = ASK_REQUIREMENT.replace("{prompt}", row["prompt"])
+    return " ".join(judge.ask(text, list(map(load_image, row["images"]))).split())
 
 
 # ---------------------------------------------------------------- the command
@@ -1197,12 +1208,11 @@ def main(argv: list[str] | None = None):
     for name in ("source", "edited", "prompt"):
         if not getattr(settings, name):
             raise BadInput(f"--{name} is missing; give source picture, edited picture, instruction")
-    row = {name: getattr(settings, name) for name in ("prompt", "requirement", "task", "mask")}
     sources = [load_image(path) for path in settings.source]
     edit = load_image(settings.edited)
     judge = load_judge(settings)
-    scores = judge.score(row, sources, [edit])
-    refuse_silent_judge([scores], judge.name, least=0)
+    scores = judge.score(vars(settings), sources, [edit])  # a row's names are among its own
+    refuse_silent_judge(scores, judge.name, least=0)
     print(f"score {scores.score.item():.4f}")
     print(f"mass on answers {scores.mass.item():.4f}")
     print(f"it says {scores.words[0]}")

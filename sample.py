@@ -76,8 +76,8 @@ from data_prep import (
 
 TOY = "data/toy/editor"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-Pictures = list[Image.Image]
 PEFT_FILE = "adapter_model.safetensors"  # PEFT's, with adapter_config.json beside it
+Pictures = list[Image.Image]
 
 # ---------------------------------------------------------------- families of editors
 
@@ -214,7 +214,8 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
             return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=self.last_x)
         return (self.last_x,)
 
-    def second_order_step(self, model_output, timestep, sample):
+    def second_order_step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> Tensor:
+        """x(t + h) = x + h v + h^2/2 dv/dt, with dv/dt from this velocity and the last."""
         if self.step_index is None:  # the first step of a rollout
             self._init_step_index(timestep)
             self._last_v = None
@@ -248,6 +249,7 @@ class Editor:
 
     @property
     def transformer(self) -> nn.Module:
+        """The denoiser, which the LoRA lies on."""
         return self.pipe.transformer
 
     @property
@@ -409,18 +411,11 @@ def add_policies(
     own. BadInput when no module has such a name, or the LoRA is for another editor.
     """
     transformer = editor.transformer
-    kind = type(transformer).__name__
     targets = list(targets or editor.family.targets)
     config = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
     if start:
         lora = read_lora(start, editor.pipe)
         config = lora.config
-        strangers = strange_layers(lora.weights, editor.pipe)
-        if strangers:
-            raise BadInput(
-                f"{start}: a LoRA for another model: {kind} has no layer {strangers[0]}, nor "
-                f"{len(strangers) - 1} more of its layers; take the LoRA's own base model"
-            )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws A, too
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         try:
@@ -428,8 +423,9 @@ def add_policies(
                 transformer.add_adapter(LoraConfig(**config, init_lora_weights="gaussian"), name)
         except ValueError as error:
             raise BadInput(
-                f"LoRA targets {config['target_modules']} match no module of {kind} that can have "
-                f"one ({one_line(error)}); name some of its layers"
+                f"LoRA targets {config['target_modules']} match no module of "
+                f"{type(transformer).__name__} that can have one ({one_line(error)}); name some of "
+                "its layers"
             ) from error
     editor.lora_layers = [
         layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)
@@ -466,7 +462,7 @@ def activate(editor: Editor, name: str) -> None:
     """Turns a policy on.
 
     Sets peft's flags themselves: its set_adapter and disable_adapters also walk all parameters to
-    change requires_grad, which is to stay, and take as long as half a forward of a small model.
+    change requires_grad, which is to stay, and take a third of a small model's forward.
     """
     for layer in editor.lora_layers:
         layer._disable_adapters = name == "base"
@@ -581,17 +577,18 @@ def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
     """The LoRA in a file, in a folder, or of a hub id.
 
     Takes what save_lora, diffusers and PEFT write, and the names and `.alpha` tensors of other
-    trainers; layers by other programs' names go through diffusers' converter for `pipe`. BadInput
-    when there is no LoRA or when it is not whole.
+    trainers. With `pipe`, layers by another program's names go through diffusers' converter for it,
+    and a LoRA for another model is refused. BadInput when there is none, or it is not whole.
     """
     try:
         file = find_lora(place)
         with safe_open(file, "pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no dict)
+            keys = stored.keys()  # it is no dict, though it has keys
+            tensors = {key: stored.get_tensor(key) for key in keys}
             metadata = stored.metadata() or {}
         weights, alphas = plain_names(tensors)
         if pipe and strange_layers(weights, pipe):
-            with suppress(Exception):  # the converter knows few names and raises anything on others
+            with suppress(Exception):  # what the converter raises on other names has no end
                 weights, alphas = plain_names(pipe.lora_state_dict(tensors))
         config = lora_config(file, metadata, weights, alphas)
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
@@ -599,6 +596,13 @@ def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
             f"{place}: not a LoRA that can be read ({one_line(error)}); name RUN/checkpoint-N, a "
             "whole file or a hub id"
         ) from error
+    strangers = strange_layers(weights, pipe) if pipe else []
+    if strangers:
+        raise BadInput(
+            f"{place}: a LoRA for another model: {type(pipe.transformer).__name__} has no layer "
+            f"{strangers[0]}, nor {len(strangers) - 1} more of its layers; take the LoRA's own "
+            "base model"
+        )
     return Lora(weights, config, is_full_strength="lora_config" in metadata)
 
 
@@ -881,6 +885,8 @@ def row_fault(editor: Editor, row: dict) -> str:
 def text_tokens(pipe: DiffusionPipeline, prompt: str) -> int:
     """The tokens of a prompt, without those of the template that some pipelines put around it."""
     tokenizer = text_parts(pipe)[1]
+    if tokenizer is None:
+        return 0
     parts = [prompt]
     if hasattr(pipeline_module(pipe), "split_quotation"):  # LongCat reads quoted text by the letter
         parts = []
@@ -890,6 +896,7 @@ def text_tokens(pipe: DiffusionPipeline, prompt: str) -> int:
 
 
 def too_long(editor: Editor, prompt: str) -> str:
+    """What is said of a prompt that the editor cannot take whole."""
     return (
         f"a prompt has more than the {editor.max_text} tokens that {editor.kind} "
         f"takes: {prompt[:60]!r}..."
@@ -1052,6 +1059,8 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
 
 @dataclass(frozen=True)
 class Settings(CheckedSettings):
+    """What sample.py is told."""
+
     image: list[str] = setting([], "The source picture; several where the editor takes them.")
     prompt: str = setting("", "The instruction.")
     out: str = setting("out.png", "Where the picture of the edits goes.")
@@ -1069,7 +1078,10 @@ class Settings(CheckedSettings):
         None, "Guidance. [2.5 for the toy, else the family's]", at_least=0, at_most=100
     )
     resolution: int | None = setting(
-        None, "Square root of the working pixels. [what the VAE was made for]", 16, at_most=8192
+        None,
+        "Square root of the working pixels. [what the VAE was made for]",
+        at_least=16,
+        at_most=8192,
     )
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
 
@@ -1088,9 +1100,6 @@ class Settings(CheckedSettings):
             raise BadInput(f"--out {self.out}: not a picture's name; end it in .png")
         if Path(self.out).is_dir():
             raise BadInput(f"--out {self.out}: is a folder; name a picture in it")
-        with disk_faults(self.out):  # better known now than after minutes of work
-            Path(self.out).parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=Path(self.out).parent).close()
 
 
 def draw_rows(editor: Editor, args: Settings, images: Pictures, names: list[str]) -> Image.Image:
@@ -1113,11 +1122,16 @@ def draw_rows(editor: Editor, args: Settings, images: Pictures, names: list[str]
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_settings(Settings, argv, description=__doc__.splitlines()[0])
+    # What is wrong is better known now than after minutes of work.
+    with disk_faults(args.out):
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(args.out).parent).close()
     images = [load_image(path) for path in args.image]
     names = ["base"]
     if args.lora:
-        read_lora(args.lora)  # a broken one is told before the editor is loaded
+        read_lora(args.lora)
         names = ["base", "new"] if args.compare else ["new"]
+
     device, dtype = "cpu", torch.float32
     if torch.cuda.is_available():
         device, dtype = "cuda", torch.bfloat16

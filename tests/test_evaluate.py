@@ -101,6 +101,7 @@ SPELT = "Prompt Compliance{0}4{1}Visual Seamlessness{0}5{1}Detail Fidelity{0}3"
             [4, 5, 3],
         ),
         ("| Aspect | Score |\n|---|---|\n| " + SPELT.format(" | ", " |\n| ") + " |", [4, 5, 3]),
+        (SPELT.format(": ", "\n").replace("4", "[4, 2]"), None),
         ("<think>at first\n" + THREE.format(4, 5, 3), None),
         ("a</think><think>then\n" + THREE.format(4, 5, 3), None),
         ("Scores as follows\n1. " + SPELT.format(": ", "\n2. "), [4, 5, 3]),
@@ -346,6 +347,12 @@ def test_one_source_picture_gives_no_interval():
     assert "too few source pictures" in verdict([1.5, None, None], "a", "b")
 
 
+def test_a_result_differs_from_itself_by_nothing():
+    rows = score_gedit(list(gedit_records("a", "ps_human", [4, 4], [4, 4])))["rows"]
+    table = paired_differences(rows, rows, ("O",))["en"]
+    assert table["rows"] == 1 and table["O"]["macro"][0] == 0 and "psnr" not in table
+
+
 def test_a_paired_difference_is_seen_where_the_rows_alone_are_noisy():
     rng = np.random.default_rng(0)
     a = [
@@ -393,6 +400,7 @@ class RuleServer(ThreadingHTTPServer):
 
     def __init__(self, rule):
         self.rule, self.name, self.asked, self.headers_seen = rule, "rule-7b", [], []
+        self.finish = "stop"
         super().__init__(("127.0.0.1", 0), Answering)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -419,7 +427,10 @@ class Answering(BaseHTTPRequestHandler):
             200,
             {
                 "choices": [
-                    {"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
+                    {
+                        "message": {"role": "assistant", "content": reply},
+                        "finish_reason": self.server.finish,
+                    }
                 ]
             },
         )
@@ -1014,14 +1025,11 @@ def noise_picture(*key):
 
 
 def test_pairs_are_counted_as_right_wrong_or_half():
-    assert evaluate.ordered_pairs([0.9, 0.1, 0.5], [3, 1, 2]) == (3, 3, 0)
-    assert evaluate.ordered_pairs([0.1, 0.9], [3, 1]) == (1, 0, 0)
-    assert evaluate.ordered_pairs([0.5, 0.5, 0.7], [1, 2, 2]) == (
-        2,
-        1.5,
-        1,
-    )  # one tie, one right, one without a label
-    assert evaluate.ordered_pairs([0.5, float("nan")], [1, 2]) == (0, 0, 0)
+    assert evaluate.ordered_pairs([0.9, 0.1, 0.5], [3, 1, 2]) == [1, 1, 1]
+    assert evaluate.ordered_pairs([0.1, 0.9], [3, 1]) == [0]
+    # one tie, one right, one without a label
+    assert evaluate.ordered_pairs([0.5, 0.5, 0.7], [1, 2, 2]) == [0.5, 1]
+    assert evaluate.ordered_pairs([0.5, float("nan")], [1, 2]) == []
 
 
 def ratings(folder, *lines):
@@ -1086,6 +1094,470 @@ def test_agree_refuses_what_it_does_not_know(judge_folder, tmp_path):
         evaluate.main(["agree", str(ratings(tmp_path)), "--strategies", "guess"])
 
 
+# ---------------------------------------------------------------- nothing stale
+
+
+@pytest.fixture
+def edits(tmp_path):
+    """Edits of the small ImgEdit benchmark, the brighter the higher the key."""
+    for key in range(6):
+        flat(tmp_path / "edits" / f"{key}.png", 51 * key)
+    return tmp_path / "edits"
+
+
+def scores_of(result, subject="edits", metric="score"):
+    return {row["row"]: row[metric] for row in result["subjects"][subject]["rows"]}
+
+
+@pytest.mark.parametrize("newer", [0, 7])
+def test_the_newest_answer_counts_whatever_process_wrote_it(
+    imgedit, edits, tmp_path, server, newer
+):
+    out = tmp_path / "out"
+    run("imgedit", imgedit, out, server, edits=edits)
+    (file,) = out.glob("calls-*-0.jsonl")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    other = file.with_name(file.name.replace("-0.jsonl", "-7.jsonl"))
+    for record in records:
+        record["reply"] = THREE.format(*[5 if newer else 1] * 3)
+        record["time"] += 10 if newer else -10
+    other.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (result,) = run("imgedit", imgedit, out, edits=edits, stage="score").values()
+    assert scores_of(result)["2"] == (5 if newer else round(1 + 4 * 2 / 5))
+
+
+def test_an_answer_counts_only_for_the_very_edit_source_and_text(imgedit, edits, tmp_path, server):
+    out = tmp_path / "out"
+    run("imgedit", imgedit, out, server, edits=edits)
+    flat(edits / "0.png", 250)  # another edit
+    flat(imgedit / "singleturn/animal/1.jpg", 7)  # the source of rows 2 and 3
+    table = json.loads((imgedit / "singleturn/singleturn.json").read_text())
+    table["5"]["prompt"] += " now"
+    (imgedit / "singleturn/singleturn.json").write_text(json.dumps(table))
+    (result,) = run("imgedit", imgedit, out, edits=edits, stage="score").values()
+    said = {row["row"]: row["said"] for row in result["subjects"]["edits"]["rows"]}
+    assert [row for row in "012345" if said[row] == "not judged"] == ["0", "2", "3", "5"]
+    server.asked.clear()
+    run("imgedit", imgedit, out, server, edits=edits)
+    assert len(server.asked) == 4
+
+
+def test_results_of_calls_that_no_longer_count_go(imgedit, edits, tmp_path, server):
+    out = tmp_path / "out"
+    (old,) = run("imgedit", imgedit, out, server, edits=edits)
+    texts = json.loads((imgedit / "judge_prompt.json").read_text())
+    texts = {kind: f"Strictly: {text}" for kind, text in texts.items()}
+    (imgedit / "judge_prompt.json").write_text(json.dumps(texts))
+    (new,) = run("imgedit", imgedit, out, server, edits=edits)
+    assert new != old
+
+
+def times_of(folder):
+    return {path.stem: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+
+
+def drawn_again(folder, before):
+    now = times_of(folder)
+    return {name for name in now if before.get(name) != now[name]}
+
+
+def test_a_lora_trained_further_at_its_place_gives_new_edits(
+    imgedit, tmp_path, kontext_folder, lora
+):
+    from safetensors.torch import load_file, save_file
+
+    options = dict(base=kontext_folder, lora=lora, steps=1, stage="sample", baselines=["base"])
+    run("imgedit", imgedit, tmp_path / "out", **options)
+    before = {name: times_of(tmp_path / "out" / name) for name in ("trained", "base")}
+    run("imgedit", imgedit, tmp_path / "out", **options)
+    assert not drawn_again(tmp_path / "out/trained", before["trained"])
+    (file,) = lora.glob("*.safetensors")
+    save_file({key: value + 0.1 for key, value in load_file(file).items()}, file)
+    run("imgedit", imgedit, tmp_path / "out", **options)
+    assert drawn_again(tmp_path / "out/trained", before["trained"]) == set("012345")
+    assert not drawn_again(tmp_path / "out/base", before["base"])
+
+
+def test_another_source_or_prompt_gives_a_new_edit_of_that_row_alone(
+    imgedit, tmp_path, kontext_folder
+):
+    options = dict(base=kontext_folder, steps=1, stage="sample")
+    run("imgedit", imgedit, tmp_path / "out", **options)
+    before = times_of(tmp_path / "out/base")
+    flat(imgedit / "singleturn/animal/0.jpg", 99)  # the source of rows 0 and 1
+    table = json.loads((imgedit / "singleturn/singleturn.json").read_text())
+    table["4"]["prompt"] = "remove the red circle"
+    (imgedit / "singleturn/singleturn.json").write_text(json.dumps(table))
+    run("imgedit", imgedit, tmp_path / "out", **options)
+    assert drawn_again(tmp_path / "out/base", before) == set("014")
+
+
+def test_an_edit_that_is_cut_short_is_drawn_again(imgedit, tmp_path, kontext_folder):
+    options = dict(base=kontext_folder, steps=1, stage="sample")
+    run("imgedit", imgedit, tmp_path / "out", **options)
+    before = times_of(tmp_path / "out/base")
+    whole = (tmp_path / "out/base/3.png").read_bytes()
+    (tmp_path / "out/base/3.png").write_bytes(whole[: len(whole) // 2])
+    run("imgedit", imgedit, tmp_path / "out", **options)
+    assert drawn_again(tmp_path / "out/base", before) == {"3"}
+    assert (tmp_path / "out/base/3.png").read_bytes() == whole
+
+
+@pytest.fixture
+def heldout(tmp_path):
+    """Four toy rows with ids, and their targets as edits."""
+    data_prep.write_rows(tmp_path / "toy", data_prep.ToySettings(train_rows=1, test_rows=4))
+    for row in data_prep.read_rows(tmp_path / "toy", "test"):
+        (tmp_path / "edits").mkdir(exist_ok=True)
+        load_image(row["target"]).save(tmp_path / "edits" / f"{row['id']}.png")
+    return tmp_path / "toy"
+
+
+def test_a_row_put_in_front_shifts_nothing(heldout, tmp_path, judge_folder):
+    options = dict(edits=tmp_path / "edits", judge=f"local:{judge_folder}")
+    (before,) = run("heldout", heldout, tmp_path / "out", **options).values()
+    lines = (heldout / "test.jsonl").read_text()
+    first = json.loads(lines.splitlines()[0]) | {"id": "front", "prompt": "another one"}
+    (heldout / "test.jsonl").write_text(json.dumps(first) + "\n" + lines)
+    (after,) = run("heldout", heldout, tmp_path / "out", **options).values()
+    assert scores_of(after, metric="success")["front"] == 0
+    known = scores_of(before, metric="judge")
+    assert {row: scores_of(after, metric="judge")[row] for row in known} == known
+    assert set(scores_of(before, metric="success").values()) == {1.0}
+
+
+def test_held_out_answers_of_another_strategy_do_not_count(heldout, tmp_path, judge_folder):
+    options = dict(edits=tmp_path / "edits", judge=f"local:{judge_folder}")
+    (old,) = run("heldout", heldout, tmp_path / "out", **options)
+    results = run("heldout", heldout, tmp_path / "out", **options, judge_strategy="sampled")
+    assert len(results) == 2 and old in results  # beside each other, like those of two judges
+    assert len(calls(tmp_path / "out")) == 8
+
+
+@pytest.mark.parametrize("text", ["a/b", "../x", ".hidden", "ä", "a b", "x" * 300, "", "CON?"])
+def test_any_id_becomes_a_plain_file_name_of_its_own(text):
+    name = evaluate.safe_name(text)
+    assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,100}", name) and name != "CON?"
+    assert name != evaluate.safe_name(text + "!") and evaluate.safe_name("toy-0001") == "toy-0001"
+
+
+# ---------------------------------------------------------------- edits that are not there
+
+
+@pytest.mark.parametrize("place", ["none", "empty"])
+def test_edits_that_match_no_row_are_refused_with_a_file_that_was_looked_for(
+    imgedit, tmp_path, server, place
+):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match=f"nothing for 6 of 6 rows, no .*/{place}/0.png"):
+        run("imgedit", imgedit, tmp_path / "out", server, edits=tmp_path / place)
+    assert not server.asked and not list((tmp_path / "out").glob("scores-*"))
+
+
+def test_missing_and_unreadable_edits_are_told_and_counted_in_the_pasted_row(
+    imgedit, edits, tmp_path, server, capsys
+):
+    (edits / "2.png").unlink()
+    (edits / "3.png").write_bytes(b"no picture")
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    said = capsys.readouterr()
+    assert "has nothing for 1 of 6 rows, no" in said.err and "edits/2.png" in said.err
+    assert "warning: edits: 1 edits missing, 1 without a score" in said.out
+    (row,) = (line for line in said.out.splitlines() if line.startswith(f"| {edits}"))
+    assert row.endswith("| strict | 4 of 6 |")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "webp"])
+def test_edits_with_other_endings_are_found(imgedit, tmp_path, server, ending):
+    for key in range(6):
+        flat(tmp_path / "edits" / f"{key}.{ending}", 51 * key)
+    (result,) = run("imgedit", imgedit, tmp_path / "out", server, edits=tmp_path / "edits").values()
+    assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 6
+
+
+@pytest.mark.parametrize("layout", ["{task}/{key}", "{task}/en/{key}", "fullset/{task}/en/{key}"])
+def test_every_layout_of_gedit_is_found(gedit, tmp_path, server, layout):
+    tasks = ("color_alter", "ps_human", "color_alter")
+    for i, task in enumerate(tasks):
+        flat(tmp_path / "edits" / f"{layout.format(task=task, key=f'k{i}')}.png", 51 * i)
+    (result,) = run("gedit", gedit, tmp_path / "out", server, edits=tmp_path / "edits").values()
+    assert result["subjects"]["edits"]["groups"]["en"]["answered"] == 4
+
+
+def test_a_reply_cut_by_the_token_limit_is_no_answer_and_is_asked_again(
+    imgedit, edits, tmp_path, server
+):
+    server.finish = "length"
+    (result,) = run("imgedit", imgedit, tmp_path / "out", server, edits=edits).values()
+    assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 0
+    server.finish = "stop"
+    (result,) = run("imgedit", imgedit, tmp_path / "out", server, edits=edits).values()
+    assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 6
+
+
+# ---------------------------------------------------------------- what is kept of the source
+
+
+def test_ssim_is_that_of_its_paper_on_flat_pictures_and_one_on_equal_ones():
+    a, b = (Image.new("RGB", (32, 24), (value,) * 3) for value in (51, 102))
+    x, y, c = 51 / 255, 102 / 255, 0.01**2
+    assert evaluate.ssim(a, b) == pytest.approx((2 * x * y + c) / (x * x + y * y + c))
+    noise = noise_picture("ssim")
+    assert evaluate.ssim(noise, noise) == pytest.approx(1)
+    assert evaluate.ssim(noise, noise_picture("other")) < 0.3
+
+
+def test_what_lies_in_the_mask_does_not_count_as_lost(imgedit, edits, tmp_path, server):
+    for key in range(6):
+        source = load_image(imgedit / f"singleturn/animal/{key // 2}.jpg")
+        source.paste((255, 0, 0), (0, 0, 16, 32))
+        source.save(edits / f"{key}.png")
+        mask = Image.new("L", source.size)
+        mask.paste(255, (0, 0, 24, 32))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask.save(tmp_path / "masks" / f"{key}.png")
+    (plain,) = run("imgedit", imgedit, tmp_path / "out", server, edits=edits).values()
+    masked = run(
+        "imgedit", imgedit, tmp_path / "out", edits=edits, stage="score", masks=tmp_path / "masks"
+    )
+    (masked,) = masked.values()
+    for metric, whole in (("psnr", 40), ("ssim", 0.99)):
+        assert scores_of(plain, metric=metric)["3"] < 0.9 * whole
+        assert scores_of(masked, metric=metric)["3"] > whole
+
+
+def test_masks_for_no_row_are_refused(imgedit, edits, tmp_path, server):
+    with pytest.raises(BadInput, match="--masks nowhere: has nothing for 6 of 6 rows"):
+        run("imgedit", imgedit, tmp_path / "out", server, edits=edits, masks="nowhere")
+
+
+def test_a_verdict_says_how_much_of_the_source_is_kept(imgedit, edits, tmp_path, server, capsys):
+    for key in range(6):
+        source = 60 * (key // 2 + 1)
+        flat(tmp_path / "near" / f"{key}.png", source + 2 + key)
+    for name, folder in (("a", edits), ("b", tmp_path / "near")):
+        run("imgedit", imgedit, tmp_path / f"out-{name}", server, edits=folder)
+    capsys.readouterr()
+    evaluate.main(["compare", str(tmp_path / "out-a"), str(tmp_path / "out-b")])
+    said = capsys.readouterr().out
+    assert re.search(r"out-a keeps \d+\.\d dB less of the source \(-[\d.]+ to -[\d.]+ dB\)", said)
+    words = verdict([0.2, 0.1, 0.3], "A", "B", [-1.3, -2.0, -0.6])
+    assert words.startswith("A is better than B: +0.200") and words.endswith(
+        "A keeps 1.3 dB less of the source (-2.0 to -0.6 dB)"
+    )
+
+
+# ---------------------------------------------------------------- a stop
+
+
+def start(imgedit, edits, out, server, processes=1):
+    """evaluate.py as a process, or as several under torchrun, with its words captured."""
+    command = [ROOT / "evaluate.py", "imgedit", "--bench", imgedit, "--judge", server.url]
+    command += ["--edits", edits, "--out", out]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        command = [*launcher, *command]
+    return subprocess.Popen(
+        [sys.executable, *(str(word) for word in command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])  # SIGTERM: with two processes, below
+def test_a_stop_gives_up_the_wait_keeps_what_is_finished_and_says_how_to_go_on(
+    imgedit, edits, tmp_path, server, name
+):
+    def rule(text, pictures):
+        if "circle 4" in text or "circle 5" in text:
+            time.sleep(60)
+        return by_brightness(text, pictures)
+
+    server.rule = rule
+    child = start(imgedit, edits, tmp_path / "out", server)
+    wait_for(lambda: len(calls_bytes(tmp_path / "out")) == 4)
+    begun = time.time()
+    child.send_signal(getattr(signal, name))
+    _, said = child.communicate(timeout=30)
+    assert time.time() - begun < 8 and child.returncode not in (0, None)
+    assert "the same command goes on" in said and "Traceback" not in said
+    assert len(calls(tmp_path / "out")) == 4
+    server.rule = by_brightness
+    server.asked.clear()
+    (result,) = run("imgedit", imgedit, tmp_path / "out", server, edits=edits).values()
+    assert len(server.asked) == 2
+    assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 6
+
+
+def test_a_stop_reaches_all_processes_and_is_said_once(imgedit, edits, tmp_path, server):
+    def rule(text, pictures):
+        if "circle 5" in text:
+            time.sleep(60)
+        return by_brightness(text, pictures)
+
+    server.rule = rule
+    child = start(imgedit, edits, tmp_path / "out", server, processes=2)
+    wait_for(lambda: len(calls_bytes(tmp_path / "out")) == 5)
+    begun = time.time()
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=40)
+    assert time.time() - begun < 15 and len(calls(tmp_path / "out")) == 5
+    assert said.count("the same command goes on") == 1
+
+
+def test_a_stop_while_drawing_keeps_the_finished_edits(imgedit, tmp_path, kontext_folder, capsys):
+    drawn = []
+    draw = evaluate.rollout
+
+    def slow(*args, **options):
+        drawn.append(1)
+        if len(drawn) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "rollout", slow)
+        with pytest.raises(SystemExit, match="1"):
+            run("imgedit", imgedit, tmp_path / "out", base=kontext_folder, steps=1, stage="sample")
+    assert sorted(times_of(tmp_path / "out/base")) == ["0", "1", "2"]
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_stop_while_adding_up_ends_too(imgedit, edits, tmp_path, server, monkeypatch, capsys):
+    def measured(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    monkeypatch.setattr(evaluate, "kept_of_source", measured)
+    with pytest.raises(SystemExit, match="1"):
+        run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("scores-*"))
+
+
+def test_two_runs_never_share_a_folder(imgedit, edits, tmp_path, server):
+    with data_prep.locked(tmp_path / "out"), pytest.raises(BadInput, match="another run is"):
+        run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+
+
+# ---------------------------------------------------------------- damage and full disks
+
+
+def test_an_out_of_another_program_is_refused_in_one_line(imgedit, edits, tmp_path, server):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps({"judge": "x", "seed": 0, "out": "run"}))
+    with pytest.raises(BadInput, match="belongs to another program; give another --out"):
+        run("imgedit", imgedit, tmp_path / "run", server, edits=edits)
+    assert json.loads((tmp_path / "run/config.json").read_text())["judge"] == "x"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\0\0\0", '"x"'])
+def test_a_damaged_config_is_one_line(imgedit, edits, tmp_path, server, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text(content)
+    with pytest.raises(BadInput, match="config.json.*give another --out") as error:
+        run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    assert "\n" not in str(error.value)
+
+
+def test_garbage_among_the_calls_is_told_and_asked_again(imgedit, edits, tmp_path, server, capsys):
+    out = tmp_path / "out"
+    run("imgedit", imgedit, out, server, edits=edits)
+    (file,) = out.glob("calls-*.jsonl")
+    first, second, *rest = file.read_bytes().splitlines()
+    damaged = [b"\0\0\0", b"3", b"\xff\xfe", b'{"key": [1], "time": "x"}', *rest]
+    file.write_bytes(b"\n".join([*damaged, b'{"subject": "ed']))
+    server.asked.clear()
+    (result,) = run("imgedit", imgedit, out, server, edits=edits).values()
+    assert len(server.asked) == 2 and "calls do not count, such as" in capsys.readouterr().err
+    assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 6
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"benchmark": "x"}',
+        '{"benchmark": "imgedit", "subjects": {"a": {"rows": 3}}}',
+    ],
+)
+def test_damaged_scores_are_one_line(imgedit, edits, tmp_path, server, content):
+    run("imgedit", imgedit, tmp_path / "a", server, edits=edits)
+    run("imgedit", imgedit, tmp_path / "b", server, edits=edits)
+    (file,) = (tmp_path / "b").glob("scores-*.json")
+    file.write_text(content)
+    with pytest.raises(BadInput, match="scores-.*run --stage score again") as error:
+        evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["report", "report.html", "grid.png", "calls"])
+def test_a_path_in_the_way_is_one_line(imgedit, edits, tmp_path, server, name):
+    out = tmp_path / "out"
+    (scores,) = run("imgedit", imgedit, out, server, edits=edits)
+    label = scores.removeprefix("scores-").removesuffix("-strict.json")
+    path = out / (f"calls-{label}-0.jsonl" if name == "calls" else name)
+    if path.is_dir():
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+        path.write_text("in the way")
+    else:
+        path.unlink()
+        path.mkdir()
+        (path / "x").write_text("in the way")
+    with pytest.raises(BadInput) as error:
+        run("imgedit", imgedit, out, server, edits=edits)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_an_out_that_is_a_file_is_one_line(imgedit, edits, tmp_path, server):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(BadInput, match="out"):
+        run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--steps", "0"],
+        ["--steps", "-3"],
+        ["--steps", "1e30"],
+        ["--seed", "-1"],
+        ["--seed", "99999999999999999999999"],
+        ["--guidance", "nan"],
+        ["--guidance", "inf"],
+        ["--guidance", "-1"],
+        ["--resolution", "0"],
+        ["--resolution", "1000000"],
+        ["--reply_tokens", "0"],
+        ["--judge_in_flight", "0"],
+        ["--judge_timeout", "nan"],
+        ["--mode", "lenient"],
+        ["--language", "de"],
+        ["--baselines", "mine"],
+        ["--copies", "2"],
+    ],
+)
+def test_a_hostile_setting_is_one_line(words, imgedit, edits, tmp_path):
+    command = ["imgedit", "--bench", str(imgedit), "--edits", str(edits), "--out"]
+    with pytest.raises(BadInput, match=words[0]) as error:
+        evaluate.main([*command, str(tmp_path / "out"), *words])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -1122,7 +1594,7 @@ def test_a_judge_without_pictures_stops_after_a_few_calls_in_one_line(imgedit, t
         ({"edit_type": "juggle"}, "unknown task 'juggle'"),
         ({"edit_type": "remove"}, "has no prompt for the task 'remove'"),
         ({"id": "../../x.jpg"}, "leaves the dataset folder"),
-        ({"prompt": 3}, "has no id, prompt and edit_type"),
+        ({"prompt": 3}, "lacks id or prompt or edit_type"),
     ],
 )
 def test_a_wrong_imgedit_folder_is_one_clear_line(imgedit, tmp_path, change, message):

@@ -1,5 +1,5 @@
-"""Writes FOLDER/ratings.jsonl for `python evaluate.py agree`: edits of the toy's held-out rows by its base editor, rated
-by the oracle.
+"""Writes FOLDER/ratings.jsonl for `python evaluate.py agree`: edits of the toy's held-out rows by
+its base editor, rated by the oracle.
 
     python tests/toy_ratings.py [data/toy]
 """
