@@ -193,7 +193,9 @@ FAULTS = {
     "hanging judge": lambda: after_epoch_1(train_nft, "mean_gradient", hang),
     "memory": lambda: after_epoch_1(train_nft, "nft_loss", run_out_of_memory),
     "other rows on rank 1": other_rows,
-    "no reader of stdout": lambda: after_epoch_1(train_nft, "mean_gradient", lambda: leave_alone(1)),
+    "no reader of stdout": lambda: after_epoch_1(
+        train_nft, "mean_gradient", lambda: leave_alone(1)
+    ),
     "no reader": lambda: after_epoch_1(train_nft, "mean_gradient", lambda: leave_alone(1, 2)),
 }
 
