@@ -484,11 +484,20 @@ def test_the_newest_whole_folder_is_found_and_damaged_ones_are_said(tmp_path, ca
         data_prep.newest_whole(tmp_path, "run")
 
 
-def test_pruning_keeps_the_newest_the_best_and_what_has_another_name(tmp_path):
-    numbered(tmp_path, "run-1", "run-2", "run-3", "run-10", "run-1-good", "run-best", "other-1")
-    data_prep.prune_folders(tmp_path, "run", keep=1, best=2)
-    left = {"run-2", "run-10", "run-1-good", "run-best", "other-1"}
-    assert set(os.listdir(tmp_path)) == left
+def test_pruning_keeps_the_newest_the_best_the_later_and_what_has_another_name(tmp_path):
+    numbered(tmp_path, "run-1", "run-2", "run-3", "run-10", "run-11", "run-1-good", "other-1")
+    (tmp_path / ".part-run-1-77").mkdir()  # of a kill
+    data_prep.prune_folders(tmp_path / "run-10", keep=1, best=2)
+    assert set(os.listdir(tmp_path)) == {"run-2", "run-10", "run-11", "run-1-good", "other-1"}
+
+
+def test_a_file_with_the_name_of_a_folder_is_said(tmp_path):
+    (tmp_path / "run-3").touch()
+    with pytest.raises(BadInput, match="run-3: is a file"):
+        data_prep.numbered_folders(tmp_path, "run")
+    data_prep.check_names(tmp_path, ["run-3"], ["new"])
+    with pytest.raises(BadInput, match="is no plain file"):
+        data_prep.check_names(tmp_path.parent, [tmp_path.name], [])
 
 
 # ---------------------------------------------------------------- JSON lines
@@ -571,11 +580,11 @@ def test_a_log_on_a_full_disk_keeps_its_whole_lines(tmp_path, full_disk):
 
 def test_only_whole_lines_that_are_wanted_are_kept(tmp_path):
     path = tmp_path / "log.jsonl"
-    data_prep.keep_json_lines(path, lambda record: True)
+    data_prep.keep_json_lines(path, "a", 2)
     assert not path.exists()
-    path.write_bytes(b'{"a": 1}\n\0\0\n{"a": 2}\n3\n{"a": 3}\n{"a"')
-    data_prep.keep_json_lines(path, lambda record: record["a"] != 2)
-    assert path.read_bytes() == b'{"a": 1}\n{"a": 3}\n'
+    path.write_bytes(b'{"a": 1}\n\0\0\n{"a": 9}\n3\n{"b": 1}\n{"a": 2}\n{"a"')
+    data_prep.keep_json_lines(path, "a", 2)
+    assert path.read_bytes() == b'{"a": 1}\n{"a": 2}\n'
 
 
 # ---------------------------------------------------------------- several processes
@@ -627,27 +636,6 @@ def test_a_signal_stops_all_processes(monkeypatch):
     stop.set()
     with pytest.raises(data_prep.Stopped), data_prep.together(ranks, stop):
         pass
-
-
-def test_a_node_whose_name_means_itself_to_others_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(data_prep, "Accelerator", lambda **options: pytest.fail("started"))
-    monkeypatch.setattr(data_prep.socket, "gethostbyname", lambda name: "127.0.1.1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    with pytest.raises(BadInput, match="is 127.0.1.1.*set GLOO_SOCKET_IFNAME"):
-        data_prep.start_processes()
-    for name, value in (("GLOO_SOCKET_IFNAME", "eth0"), ("LOCAL_WORLD_SIZE", "4")):
-        with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="started"):
-            patch.setenv(name, value)
-            data_prep.start_processes()
-
-
-def test_a_tracker_that_is_not_installed_is_said_at_once(monkeypatch):
-    monkeypatch.setattr(data_prep, "Accelerator", lambda **options: pytest.fail("started"))
-    with pytest.raises(BadInput, match="--report_to nowhere: is not installed; pip"):
-        data_prep.start_processes(report_to="nowhere")
 
 
 def test_changes_of_settings_are_told_but_for_harmless_ones():
