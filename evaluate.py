@@ -41,7 +41,7 @@ import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from html import escape
 from operator import itemgetter
 from pathlib import Path
@@ -227,8 +227,7 @@ def _labelled_scores(text, start, top, labels=()):
 
     start: where a label may begin; top: what may stand after a slash. With `labels`, only theirs.
     """
-    unit = rf"\s*(?:/\s*{top}(?!\d)|(?:out )?of {top}(?!\d))?\s*(?:points?|stars?|分)?"
-    value = rf"{NUMBER}{unit}"
+    value = NUMBER + rf"\s*(?:/\s*{top}(?!\d)|(?:out )?of {top}(?!\d))?\s*(?:points?|stars?|分)?"
     text = re.sub(r"[*`\"“”]", "", text)
     text = re.sub(rf"([:=|]\s*)\[\s*({value})\s*\]", r"\1\2", text)  # label: [4]
     text += "\n" + _columns_as_lines(text)
@@ -364,8 +363,8 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
         elif silent:
             metrics |= dict.fromkeys(silent, 1.0 if is_imgedit else 0.0)
         said = [record.get("reply") or record.get("failure", "") for record in calls]
-        result = {"answered": not silent, "said": "\n".join(said).strip()}
-        rows.append(calls[0] | result | metrics)
+        told = {"answered": not silent, "said": "\n".join(said).strip()}
+        rows.append(calls[0] | metrics | told)
     return {"rows": rows, "groups": _grouped(rows, METRICS[benchmark], digits)}
 
 
@@ -409,8 +408,8 @@ def _grouped(rows, metrics, digits=ALL_DIGITS):
         groups.setdefault(name, []).append(row)
         if row.get("intersection"):
             groups.setdefault(f"{name} intersection", []).append(row)
-    known = (*metrics, *KEPT)
-    return {name: tabulate(members, known, digits) for name, members in groups.items()}
+    metrics = (*metrics, *KEPT)
+    return {name: tabulate(members, metrics, digits) for name, members in groups.items()}
 
 
 def tabulate(rows: Rows, metrics: tuple, digits: int = ALL_DIGITS) -> dict:
@@ -432,13 +431,13 @@ def tabulate(rows: Rows, metrics: tuple, digits: int = ALL_DIGITS) -> dict:
         tasks, draws = bootstrap(values, [row["task"] for row in known], sources)  # (D, T)
         _, overall = bootstrap(values, ["all"] * len(known), sources)  # (D, 1)
         macro = np.ma.masked_invalid(draws).mean(1).filled(np.nan)  # (D,) over the drawn tasks
-        means = []
-        intervals = []
+        by_task = {}
         for task, of_task in zip(tasks, draws.T, strict=True):
-            means.append(_average([row[metric] for row in known if row["task"] == task], digits))
-            intervals.append(_interval(means[-1:], of_task))
+            mean = _average([row[metric] for row in known if row["task"] == task], digits)
+            by_task[task] = _interval([mean], of_task)
+        means = [mean for mean, _, _ in by_task.values()]
         table[metric] = {"macro": _interval(means, macro), "micro": _interval(values, overall)}
-        table[metric] |= zip(tasks, intervals, strict=True)
+        table[metric] |= by_task
     return table
 
 
@@ -460,7 +459,7 @@ def paired_differences(a: Rows, b: Rows, metrics: tuple) -> dict[str, dict]:
     return _grouped(pairs, metrics)
 
 
-def verdict(difference: list, a: str, b: str, kept: list | None = None) -> str:
+def _verdict(difference, a, b, kept=None):
     """A mean difference [mean, low, high] of a and b in words, and that of their PSNR."""
     mean, low, high = difference
     if low is None:
@@ -471,8 +470,10 @@ def verdict(difference: list, a: str, b: str, kept: list | None = None) -> str:
     words += f": {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
     if kept and kept[1] is not None:
         mean, low, high = kept
-        words += f"; {a} keeps {abs(mean):.1f} dB {'more' if mean > 0 else 'less'} of the source"
-        words += f" ({low:+.1f} to {high:+.1f} dB)"
+        words += (
+            f"; {a} keeps {abs(mean):.1f} dB {'more' if mean > 0 else 'less'} of the source "
+            f"({low:+.1f} to {high:+.1f} dB)"
+        )
     return words
 
 
@@ -497,13 +498,14 @@ def _read_imgedit(folder, settings):
     file = _find_file((folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"))
     places = (file.parent, file.parent.parent)
     asked = _find_file(places, ("judge_prompt.json", "prompts.json"))
-    prompts = {_task_of(kind): text for kind, text in _read_json(asked, fix).items()}
+    texts = _read_json(asked, fix)
+    prompts = {kind.replace("alter", "adjust"): text for kind, text in texts.items()}
     rows = []
     for key, entry in _read_json(file, fix).items():
         where = f"{file}: row {key}"
         _check_entry(entry, ("id", "prompt", "edit_type"), where)
         inside(folder, f"{key}.png", where)
-        task = _task_of(entry["edit_type"])
+        task = entry["edit_type"].replace("alter", "adjust")  # two versions circulate
         if not isinstance(prompts.get(task), str):
             raise BadInput(
                 f"{asked}: has no prompt for the task {task!r} of row {key}; take both files of "
@@ -517,17 +519,10 @@ def _read_imgedit(folder, settings):
     return rows, prompts
 
 
-def _task_of(kind):
-    return "adjust" if kind == "alter" else kind  # two versions circulate
-
-
 def _check_entry(entry, keys, where):
     """BadInput for an entry of a benchmark that lacks one of these texts."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
         raise BadInput(f"{where} lacks {' or '.join(keys)}; take the benchmark's own metadata")
-
-
-GEDIT_KEYS = ("key", "task_type", "instruction_language", "instruction")
 
 
 def _read_gedit(folder, settings):
@@ -543,14 +538,14 @@ def _read_gedit(folder, settings):
     times = Counter()
     for number, entry in enumerate(entries, 1):
         where = f"{folder}: row {number}"
-        _check_entry(entry, GEDIT_KEYS, where)
+        _check_entry(entry, ("key", "task_type", "instruction_language", "instruction"), where)
         if settings.language in (entry["instruction_language"], "both"):
             place = "{task_type}/{instruction_language}/{key}".format(**entry)
             times[place] += 1
             name = place if times[place] == 1 else f"{place}-{times[place]}"  # a few keys repeat
             rows.append(_gedit_row(entry, name, folder, Path(settings.out).resolve(), where))
-            # other layouts; the last is how the authors of the method write them
-            short = f"{entry['task_type']}/{entry['key']}"
+            # the last is how the authors of the method write them
+            short = "{task_type}/{key}".format(**entry)
             rows[-1]["files"] = [f"fullset/{name}", f"fullset/{place}", name, place, short]
     if not rows:
         raise BadInput(
@@ -623,7 +618,7 @@ def _find_file(folders, names):
 
 
 def _first_file(paths):
-    return next((path for path in paths if os.path.isfile(path)), None)
+    return next(filter(os.path.isfile, paths), None)
 
 
 READERS = {"imgedit": _read_imgedit, "gedit": _read_gedit, "heldout": _read_heldout}
@@ -645,8 +640,10 @@ def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
         hashes = []
         for path in map(Path, [*row["images"], row.get("shown", row["images"][0])]):
             if not path.is_file():
-                fix = "put the pictures beside the metadata"
-                raise BadInput(f"{path}: the picture of row {row['row']} is not there; {fix}")
+                raise BadInput(
+                    f"{path}: the picture of row {row['row']} is not there; put the pictures "
+                    "beside the metadata"
+                )
             hashes.append(_hash_of(path))
         row.setdefault("source", hashes[0])
         row["hash"] = _hash_of([row["row"], row["prompt"], hashes])
@@ -667,12 +664,12 @@ class Job:
     prompts: dict[str, str]
 
     @property
-    def mine(self) -> Rows:
+    def mine(self):
         """This process's share of the rows."""
         return self.rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self):
         return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
 
     def refuse_when_stopped(self):
@@ -686,8 +683,7 @@ class Job:
 
     def bar(self, work, name, total=None):
         """A progress bar, shown by one process."""
-        quiet = not self.accelerator.is_main_process
-        return tqdm(work, desc=name, total=total, disable=quiet)
+        return tqdm(work, name, total, disable=not self.accelerator.is_main_process)
 
 
 def _subjects_of(settings):
@@ -704,8 +700,8 @@ def _subjects_of(settings):
 
 def _find_picture(folder, stems):
     """The first picture of these names, without their endings, in a folder; None without any."""
-    names = map("".join, itertools.product(stems, ENDINGS))
-    return _first_file(Path(folder, name) for name in names)
+    names = itertools.product(stems, ENDINGS)
+    return _first_file(Path(folder, stem + ending) for stem, ending in names)
 
 
 def _find_edit(settings, row, subject):
@@ -764,7 +760,7 @@ def _find_undrawn(job):
     """What is not there as it should be of this process's share of the edits."""
     settings = job.settings
     todo = []
-    for subject in {*_subjects_of(settings)} & {"trained", "base"}:
+    for subject in sorted({*_subjects_of(settings)} & {"trained", "base"}):
         if not settings.base:
             raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
         made_from = [getattr(settings, name) for name in DRAWN_WITH]
@@ -798,9 +794,9 @@ def draw_edits(job: Job) -> None:
         job.refuse_when_stopped()
         sources = [load_image(path) for path in edit.row["images"]]
         noise = [torch.Generator().manual_seed(settings.seed)]
-        how = (edit.row["prompt"], noise, settings.steps, settings.guidance)
+        asked = (edit.row["prompt"], noise, settings.steps, settings.guidance)
         with policy(editor, "new" if edit.subject == "trained" else "base"):
-            group = rollout(editor, sources, *how, evaluation=True)
+            group = rollout(editor, sources, *asked, evaluation=True)
         if settings.benchmark == "gedit":  # its layout has the source beside
             with whole_file(edit.path.with_name(f"{edit.path.stem}_SRCIMG.png")) as part:
                 load_image(edit.row["shown"]).save(part, "PNG")
@@ -877,10 +873,9 @@ def judge_edits(job: Job) -> None:
     judge = load_judge(settings, job.accelerator.device, job.dtype, stop=job.stop)
     _warn_of_own_judge(job, judge)
     label = _label_of(job, judge)
-    answers = _read_answers(job, label)
-    done = {key for key, record in answers.items() if "failure" not in record}
-    todo = [call for call in _find_calls(job, job.mine) if call.record["key"] not in done]
-    todo = [call for call in todo if call.path]
+    done = {key for key, call in _read_answers(job, label).items() if "failure" not in call}
+    calls = [call for call in _find_calls(job, job.mine) if call.path]
+    todo = [call for call in calls if call.record["key"] not in done]
     file = Path(settings.out, f"calls-{label}-{job.accelerator.process_index}.jsonl")
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
     calls = {pool.submit(_answer, job, judge, call): call for call in todo}
@@ -907,8 +902,8 @@ def _warn_of_own_judge(job, judge):
     lora = job.settings.lora
     config = Path(lora).parent / "config.json"
     if lora and config.is_file():
-        trained_with = _read_json(config, "take a run's own folder").get("judge")
-        if trained_with == job.settings.judge:
+        trained = _read_json(config, "take a run's own folder")
+        if trained.get("judge") == job.settings.judge:
             job.warn(
                 f"{judge.name} is the judge that {lora} was trained with; its scores tell how well "
                 "it is pleased: let another judge have the last word"
@@ -920,7 +915,7 @@ def _answer(job, judge, call):
     if job.stop.is_set():
         return {"failure": "stopped"}
     try:
-        *sources, edit = (load_image(path) for path in (*call.row["images"], call.path))
+        *sources, edit = map(load_image, [*call.row["images"], call.path])
         if job.settings.benchmark == "heldout":
             return _heldout_answer(judge, call.row, sources, edit)
         if job.settings.benchmark == "gedit":
@@ -940,7 +935,7 @@ def _heldout_answer(judge, row, sources, edit):
         record = {"failure": "".join(scores.causes) or "no score"}
     truth = oracle(row, edit)
     if truth:
-        record["truth"] = dict(zip(METRICS["heldout"][1:], map(float, truth), strict=True))
+        record["truth"] = dict(zip(METRICS["heldout"][1:], truth, strict=True))
     return record
 
 
@@ -975,11 +970,11 @@ def _kept_of_source(job, call):
         mask = load_image(mask) if mask else None
     except BadInput:
         return {}
-    psnr = plain_terms(source, [edit], mask)["psnr"].item()
-    return {"psnr": psnr, "ssim": ssim(source, edit, mask)}
+    psnr = plain_terms(source, [edit], mask)["psnr"]
+    return {"psnr": psnr.item(), "ssim": _ssim(source, edit, mask)}
 
 
-def ssim(source: Image.Image, edit: Image.Image, mask: Image.Image | None = None) -> float:
+def _ssim(source, edit, mask=None):
     """Structural similarity of two pictures' luminance, in [-1, 1], at the edit's size: the mean
     over what is not white in the mask, NaN where all is.
 
@@ -996,9 +991,9 @@ def ssim(source: Image.Image, edit: Image.Image, mask: Image.Image | None = None
     means = mean_x**2 + mean_y**2
     variances = 49 / 48 * (squares - means)
     covariance = 49 / 48 * (product - mean_x * mean_y)
-    light, detail = 0.01**2, 0.03**2  # keep flat and dark places stable
-    alike = (2 * mean_x * mean_y + light) / (means + light)
-    alike = alike * (2 * covariance + detail) / (variances + detail)
+    # the paper's 0.01^2 and 0.03^2 keep dark and flat places stable
+    alike = (2 * mean_x * mean_y + 1e-4) / (means + 1e-4)
+    alike = alike * (2 * covariance + 9e-4) / (variances + 9e-4)
     if mask is not None:
         alike = alike[plane(mask)[3:-3, 3:-3] < 0.5]
     return alike.mean().item()
@@ -1016,11 +1011,9 @@ def score_calls(job: Job) -> Rows:
     benchmark, mode = job.settings.benchmark, job.settings.mode
     calls = _find_calls(job, job.rows)
     kept = [_kept_of_source(job, call) for call in job.bar(calls, "kept of the source")]
-    asked = [[row["row"], row["prompt"], row["task"]] for row in job.rows]
     results = {}
-    names = {file.stem.rpartition("-")[0] for file in out.glob("calls-*.jsonl")}
-    for name in sorted(names):
-        label = name.removeprefix("calls-")
+    names = (file.stem.removeprefix("calls-") for file in out.glob("calls-*.jsonl"))
+    for label in sorted({name.rpartition("-")[0] for name in names}):  # of all processes
         answers = _read_answers(job, label)
         if answers.keys() & {call.record["key"] for call in calls}:
             records = _records_of(calls, kept, answers)
@@ -1028,7 +1021,7 @@ def score_calls(job: Job) -> Rows:
                 "benchmark": benchmark,
                 "judge": label,
                 "mode": mode,
-                "metadata": _hash_of(asked),
+                "metadata": _hash_of([row["hash"] for row in job.rows]),
                 "subjects": {name: score(benchmark, records[name], mode) for name in records},
             }
     if not results:
@@ -1089,7 +1082,7 @@ def _differences(a, b, benchmark, names):
     lines = [_as_text(groups, " - ".join(names))]
     for group, table in groups.items():
         kept = table.get("psnr", {}).get("macro")
-        lines.append(f"{group}: " + verdict(table[METRICS[benchmark][0]]["macro"], *names, kept))
+        lines.append(f"{group}: " + _verdict(table[METRICS[benchmark][0]]["macro"], *names, kept))
     return "\n".join(lines)
 
 
@@ -1107,11 +1100,12 @@ def _describe(settings, result):
         silent = [row["said"] for row in content["rows"] if not row["answered"]]
         if silent:
             missing = sum(MISSING in said for said in silent)
-            unread = len(silent) - missing
-            lines.append(f"warning: {subject}: {missing} edits missing, {unread} without a score")
+            lines.append(
+                f"warning: {subject}: {missing} edits missing, {len(silent) - missing} without a "
+                "score"
+            )
     for other in others:
-        names = (first, other)
-        lines.append(_differences(rows[first], rows[other], settings.benchmark, names))
+        lines.append(_differences(rows[first], rows[other], settings.benchmark, (first, other)))
     return "\n".join([*lines, *_pasted_row(settings, result, first)])
 
 
@@ -1172,50 +1166,41 @@ FIGURE = """<figure><figcaption>{caption}</figcaption>
 <span>{said}</span></details></figure>"""
 
 
-class Shown(NamedTuple):
-    """An edit in the report."""
-
-    picture: Image.Image | None
-    caption: str
-    html: str
-
-
 def write_report(job: Job, results: Rows, summary: str) -> None:
     """report.html with small pictures beside it, and grid.png: of each task the row with the median
     score."""
     out = Path(job.settings.out)
     main_metric = METRICS[job.settings.benchmark][0]
     subjects = _subjects_of(job.settings)
-    first = results[0]["subjects"][subjects[0]]["rows"]
+    first = results[0]["subjects"][subjects[0]]["rows"]  # of the subject in question
     articles = ""
     by_task = {}
     for number, row in enumerate(job.bar(job.rows, "report")):
         job.refuse_when_stopped()
         names = dict.fromkeys(["source", *reversed(subjects)])  # source, base, trained
         edits = [_show_edit(job, results, number, name) for name in names]
-        score = np.nan_to_num(first[number][main_metric], nan=-1.0)
+        rank = np.nan_to_num(first[number][main_metric], nan=-1.0)
         texts = {key: escape(row[key]) for key in ("task", "prompt", "row")}
-        kinds = row.get("language", "") + ("" if first[number]["answered"] else " failed")
-        figures = "".join(edit.html for edit in edits)
-        articles += ARTICLE.format(**texts, kinds=kinds, score=score, figures=figures)
-        by_task.setdefault(row["task"], []).append((score, number, edits))
+        kinds = [row.get("language", ""), "" if first[number]["answered"] else "failed"]
+        figures = "".join(figure for _, _, figure in edits)
+        articles += ARTICLE.format(**texts, kinds=" ".join(kinds), score=rank, figures=figures)
+        by_task.setdefault(row["task"], []).append((rank, number, edits))
     page = PAGE.replace("@SUMMARY@", escape(summary)).replace("@ROWS@", articles)
     with whole_file(out / "report.html") as part:
         part.write_text(page, encoding="utf-8")
     pictures = []
     captions = []
-    for task in sorted(by_task):
-        _, _, edits = sorted(by_task[task])[len(by_task[task]) // 2]
-        pictures.append([edit.picture for edit in edits])
-        captions.append([edit.caption for edit in edits])
-    title = "of each task the row with the median score"
+    for _, found in sorted(by_task.items()):
+        _, _, edits = sorted(found)[len(found) // 2]
+        pictures.append([picture for picture, _, _ in edits])
+        captions.append([caption for _, caption, _ in edits])
     with whole_file(out / "grid.png") as part:
-        picture_grid(pictures, captions, title).save(part)
+        picture_grid(pictures, captions, "of each task the row with the median score").save(part)
 
 
 def _show_edit(job, results, number, name):
-    """A row's edit with its scores under each judge and what was said of it; its small picture is
-    written."""
+    """(picture, caption, html) of a row's edit, with its scores under each judge and what was said
+    of it; the picture, small, is written."""
     row = job.rows[number]
     caption = f"source: {row['prompt']}" if name == "source" else name
     said = ""
@@ -1234,8 +1219,8 @@ def _show_edit(job, results, number, name):
         picture.thumbnail((384, 384))
         with whole_file(Path(job.settings.out, link)) as part:
             picture.save(part, quality=95, subsampling=0)
-    html = FIGURE.format(caption=escape(caption), link=link, said=escape(said.strip()))
-    return Shown(picture, caption, html)
+    figure = FIGURE.format(caption=escape(caption), link=link, said=escape(said.strip()))
+    return picture, caption, figure
 
 
 # ---------------------------------------------------------------- two runs
@@ -1246,7 +1231,7 @@ def compare(places: list[str]) -> None:
     both have."""
     if len(places) != 2:
         raise BadInput("compare: name two runs, python evaluate.py compare RUN_A RUN_B")
-    first, second = (_read_results(Path(place)) for place in places)
+    first, second = map(_read_results, places)
     both = " and ".join(places)
     shared = sorted(first.keys() & second.keys())
     if not shared:
@@ -1262,8 +1247,8 @@ def compare(places: list[str]) -> None:
 
 def _read_results(place):
     """{file name: result} of an --out folder; BadInput for none, or for one that is no JSON."""
-    fix = "run --stage score again"
-    results = {file.name: _read_json(file, fix) for file in place.glob("scores-*.json")}
+    files = Path(place).glob("scores-*.json")
+    results = {file.name: _read_json(file, "run --stage score again") for file in files}
     if not results:
         raise BadInput(f"{place}: holds no scores; name an --out folder of evaluate.py")
     return results
@@ -1296,7 +1281,7 @@ def read_ratings(file: Path) -> Rows:
     return rows
 
 
-def ordered_pairs(scores: list[float], labels: list[float]) -> list[float]:
+def _ordered_pairs(scores, labels):
     """Of each pair of edits that labels tell apart: 1 if the scores order them alike, 0 if not,
     0.5 if they tie. Pairs with a score that is NaN are left out."""
     outcomes = []
@@ -1321,7 +1306,7 @@ def agree(words: list[str]) -> None:
     labels = []
     for place, row in enumerate(rows):
         found = judge.score(row, row["sources"], row["edits"]).score.tolist()
-        pairs = ordered_pairs(found, row["labels"])
+        pairs = _ordered_pairs(found, row["labels"])
         outcomes += pairs
         places += [place] * len(pairs)
         scores += found
@@ -1380,7 +1365,7 @@ def curves(words: list[str]) -> None:
         found = [values[epoch] for epoch in epochs]
         axes.plot(epochs, list(map(np.mean, found)), marker=".")
         axes.fill_between(epochs, list(map(min, found)), list(map(max, found)), alpha=0.3)
-        axes.set(title=name, xlabel="epoch")
+        axes.set_title(name)
     with whole_file(settings.out) as part:
         figure.savefig(part, format="png")
     print(f"wrote {settings.out}")
@@ -1389,27 +1374,20 @@ def curves(words: list[str]) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def _claim(settings):
-    """Settings with what --out was begun with; BadInput when edits of another making lie there."""
+def _begin(settings, accelerator, stop):
+    """What is to be done, checked; parts of it are written into --out. BadInput when edits of
+    another making lie there."""
     file = Path(settings.out, "config.json")
-    if file.is_file():
-        before = _read_json(file, "give another --out")
-        begun = {name: before.get(name) for name in DRAWN}
-        if settings.stage in ("judge", "score"):
-            baselines = [*settings.baselines, *before.get("baselines", [])]
-            return replace(settings, baselines=baselines, **begun)
-        for name, value in begun.items():
-            if value != getattr(settings, name):
-                said = f"was begun with --{name} {value}, not {getattr(settings, name)}"
-                raise BadInput(f"{settings.out}: {said}; give another --out")
+    before = _read_json(file, "give another --out") if file.is_file() else asdict(settings)
+    for name in DRAWN:
+        value = before.get(name)
+        if value != getattr(settings, name):
+            raise BadInput(
+                f"{settings.out}: was begun with --{name} {value}, not {getattr(settings, name)}; "
+                "give another --out"
+            )
     with whole_file(file) as part:
         part.write_text(json.dumps(asdict(settings), indent=1))
-    return settings
-
-
-def _begin(settings, accelerator, stop):
-    """What is to be done, checked; parts of it are written into --out."""
-    settings = _claim(settings)
     job = Job(settings, accelerator, stop, *load_benchmark(settings))
     _check_folder(job, "edits")
     _check_folder(job, "masks")
@@ -1434,7 +1412,7 @@ def _run_stages(settings, accelerator, stop):
             results = score_calls(job)
             summary = "\n".join(_describe(job.settings, result) for result in results)
             write_report(job, results, summary)
-            print(summary, f"wrote {settings.out}/report.html and grid.png", sep="\n")
+            print(f"{summary}\nwrote {settings.out}/report.html and grid.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1444,8 +1422,9 @@ def main(argv: list[str] | None = None) -> None:
     if command in others:
         return others[command](argv[1:])
     if command not in METRICS:
-        known = f"{', '.join(METRICS)}; or {', '.join(others)}"
-        raise BadInput(f"{command}: say what to score: {known}")
+        raise BadInput(
+            f"{command}: say what to score: {', '.join(METRICS)}; or {', '.join(others)}"
+        )
     settings = parse_settings(Settings, ["--benchmark", *argv], __doc__.splitlines()[0])
     stop = catch_signals()
     accelerator = start_processes()
@@ -1455,8 +1434,11 @@ def main(argv: list[str] | None = None) -> None:
         if stopped.__cause__ and not isinstance(stopped.__cause__, Stopped):
             raise stopped.__cause__ from None
         if accelerator.is_main_process:
-            kept = f"every finished edit and call is kept in {settings.out}"
-            print(f"stopped: {kept}; the same command goes on", file=sys.stderr)
+            print(
+                f"stopped: every finished edit and call is kept in {settings.out}; the same "
+                "command goes on",
+                file=sys.stderr,
+            )
         sys.exit(1)
     accelerator.end_training()
 
