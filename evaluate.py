@@ -352,10 +352,10 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
     """
     is_imgedit = benchmark == "imgedit"
     digits = 2 if is_imgedit and mode == "official" else ALL_DIGITS
-    step = len(CALLS[benchmark])
+    number = len(CALLS[benchmark])
     rows = []
-    for start in range(0, len(records), step):
-        calls = records[start : start + step]
+    for start in range(0, len(records), number):
+        calls = records[start : start + number]
         metrics = MEASURES[benchmark](calls, mode)
         silent = [name for name, value in metrics.items() if math.isnan(value)]
         if silent and mode == "official":
@@ -1210,7 +1210,7 @@ def _show_edit(job, results, number, name):
             metrics = [key for key in (*METRICS[result["benchmark"]], "psnr") if key in scored]
             values = " ".join(f"{key} {scored[key]:.2f}" for key in metrics)
             caption += f" {values.replace('nan', 'missing')} by {result['judge']};"
-            said += scored["said"] + "\n"
+            said += f"{scored['said']}\n"
     picture, link = None, ""
     with suppress(BadInput):
         picture = load_image(_find_edit(job.settings, row, name) or MISSING)
@@ -1233,10 +1233,10 @@ def compare(places: list[str]) -> None:
         raise BadInput("compare: name two runs, python evaluate.py compare RUN_A RUN_B")
     first, second = map(_read_results, places)
     both = " and ".join(places)
-    shared = sorted(first.keys() & second.keys())
+    shared = first.keys() & second.keys()
     if not shared:
         raise BadInput(f"{both}: no result under one judge, prompts and reading; score both alike")
-    for name in shared:
+    for name in sorted(shared):
         a, b = first[name], second[name]
         if a["metadata"] != b["metadata"]:
             raise BadInput(f"{both}: another version of the benchmark in each; score both on one")
@@ -1375,8 +1375,8 @@ def curves(words: list[str]) -> None:
 
 
 def _begin(settings, accelerator, stop):
-    """What is to be done, checked; parts of it are written into --out. BadInput when edits of
-    another making lie there."""
+    """What is to be done, checked; parts of it are written into --out. BadInput when edits of other
+    settings lie there."""
     file = Path(settings.out, "config.json")
     before = _read_json(file, "give another --out") if file.is_file() else asdict(settings)
     for name in DRAWN:
@@ -1434,11 +1434,8 @@ def main(argv: list[str] | None = None) -> None:
         if stopped.__cause__ and not isinstance(stopped.__cause__, Stopped):
             raise stopped.__cause__ from None
         if accelerator.is_main_process:
-            print(
-                f"stopped: every finished edit and call is kept in {settings.out}; the same "
-                "command goes on",
-                file=sys.stderr,
-            )
+            kept = "every finished edit and call is kept; the same command goes on"
+            print(f"stopped: {settings.out}: {kept}", file=sys.stderr)
         sys.exit(1)
     accelerator.end_training()
 
