@@ -558,7 +558,8 @@ def evaluate(run: Run, name: str) -> list[dict]:
         result = {"row": number, "judge": verdict.result().score.item(), "image": None}
         result |= {"oracle": math.nan, "success": math.nan}
         if group:
-            result |= oracle(row, group.images[0]) or {}
+            truth = oracle(row, group.images[0])  # None for rows that are not the toy's
+            result |= zip(("oracle", "success"), truth or (), strict=False)
         if group and number < SHOWN_ROWS:
             result["image"] = group.images[0]
         results[number] = result
