@@ -14,7 +14,8 @@ C latent channels. t is flow time in [0, 1]: x_t = (1 - t) x_0 + t noise, v = no
 Departures from the papers (arXiv:2510.16888, arXiv:2509.16117v2) and their released code:
 1. Solver. Theirs, DPM-Solver++ 2M, extrapolates x_0 in log-SNR, which is infinite at t = 1 and
    t = 0: its first two steps and its last are first order. Ours extrapolates the velocity in t:
-   only the first step, which has no history, is first order.
+   only the first step, which has no history, is first order; and a step above 1.5 times the one
+   before is corrected as if it were 1.5 times as long.
 2. Noise level and what the model is told are one number: a group's `sigmas` are the timesteps that
    the transformer was given, rounded to its dtype by the pipeline; training noises with them.
 3. A group's text embeddings and source tokens are made and stored once, not K times.
@@ -163,9 +164,8 @@ def _module(pipe):
 
 # ---------------------------------------------------------------- the solver
 
-
-# A step may be this many times as long as the one before with its correction whole. Kontext and the
-# toy stay below (1.3 and 1.2); FLUX.2 in 6 steps, whose last is 3 times as long, would overshoot.
+# Up to so many times the length of the step before, a step gets its whole correction. Kontext and
+# the toy stay below in 6 steps (1.3 and 1.2); FLUX.2's last is more than 3 times as long.
 MAX_RATIO = 1.5
 
 
@@ -386,6 +386,7 @@ def add_policies(
     for name in editor.policies:
         for key, parameter in lora_parameters(editor, name).items():
             parameter.data = parameter.data.float()
+            # All ranks and all policies begin with the same A, whatever else draws numbers.
             if "lora_A" in key:
                 draw = torch.randn(parameter.shape, generator=seeded(seed, "lora", key))
                 parameter.data.copy_(draw / parameter.shape[0])
@@ -513,7 +514,7 @@ def load_lora(editor: Editor, folder: str | Path, name: str) -> None:
         )
     for key, strength in _strengths(editor, name).items():
         if not lora.is_full_strength:
-            strength = 1.0
+            strength = 1.0  # B is as it was trained, to be multiplied by this adapter
         own[key].copy_(lora.weights[key] / strength)
 
 
@@ -638,6 +639,7 @@ def rollout(
         raise BadInput(fault)
     if guidance is None:
         guidance = editor.family.evaluation if evaluation else editor.family.rollout
+    # All copies in as few calls as memory allows; each call encodes text and sources once.
     batch = rollout_batch or len(generators)
     groups = []
     for first in range(0, len(generators), batch):
@@ -652,6 +654,7 @@ def rollout(
 def _call_pipeline(editor, images, prompt, generators, steps, guidance):
     """One call of the diffusers pipeline, with an ear on it; BadInput for what it refuses."""
     pipe = editor.pipe
+    # Pipelines resize by rules of their own: what has its final size already, they leave alone.
     images = [
         image.resize(working_size(editor, image), Image.Resampling.LANCZOS) for image in images
     ]
@@ -676,8 +679,8 @@ def _call_pipeline(editor, images, prompt, generators, steps, guidance):
             ).images
     except ValueError as error:
         raise BadInput(f"{editor.kind} refuses a row: {one_line(error)}; remove it") from error
-    # The latents that were decoded; and the times as they were told, which in bf16 are not the
-    # scheduler's sigmas.
+    # The latents that were decoded; and the times as the transformer was told them, which in bf16
+    # are not the scheduler's sigmas.
     x_0 = pipe.scheduler.last_x.float()  # (B, N, C)
     sigmas = torch.stack([arguments["timestep"][0] for arguments in told]).float().cpu()
     _check_call(editor, told[0]["hidden_states"], x_0, sigmas)
@@ -695,6 +698,7 @@ def _call_options(editor, size, guidance):
         "max_sequence_length": editor.max_text,
         editor.family.guidance: guidance,
     }
+    # True CFG needs both: a scale above 1 and a negative prompt. One alone, the pipeline warns of.
     if guidance is None or guidance > 1:
         options["negative_prompt"] = editor.family.negative
     taken = _parameters(editor.pipe)
@@ -703,9 +707,10 @@ def _call_options(editor, size, guidance):
 
 def working_size(editor: Editor, image: Image.Image) -> tuple[int, int]:
     """(width, height) at which a picture is edited: about resolution^2 pixels in its own ratio."""
-    multiple = 2 * editor.pipe.vae_scale_factor
+    multiple = 2 * editor.pipe.vae_scale_factor  # pixels of a token's side
     scale = editor.resolution / (image.width * image.height) ** 0.5
     sides = [max(multiple, round(side * scale / multiple) * multiple) for side in image.size]
+    # Above max_pixels the pipeline would shrink the source and break the size of the edit.
     while sides[0] * sides[1] > editor.family.max_pixels:
         sides[sides.index(max(sides))] -= multiple
     return tuple(sides)
@@ -727,8 +732,9 @@ def _sources_keep_their_size(editor, images):
     sizes = {image.width / image.height: image.size for image in images}
 
     def own_size(area, ratio):
+        # (width, height), and in some pipelines a third value, which stays.
         width_height_more = pipelines_own(min(area, editor.resolution**2), ratio)
-        if area < 1024**2:  # the text encoder's picture
+        if area < 1024**2:  # the text encoder's picture; the VAE's area is a megapixel
             return width_height_more
         return (*sizes[ratio], *width_height_more[2:])
 
@@ -768,6 +774,7 @@ def _check_call(editor, tokens, x_0, sigmas):
         raise BadInput(
             f"{editor.kind} runs its guidance in one batch with the edits; give a guidance of 1"
         )
+    # A model that is told other times than t in [0, 1] could not be trained at x_t by them.
     wanted = editor.pipe.scheduler.sigmas[: len(sigmas)].cpu()
     are_flow_times = torch.allclose(sigmas, wanted, atol=0.01)
     assert are_flow_times, f"{editor.kind} tells its transformer {sigmas}, not flow times {wanted}"
@@ -785,16 +792,18 @@ def velocity(editor: Editor, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
     """
     B, N, _ = x_t.shape
     source = cond["hidden_states"]  # (1, S, C)
+    # In bf16 the model would hear 0.7004 as 0.6992 while x_t has the noise of 0.7004.
     t_told = t.to(source.device, source.dtype)  # (B,)
     is_exact = torch.equal(t_told.float(), t.to(source.device))
     assert is_exact, f"t is not a time that can be told in {source.dtype}"
-    # One row's conditioning for every copy; contiguous, as the pipeline gives it, for equal bits.
+    # The row's conditioning, B times; contiguous, as the pipeline gives it, for equal bits.
     arguments = dict(cond)
     for name, value in cond.items():
         if _has_batch(name, value):
             arguments[name] = value.expand(B, *value.shape[1:]).contiguous()
     tokens = [x_t.to(source), arguments["hidden_states"]]
     arguments["hidden_states"] = torch.cat(tokens, dim=1)  # (B, N + S, C)
+    # The tokens of the edit and of its source attend to each other.
     v = editor.transformer(timestep=t_told, **arguments)[0]  # (B, N + S, C)
     return v[:, :N].float()  # what it says of the source's tokens means nothing
 

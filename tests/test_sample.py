@@ -944,6 +944,17 @@ def test_a_read_only_disk_is_one_line_before_a_model_is_loaded(command, no_model
     assert "error: out.png: cannot be written (Read-only file system)" in command()
 
 
+def test_nothing_lies_beside_the_picture_while_it_is_drawn(command, monkeypatch):
+    """A run that is killed then leaves no part of a file."""
+
+    def look(*args, **kwargs):
+        assert [path.name for path in Path().iterdir()] == ["in.png"]
+        raise BadInput("looked")
+
+    monkeypatch.setattr(sample, "load_editor", look)
+    assert command() == "error: looked"
+
+
 def test_no_picture_at_all_is_one_line(no_model):
     with pytest.raises(BadInput, match="--image is missing; name the source picture"):
         sample.main(["--prompt", PROMPT])
