@@ -45,7 +45,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -72,6 +72,7 @@ def run_script(main: Callable[[], None]) -> None:
 
     Where nobody reads stdout any more (`| head`) it ends without a word, code 141 as in a shell.
     """
+    sys.stderr = Lasting(sys.stderr)
     try:
         try:
             main()
@@ -90,28 +91,65 @@ def run_script(main: Callable[[], None]) -> None:
         try:
             print(flush=True)
         except BrokenPipeError:
-            drop_output()
+            drop_output(sys.stdout)
             sys.exit(141)
         raise  # it was not stdout
 
 
 def fail(message: str) -> None:
     """Ends the program with one line on stderr and code 2."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # What all processes meet is told by the first one; their launcher then ends the others.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def say(text: str) -> None:
-    """Prints a line; where nobody reads stdout any more, this and what follows goes nowhere."""
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line, above all progress bars; file: None is stdout.
+
+    Where nobody reads that any more, this and what follows goes nowhere.
+    """
+    file = file or sys.stdout
     try:
-        print(text, flush=True)
+        tqdm.write(text, file)
+        file.flush()
     except OSError:
-        drop_output()
+        drop_output(file)
 
 
-def drop_output() -> None:
-    """Leads stdout nowhere from now on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def say_once(text: str, file: TextIO | None = None) -> None:
+    """As `say`, by the first of several processes alone: for what all of them have to tell."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text, file)
+
+
+def drop_output(file: TextIO) -> None:
+    """Leads a stream nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+class Lasting:
+    """A stream that leads nowhere once nobody reads it any more; progress bars would raise."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+        except OSError:
+            drop_output(self.stream)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            drop_output(self.stream)
 
 
 def one_line(error: Exception) -> str:
@@ -417,27 +455,54 @@ def newest_whole(folder: Path, name: str) -> Path | None:
     for path in folders:
         if is_whole(path):
             return path
-        print(f"{path}: damaged; going back to the one before", file=sys.stderr)
+        say(f"{path}: damaged; going back to the one before", sys.stderr)
     if folders:
         raise BadInput(f"{folder}: every {name} is damaged; mend one, or name another folder")
     return None
 
 
 def numbered_folders(folder: Path, name: str) -> list[Path]:
-    """The folders NAME-<digits>, highest number first; what has another name is not ours."""
+    """The folders NAME-<digits>, highest number first; what has another name is not ours.
+
+    BadInput for a file with such a name: it would be in the way.
+    """
     folders = []
     for path in folder.glob(f"{name}-*"):
         if re.fullmatch(rf"{name}-[0-9]+", path.name):
             folders.append(path)
-    return sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+    check_names(folder, [], [path.name for path in folders])
+    return sorted(folders, key=number_of, reverse=True)
 
 
-def prune_folders(folder: Path, name: str, keep: int, best: int) -> None:
-    """Removes all folders NAME-<digits> but the `keep` with the highest numbers, and `best`."""
-    for path in numbered_folders(folder, name)[keep:]:
-        if path.name != f"{name}-{best}":
-            gone = path.rename(folder / f".part-{path.name}-{os.getpid()}")  # never half a folder
-            shutil.rmtree(gone)
+def number_of(folder: Path) -> int:
+    """The number at the end of a folder's name."""
+    return int(folder.name.split("-")[-1])
+
+
+def prune_folders(newest: Path, keep: int, best: int) -> None:
+    """Of the folders NAME-<digits> up to `newest`, leaves the last `keep` and the one with `best`.
+
+    Those with higher numbers stay: they are not what `newest` follows. What a kill left goes.
+    """
+    name = newest.name.split("-")[0]
+    last = number_of(newest)
+    older = [path for path in numbered_folders(newest.parent, name) if number_of(path) <= last]
+    with disk_faults(newest.parent):
+        for path in older[keep:]:
+            if number_of(path) != best:
+                path.rename(newest.parent / f".part-{path.name}-{os.getpid()}")  # never half of it
+        for path in newest.parent.glob(f".part-{name}-[0-9]*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_names(folder: str | Path, files: list[str], folders: list[str]) -> None:
+    """BadInput where one of these is to be written in a folder and something else has its name."""
+    for name in files:
+        if os.path.exists(Path(folder, name)) and not os.path.isfile(Path(folder, name)):
+            raise BadInput(f"{folder}/{name}: is no plain file; move it, or name another folder")
+    for name in folders:
+        if os.path.exists(Path(folder, name)) and not os.path.isdir(Path(folder, name)):
+            raise BadInput(f"{folder}/{name}: is a file; move it, or name another folder")
 
 
 # ---------------------------------------------------------------- JSON lines
@@ -497,11 +562,14 @@ def write_json_lines(path: str | Path, objects: Iterable[dict]) -> None:
         part.write_bytes(b"".join(map(json_line, objects)))
 
 
-def keep_json_lines(path: str | Path, is_kept: Callable[[dict], bool]) -> None:
-    """Leaves of a JSON lines file, if there is one, the whole objects that are to be kept."""
+def keep_json_lines(path: str | Path, key: str, last: int) -> None:
+    """Leaves of a JSON lines file, if there is one, the objects whose `key` is a number <= last."""
     if os.path.exists(path):
-        objects = [value for _, value in read_json_lines(path, faults=[])]
-        write_json_lines(path, filter(is_kept, objects))
+        kept = []
+        for _, value in read_json_lines(path, faults=[]):
+            if isinstance(value.get(key), int) and value[key] <= last:
+                kept.append(value)
+        write_json_lines(path, kept)
 
 
 def append_json_line(path: str | Path, value: dict) -> None:
@@ -564,11 +632,14 @@ def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
     is_one_node = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not (is_one_node or torch.cuda.is_available() or "GLOO_SOCKET_IFNAME" in os.environ):
         name = socket.gethostname()
-        address = socket.gethostbyname(name)
-        if address.startswith("127."):
+        try:
+            address = socket.gethostbyname(name)
+        except OSError:
+            address = "unknown"
+        if address == "unknown" or address.startswith("127."):
             raise BadInput(
-                f"{name}: is {address}, where other nodes find themselves; set GLOO_SOCKET_IFNAME "
-                "to the network interface that leads to them, on every node"
+                f"this node's name {name} is {address} to itself, so other nodes cannot be told of "
+                "it; set GLOO_SOCKET_IFNAME to the network interface that leads to them, on each"
             )
     cpu = not torch.cuda.is_available()
     accelerator = Accelerator(
@@ -582,10 +653,34 @@ def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
     return accelerator
 
 
+def start_trackers(
+    accelerator: Accelerator, project: str, settings: dict, run: str, step: int
+) -> None:
+    """Starts the tracker; the same `run` is the same run there, to go on after its step `step`."""
+    same_run = {"id": run, "resume": "allow"}
+    options = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": same_run,
+        "trackio": {"name": run, "resume": "allow"},
+        "swanlab": same_run,
+    }
+    shown = {name: str(value) for name, value in settings.items()}
+    accelerator.init_trackers(project, shown, options)
+
+
 def any_rank(accelerator: Accelerator, here: bool) -> bool:
-    """Whether something is so on any of the processes: the same answer on all."""
+    """Whether something is so on any of the processes: the same answer on all.
+
+    BadInput where one of them does not answer any more.
+    """
     flag = torch.tensor([float(here)], device=accelerator.device)
-    return accelerator.reduce(flag, "sum").item() > 0
+    try:
+        return accelerator.reduce(flag, "sum").item() > 0
+    except RuntimeError as error:
+        raise BadInput(
+            f"another process is gone ({one_line(error)[:80]} ...); see what it said, and go on "
+            "with all of them"
+        ) from error
 
 
 @contextmanager
@@ -598,6 +693,8 @@ def together(accelerator: Accelerator, stop: threading.Event) -> Iterator[None]:
     fault = None
     try:
         yield
+    except Stopped:
+        stop.set()
     except Exception as error:  # whatever it is, the others must learn of it
         fault = error
     if any_rank(accelerator, fault is not None or stop.is_set()):
@@ -605,6 +702,25 @@ def together(accelerator: Accelerator, stop: threading.Event) -> Iterator[None]:
         if repr(fault) in told[: accelerator.process_index]:
             fault = None  # said by one process is enough
         raise Stopped from fault
+
+
+def from_main(accelerator: Accelerator, stop: threading.Event, function: Callable, *args) -> Any:
+    """What a function returns in the main process, told to all of them."""
+    result = None
+    with together(accelerator, stop):
+        if accelerator.is_main_process:
+            result = function(*args)
+    return gather_object([result])[0]
+
+
+def heed_stop(module: torch.nn.Module, stop: threading.Event) -> None:
+    """Makes each forward of a module raise Stopped once a signal came: for work in `together`."""
+
+    def check(module, arguments):
+        if stop.is_set():
+            raise Stopped
+
+    module.register_forward_pre_hook(check)
 
 
 # ---------------------------------------------------------------- models without torchvision
@@ -807,9 +923,44 @@ def inside(folder: str | Path, name: str, where: str) -> str:
     return str(Path(folder, name))
 
 
+@contextmanager
+def faults_of(row: dict, skip: bool, is_told: bool = True) -> Iterator[None]:
+    """Makes a BadInput in the block one of this row; with `skip` it is told, but no error."""
+    try:
+        yield
+    except BadInput as fault:
+        fault = f"{row['where']}, row {row['id']}: {fault}"
+        if not skip:
+            raise BadInput(fault) from None
+        if is_told:
+            say(f"skipped: {fault}", sys.stderr)
+
+
+def faultless(
+    rows: list[dict], fault_of: Callable[[dict], str], skip: bool, is_told: bool = True
+) -> list[dict]:
+    """The rows of which `fault_of` says nothing; as `faults_of` for the others, if any are left."""
+    kept = []
+    for row in rows:
+        with faults_of(row, skip, is_told):
+            fault = fault_of(row)
+            if fault:
+                raise BadInput(fault)
+            kept.append(row)
+    if not kept:
+        raise BadInput(f"{rows[0]['where']} and all other rows have faults; none is left")
+    return kept
+
+
 def row_pictures(row: dict) -> list[str]:
     """The paths of all pictures of a row: sources, target, mask."""
     return [*row["images"], *(row[key] for key in ("target", "mask") if key in row)]
+
+
+def load_sources(row: dict) -> list[Image.Image]:
+    """A row's source pictures; BadInput where one cannot be had, nor its target or mask."""
+    pictures = [load_image(path) for path in row_pictures(row)]
+    return pictures[: len(row["images"])]
 
 
 def picture_paths(rows: Iterable[dict]) -> list[str]:

@@ -249,14 +249,14 @@ def read_prompts(settings: JudgeSettings) -> dict[str, str]:
     files of --judge_prompt. BadInput when a file cannot be read or has no {prompt}."""
     entries = settings.judge_prompt
     own = Path(settings.judge.removeprefix("local:"), "judge_prompt.txt")
-    if own.is_file():
+    if os.path.isfile(own):
         entries = [f"execution={own}", *entries]
     prompts = dict(PROMPTS)
     for entry in entries:
         if "=" not in entry:
             entry = f"execution={entry}"
         name, _, file = entry.partition("=")
-        if not Path(file).is_file():
+        if not os.path.isfile(file):
             raise BadInput(f"--judge_prompt {file}: no such file; name a text file")
         try:
             prompts[name] = Path(file).read_text(encoding="utf-8-sig")
@@ -267,14 +267,14 @@ def read_prompts(settings: JudgeSettings) -> dict[str, str]:
     return prompts
 
 
-def read_weights(entries: list[str], names: list[str]) -> dict[str, float]:
+def read_weights(entries: list[str], names: set[str]) -> dict[str, float]:
     """ASPECT=WEIGHT entries as a dict; BadInput for an aspect that is none, or a bad weight."""
     weights = {}
     for entry in entries:
         name, _, number = entry.partition("=")
         if name not in names:
             raise BadInput(
-                f"--judge_aspects {name}: is none of {', '.join(names)}; "
+                f"--judge_aspects {name}: is none of {', '.join(sorted(names))}; "
                 f"add --judge_prompt {name}=FILE"
             )
         if not re.fullmatch(r"0|1|0?\.\d+|[01]\.0*", number):
@@ -306,7 +306,8 @@ def plain_terms(
         if mask:
             white = mask.convert("L").resize(edit.size, Image.Resampling.NEAREST)
             error = error[torch.tensor(np.array(white) < 128)]
-        dull, sharp = sharpness(before), sharpness(after)
+        dull = sharpness(before)
+        sharp = sharpness(after)
         terms["psnr"].append(-10 * error.mean().clamp(min=1e-6).log10())
         terms["pixel_distance"].append((after - before).abs().mean())
         terms["brightness_drift"].append(after.mean() - before.mean())
@@ -524,17 +525,21 @@ class Judge:
             if self.ending == YES_NO and "{answer}" not in self.prompts[aspect]:
                 raise BadInput(f"{aspect}'s prompt: has no {{answer}} for {strategy}; write one")
 
+    def is_stopped(self) -> bool:
+        return self.is_closed or self.stop.is_set()
+
     def check_stop(self):
-        if self.is_closed or self.stop.is_set():
+        if self.is_stopped():
             raise JudgeFailure("stopped")
 
     def finished(self, future: Future, seconds: float = math.inf):
         """What a Future brings; JudgeFailure once the run is stopped, or the seconds are over."""
         deadline = time.monotonic() + seconds
-        while not wait([future], 0.2).done:
+        while not future.done():
             self.check_stop()
             if time.monotonic() > deadline:
                 raise Unavailable("timeout")
+            wait([future], 0.2)
         return future.result()
 
     def question(self, row: dict, aspect: str = "execution") -> tuple[str, str]:
@@ -553,11 +558,12 @@ class Judge:
 
     def examine(self, row: dict, aspect: str, sources: list, edits: list) -> list[Verdict]:
         """One question about n edits: n Verdicts."""
+        if not edits:
+            return []
         question, ending = self.question(row, aspect)
+        shown = [self.part(shrunk(source, edits[0])) for source in sources]
         chats = []
         for edit in edits:
-            if not chats:
-                shown = [self.part(shrunk(source, edit)) for source in sources]
             parts = [question, *shown, self.part(edit)]
             if self.settings.judge_order == "pictures_first":
                 parts = parts[1:] + parts[:1]
@@ -684,8 +690,6 @@ class FileJudge(Judge):
     def __init__(self, settings: JudgeSettings, stop=None):
         super().__init__(settings, stop)
         file, name = re.fullmatch(FILE_JUDGE, settings.judge).groups(default="score")
-        if not Path(file).is_file():
-            raise BadInput(f"--judge {file}: no such file; name one with a function `{name}`")
         if self.aspects != ["execution"]:
             raise BadInput(f"--judge_aspects: {file} answers no questions; name plain terms alone")
         try:
@@ -724,7 +728,7 @@ def answer_token_ids(tokenizer, texts=DIGITS) -> list[int]:
     """The token ids of the answers; BadInput when one of them is not a token of its own."""
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     for text, pieces in zip(texts, ids, strict=True):
-        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id or ids.count(pieces) > 1:
+        if len(pieces) != 1 or tokenizer.decode(pieces).strip() != text:
             raise BadInput(
                 f"{tokenizer.name_or_path}: the answer {text} is not one token of its own "
                 f"({pieces}); take another judge or another --judge_strategy"
@@ -737,7 +741,7 @@ class LocalJudge(Judge):
 
     def __init__(self, settings: JudgeSettings, device="cpu", dtype=torch.float32, stop=None):
         super().__init__(settings, stop)
-        if not Path(self.name).is_dir() and self.name.count("/") != 1:
+        if not os.path.isdir(self.name) and self.name.count("/") != 1:
             fix = "name a folder or a hub id owner/name, or run python data_prep.py toy first"
             raise BadInput(f"{self.name}: no such model folder; {fix}")
         if settings.judge_draws > 1:
@@ -778,12 +782,21 @@ class LocalJudge(Judge):
     def write(self, chats, tokens, draw=0):
         with self.lock:
             inputs = self.inputs(chats)
-            whole = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+            whole = self.model.generate(
+                **inputs,
+                max_new_tokens=tokens,
+                do_sample=False,
+                stopping_criteria=[self.ends_writing],
+            )
         written = whole[:, inputs["input_ids"].shape[1] :]  # (B, tokens at most)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         has_ended = torch.isin(written[:, -1].cpu(), torch.tensor(self.tokenizer.all_special_ids))
         is_cut = ~has_ended & (written.shape[1] == tokens)
         return list(map(Reply, texts, is_cut.tolist()))
+
+    def ends_writing(self, ids, scores, **_):
+        """Whether to write no further, (B,): not once the run is stopped."""
+        return torch.full((len(ids),), self.is_stopped(), device=ids.device)
 
     @torch.no_grad()
     def weigh(self, chats):
@@ -942,9 +955,8 @@ class ServedJudge(Judge):
         return reply
 
     def send(self, server, path, body):
-        seconds = (
-            2 * self.settings.judge_timeout
-        )  # `request` waits half of it: its thread ends, too
+        # Twice the time that `request` waits: it tells a timeout, this only ends the thread.
+        seconds = 2 * self.settings.judge_timeout
         options = {"timeout": seconds, "allow_redirects": False, "stream": True}
         method = "POST" if body else "GET"
         try:
@@ -1103,7 +1115,8 @@ def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
     """Asks about a few rows, and sets judge.noise. BadInput for a silent judge, and, unless
     judge_check is off, for one that untouched sources please more than right edits (`target`)."""
     with_target = [row for row in rows if row.get("target")]
-    plain, padded = [], []
+    plain = []
+    padded = []
     for row in with_target[:16] or rows[:4]:
         sources = [load_image(path) for path in row["images"]]
         source = sources[0]

@@ -209,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         key = self.headers.get("Authorization") or ""
         text = f"the picture is refused, {key}"
         if fault == "400 late":  # what it repeats lies across the end of what is shown
-            text = "x" * 165 + key
+            text = "x" * 150 + key
         if fault == "new models":
             new = {"max_tokens": "max_completion_tokens", "temperature": "1"}
             old = new.keys() & body.keys()

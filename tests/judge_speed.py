@@ -1,8 +1,9 @@
-"""Pictures per second of a local judge: a group scored at once against generate(max_new_tokens=1), one edit at a time.
+"""Pictures per second of a local judge: a group at once against one edit at a time by generate.
 
     python tests/judge_speed.py [--judge data/toy/judge] [--layers 2] [--group 12]
 
-The Qwen2.5-VL has the 3B model's widths, heads, vocabulary, patches and windows with random weights, and fewer layers.
+The Qwen2.5-VL has the 3B model's widths, heads, vocabulary, patches and windows, random weights
+and fewer layers.
 """
 
 import argparse
@@ -19,11 +20,18 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_prep import new_judge_tokenizer, seeded  # noqa: E402
-from reward_mllm import JudgeSettings, expected_score, load_judge  # noqa: E402
+from reward_mllm import (  # noqa: E402
+    DIGITS,
+    JudgeSettings,
+    expected_score,
+    load_judge,
+    message,
+    shrunk,
+)
 
 
 def save_realistic_judge(folder, layers, share=1):
-    """A Qwen2.5-VL of the 3B model's shape with `layers` layers of text and of vision, its widths divided by `share`."""
+    """A Qwen2.5-VL of the 3B model's shape, `layers` layers of text and of vision, narrower."""
     tokenizer = new_judge_tokenizer()
     ids = {
         word: tokenizer.convert_tokens_to_ids(f"<|{word}|>")
@@ -78,13 +86,12 @@ def picture(size, *key):
 
 @torch.no_grad()
 def one_at_a_time(judge, row, source, edits):
-    """What a plain loop does: the whole prompt with both pictures through generate, once for each edit."""
+    """What a plain loop does: each edit's whole prompt and pictures through generate."""
     scores = []
     for edit in edits:
-        text = judge._chat((judge.question(row),), 2)
-        inputs = judge.processor(text=[text], images=[[source, edit]], return_tensors="pt").to(
-            judge.model.device
-        )
+        question, ending = judge.question(row)
+        parts = [question, judge.part(source), judge.part(edit), ending]
+        inputs = judge.inputs([[message("user", *parts)]])
         made = judge.model.generate(
             **inputs,
             max_new_tokens=1,
@@ -92,34 +99,31 @@ def one_at_a_time(judge, row, source, edits):
             output_logits=True,
             return_dict_in_generate=True,
         )
-        scores.append(expected_score(made.logits[0], judge.token_ids)[0])
-    return torch.cat(scores)
+        p = made.logits[0][0].float().softmax(0)[judge.token_ids].tolist()
+        scores.append(expected_score(dict(zip(DIGITS, p, strict=True))).score)
+    return torch.tensor(scores)
 
 
 def compare(name, folder, source_size, edit_size, group, times):
     judge = load_judge(JudgeSettings(judge=f"local:{folder}", judge_batch=group))
     row = {"prompt": "make the blue triangle yellow", "task": "adjust"}
     source, edits = picture(source_size, "source"), [picture(edit_size, i) for i in range(group)]
-    tokens = judge.processor(
-        text=[judge._chat((judge.question(row),), 2)],
-        images=[[source, edits[0]]],
-        return_tensors="pt",
-    )["input_ids"]
-    one_at_a_time(judge, row, source, edits[:1])  # warm
+    shown = shrunk(source, edits[0])
+    one_at_a_time(judge, row, shown, edits[:1])  # warm
     slow = fast = 0.0
     for _ in range(times):  # the best of some: another process may take the cores for a while
         start = time.perf_counter()
-        singly = one_at_a_time(judge, row, source, edits)
+        singly = one_at_a_time(judge, row, shown, edits)
         middle = time.perf_counter()
-        together = judge.score([row] * group, [[source]] * group, edits).score
-        slow, fast = (
-            max(slow, group / (middle - start)),
-            max(fast, group / (time.perf_counter() - middle)),
-        )
+        together = judge.score(row, [source], edits).score
+        end = time.perf_counter()
+        slow = max(slow, group / (middle - start))
+        fast = max(fast, group / (end - middle))
+    sizes = ["{} x {}".format(*size) for size in (source_size, edit_size)]
+    difference = (singly - together).abs().max().item()
     print(
-        f"{name:<28} {'%d x %d' % source_size:>11} {'%d x %d' % edit_size:>9} {len(tokens[0]):>7} {slow:>12.3f} {fast:>12.3f} {fast / slow:>7.1f} "
-        f"{(singly - together).abs().max().item():>11.1e}",
-        flush=True,
+        f"{name:<28} {sizes[0]:>11} {sizes[1]:>9} {slow:>12.3f} {fast:>10.3f} "
+        f"{fast / slow:>7.1f} {difference:>11.1e}"
     )
 
 
@@ -134,9 +138,7 @@ def main():
     )
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, group of {args.group}; pictures per second")
-    print(
-        f"{'judge':<28}      source      edit  tokens one at a time   as a group  factor  difference"
-    )
+    print(f"{'judge':<28}      source      edit one at a time as a group  factor  difference")
     compare("toy judge", args.judge, (32, 32), (32, 32), args.group, 10 * args.times)
     with tempfile.TemporaryDirectory() as folder:
         save_realistic_judge(folder, args.layers, args.share)

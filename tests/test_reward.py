@@ -4,6 +4,7 @@ On a tiny random Qwen2.5-VL; the served judge's tests are in test_served_judge.p
 """
 
 import ast
+import functools
 import json
 import math
 import random
@@ -458,14 +459,11 @@ def test_after_a_chain_of_thought_the_answer_follows_the_thought(judge_folder, m
     monkeypatch.setattr(judge.processor, "apply_chat_template", recorded)
     score = judge.score(ROW, [source], [edit]).score.item()
     first, second = texts
-    (reply,) = judge.write(
-        [[reward_mllm.message("user", ROW["prompt"], *map(judge.part, (source, edit)))]], 3
-    )
+    parts = map(judge.part, (source, edit))
+    (reply,) = judge.write([[reward_mllm.message("user", ROW["prompt"], *parts)]], 3)
     start = first.removesuffix("<|im_start|>")
-    assert (
-        second
-        == f"{start}<|im_start|>{reply.text}<|im_end|><|im_start|>{reward_mllm.DIGIT}<|im_end|><|im_start|>"
-    )
+    said = f"<|im_start|>{reply.text}<|im_end|><|im_start|>{reward_mllm.DIGIT}<|im_end|>"
+    assert second == f"{start}{said}<|im_start|>"
     middle = second.removeprefix("<|im_start|>").removesuffix("<|im_end|><|im_start|>")
     middle = middle.replace("<|vision_start|><|image_pad|><|vision_end|>", "[picture]")
     logits, token = plain_forward(judge_folder, middle, [source, edit])
@@ -514,24 +512,29 @@ def test_a_strategy_that_the_judge_cannot_follow_is_refused(judge_folder):
 # ---------------------------------------------------------------- a stop
 
 
-def test_a_stop_ends_a_local_judges_waits_even_while_it_writes(judge_folder, monkeypatch, asked):
+@pytest.mark.parametrize("strategy", ["logits", "written"])
+def test_a_stop_ends_a_local_judges_waits(judge_folder, monkeypatch, asked, strategy):
     stop = threading.Event()
-    judge = local(judge_folder, stop=stop, judge_batch=1)
+    judge = local(judge_folder, stop=stop, judge_batch=3, judge_strategy=strategy)
     forward = judge.model.forward
 
+    calls = []
+
+    @functools.wraps(forward)  # generate reads its names
     def slow(**kwargs):
+        calls.append(1)
         time.sleep(2)
         return forward(**kwargs)
 
     monkeypatch.setattr(judge.model, "forward", slow)
     future = judge.submit(*asked)
-    time.sleep(0.2)
+    time.sleep(0.3)
     stop.set()
     start = time.monotonic()
     assert future.result().causes == ["stopped"] * 6 and time.monotonic() - start < 1
     assert judge.score(*asked).causes == ["stopped"] * 6
     judge.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 5 and len(calls) == 1  # what waited for the model gave up
 
 
 # ---------------------------------------------------------------- aspects and their weights
@@ -684,6 +687,15 @@ def test_a_function_of_a_file_is_a_judge(tmp_path):
     assert none.score.isnan().all() and none.causes == ["a score of nan, not in [0, 1]"] * 3
 
 
+def test_the_readmes_function_is_a_judge(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(def score.*?)```", readme, re.DOTALL)
+    for block in blocks:
+        judge = in_file(tmp_path, block)
+        scores = judge.score(ROW, [picture("s")], [picture("e"), picture("w", size=(64, 32))])
+        assert scores.score[0] == 1 and scores.score[1].isnan()
+
+
 def test_a_function_may_have_another_name_and_plain_terms_beside_it(tmp_path):
     text = "def mine(row, sources, edits): return [0.5] * len(edits)"
     judge = in_file(tmp_path, text, ":mine", judge_aspects=["pixel_distance=1"])
@@ -730,7 +742,7 @@ def test_a_file_without_a_function_is_refused_in_one_line(tmp_path, text, messag
 
 
 def test_a_file_judge_says_what_it_cannot_do(tmp_path):
-    with pytest.raises(BadInput, match="nowhere.py: no such file"):
+    with pytest.raises(BadInput, match="nowhere.py: FileNotFoundError"):
         load_judge(JudgeSettings(judge="nowhere.py"))
     with pytest.raises(BadInput, match="answers no questions"):
         in_file(tmp_path, EXAMPLE, judge_aspects=["consistency=0.4"])

@@ -287,13 +287,12 @@ def test_when_one_server_dies_the_other_answers():
 
 
 def test_a_server_that_hangs_is_asked_one_thing_at_a_time_while_another_answers():
-    with JudgeServer() as good, JudgeServer() as bad:
-        judge = served(good, bad, judge_timeout=1.2, judge_in_flight=4)
+    with JudgeServer(delay=0.3) as good, JudgeServer() as bad:
+        judge = served(good, bad, judge_timeout=1.2, judge_patience=60.0, judge_in_flight=4)
         bad.always = "hang"
-        start = time.monotonic()
         scores = judge.score(ROW, [SOURCE], EDITS * 10)
-        assert time.monotonic() - start < 4
-    assert not scores.score.isnan().any() and len(bad.requests) <= 6
+    assert not scores.score.isnan().any()
+    assert 4 < len(bad.requests) <= 10  # some four seconds in which four at a time would be 16
 
 
 def test_a_server_with_another_model_is_refused(server):
@@ -474,6 +473,10 @@ def test_after_an_outage_that_was_given_up_there_is_new_patience(server, monkeyp
     server.always = "500"
     assert judge.score(*ONE).score.isnan().all()
     assert judge.score(*ONE).causes == ["HTTP 500"]  # at once
+    time.sleep(0.6)
+    start = time.monotonic()
+    assert judge.score(ROW, [SOURCE], EDITS * 6).score.isnan().all()
+    assert 0.5 < time.monotonic() - start < 3  # of them all, not of each
     server.always = None
     time.sleep(1.1)
     assert not judge.score(*ONE).score.isnan().any()
@@ -502,7 +505,7 @@ def test_a_stop_makes_every_wait_give_up_within_about_a_second(server, fault):
 
 
 def test_the_process_ends_within_seconds_with_a_request_hanging(server):
-    server.always, server.hangs = "hang", 30
+    server.always, server.hangs = "hang", 60
     code = f"""
 import reward_mllm
 from PIL import Image
@@ -519,7 +522,8 @@ print("closed", flush=True)
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "closed\n"
     start = time.monotonic()
-    assert process.wait(timeout=20) == 0 and time.monotonic() - start < 8
+    assert process.wait(timeout=40) == 0
+    assert time.monotonic() - start < 20  # loaded machines take some seconds without a judge
 
 
 # ---------------------------------------------------------------- addresses, keys, proxies
