@@ -322,7 +322,8 @@ def _pixels_of(picture, size):
 def _sharpness(pixels):
     """The mean absolute Laplacian of the brightness, above 0, of pixels (H, W, 3)."""
     light = pixels.mean(2)
-    bend = light.diff(2, dim=0)[:, 1:-1] + light.diff(2, dim=1)[1:-1]  # second differences
+    # second differences along both sides, of the pixels that have four neighbours
+    bend = light.diff(2, dim=0)[:, 1:-1] + light.diff(2, dim=1)[1:-1]
     return bend.abs().mean() + 1e-6
 
 
@@ -442,7 +443,7 @@ def _written_score(text, settings):
     scores = []
     for found in re.finditer(settings.judge_reply, text):
         try:
-            score = min(map(float, filter(None, found.groups())))
+            score = min(float(group) for group in found.groups() if group)
         except ValueError:
             raise JudgeFailure("no number where the score should be") from None
         if not low <= score <= high:
@@ -486,9 +487,9 @@ def _background(function, *args):
 
 def _message(role, *parts):
     """A chat message of texts, and of pictures as a judge's `part` makes them; "" is left out."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else part for part in parts if part
-    ]
+    content = []
+    for part in filter(None, parts):
+        content.append({"type": "text", "text": part} if isinstance(part, str) else part)
     return {"role": role, "content": content}
 
 
@@ -549,13 +550,11 @@ class Judge:
         causes = []
         for i, verdicts in enumerate(zip(*found.values(), strict=True)):  # an edit's, by aspect
             masses.append(min(verdict.mass for verdict in verdicts))
-            faults = [verdict.cause for verdict in verdicts if verdict.cause]
-            for value in (terms["execution"][i], score[i]):
-                if not 0 <= value <= 1:  # nor is NaN
-                    faults.append(f"a score of {value:.3g}, not in [0, 1]")
-            if faults:
+            faults = [verdict.cause for verdict in verdicts]
+            faults += [_range_fault(terms["execution"][i]), _range_fault(score[i])]
+            causes.append(next(filter(None, faults), ""))  # the first
+            if causes[i]:
                 score[i] = torch.nan
-            causes.append("".join(faults[:1]))
         words = [verdict.words for verdict in found["execution"]]
         return Scores(score, torch.tensor(masses), terms, causes, words)
 
@@ -569,6 +568,7 @@ class Judge:
             if self.settings.judge_order == "pictures_first":
                 parts = [*sources, self.part(edit), question]
             chats.append([_message("user", *parts, ending)])
+        # Servers are asked side by side; a local judge's batches take their turn at its lock.
         starts = range(0, len(chats), self.batch)
         batches = [_background(self.answer, chats[i : i + self.batch]) for i in starts]
         verdicts = []
@@ -620,7 +620,8 @@ class Judge:
             return self.weigh(chats)
         draws = range(self.settings.judge_draws)
         written = [self.write(chats, tokens, draw) for draw in draws]  # draws x chats
-        return [_read_written(replies, self.settings) for replies in zip(*written, strict=True)]
+        by_chat = zip(*written, strict=True)  # chats x draws
+        return [_read_written(replies, self.settings) for replies in by_chat]
 
     # ------------------------------------------------ other words with a judge, and its end
 
@@ -657,6 +658,11 @@ class Judge:
         self.is_closed = True
         if self.lock.acquire(timeout=3):  # a forward that the end of Python cuts off would crash
             self.lock.release()
+
+
+def _range_fault(score):
+    """What is wrong with a score, "" if nothing is; NaN is in no range."""
+    return "" if 0 <= score <= 1 else f"a score of {score:.3g}, not in [0, 1]"
 
 
 def _shrunk(picture, edit):
@@ -798,7 +804,6 @@ TOP_LOGPROBS = 20  # likeliest words that a server is asked for
 DRAW_TEMPERATURE = 0.7  # where the mean of several written scores counts
 SAY_AFTER = 1.0  # seconds without a good reply after which an outage is told
 REST = 5.0  # seconds at most between two tries, and for which a lost outage is not tried again
-UNREADABLE = (KeyError, TypeError, IndexError, ValueError, OverflowError)  # in a reply's JSON
 
 
 @dataclass
@@ -828,9 +833,9 @@ class ServedJudge(Judge):
         processes = int(os.environ.get("WORLD_SIZE") or 1)
         self.in_flight = max(1, settings.judge_in_flight // processes)
         self.servers = [Server(url.rstrip("/")) for url in settings.judge.split(",")]
-        self.room = threading.Semaphore(self.in_flight * len(self.servers))
+        self.room = threading.Semaphore(self.in_flight * len(self.servers))  # for requests
         self.patient_since = 0.0  # when it was tried again after an outage that was given up
-        self.pool = urllib3.PoolManager(  # goes through no proxy
+        self.pool = urllib3.PoolManager(  # it goes through no proxy
             num_pools=len(self.servers),
             maxsize=self.in_flight,  # as many connections are kept open
             headers={"Authorization": f"Bearer {self.key}"},
@@ -844,14 +849,13 @@ class ServedJudge(Judge):
     def find_model(self, url):
         """Takes the first model that a server lists, or sees that it has the one that is wanted."""
         try:
-            names = [model["id"] for model in self.request(f"{url}/models")["data"]]
+            names = [str(model["id"]) for model in self.request(f"{url}/models")["data"]]
             self.name = self.name or names[0]
-        except (JudgeFailure, *UNREADABLE) as error:
-            fix = "start the server, or correct the address"
+            if self.name not in names:
+                raise JudgeFailure(f"serves {str(names)[:200]}, not {self.name!r}")
+        except Exception as error:  # the reply may be any JSON
+            fix = "start the server, or correct --judge or --judge_model"
             raise BadInput(f"judge {url}: {_cause_of(error)}; {fix}") from None
-        if self.name not in names:
-            fix = f"serves {str(names)[:200]}, not {self.name!r}; see --judge_model"
-            raise BadInput(f"judge {url}: {fix}")
 
     def part(self, picture):
         file = io.BytesIO()
@@ -870,8 +874,12 @@ class ServedJudge(Judge):
         return [Reply(text, choice.get("finish_reason") == "length")]
 
     def weigh(self, chats):
-        options = {"max_tokens": 1, "temperature": 1, "logprobs": True}
-        options["top_logprobs"] = TOP_LOGPROBS
+        options = {
+            "max_tokens": 1,
+            "temperature": 1,
+            "logprobs": True,
+            "top_logprobs": TOP_LOGPROBS,
+        }
         return [_read_choice(self.complete(*chats, options), self.strategy.worth)]
 
     def complete(self, chat, options):
@@ -890,10 +898,13 @@ class ServedJudge(Judge):
                         return choice
                 raise JudgeFailure("not one choice with a message in the reply")
             except Unavailable:
-                deadline = min(deadline, time.monotonic() + self.settings.judge_patience)
-                if time.monotonic() >= deadline:
+                # One request that a server cannot bear must not wait for as long as others can.
+                now = time.monotonic()
+                deadline = min(deadline, now + self.settings.judge_patience)  # of the first failure
+                if now >= deadline:
                     raise
             except JudgeFailure as failure:
+                # Asked once more without what newer models refuse, if that is what it is about.
                 is_about_options = re.search("max_tokens|temperature", str(failure))
                 if "temperature" not in body or not is_about_options:
                     raise
@@ -902,6 +913,8 @@ class ServedJudge(Judge):
     def ask_a_server(self, body, attempt):
         """The reply of the server that fails and works least, of those that have room."""
         with self.lock:
+            # One of them has room, for `self.room` counts that of all. One that answers was
+            # silent since never (inf), so that it comes first.
             ready = [server for server in self.servers if server.busy < self.in_flight]
             server = min(ready, key=lambda server: (-server.silent_since, server.busy))
             server.busy += 1
@@ -927,6 +940,7 @@ class ServedJudge(Judge):
         with self.lock:
             if cause:
                 self.cause = cause
+                # A request may have hung for long while others were answered: not silence.
                 server.silent_since = min(server.silent_since, max(begun, server.last_good))
             else:
                 server.last_good = now
@@ -945,25 +959,27 @@ class ServedJudge(Judge):
         silent_since = max(server.silent_since for server in self.servers)
         outage = now - max(silent_since, self.patient_since)
         if outage > self.settings.judge_patience + REST:
-            self.patient_since = now
+            self.patient_since = now  # as if the outage began only now
         elif outage > self.settings.judge_patience:
             raise JudgeFailure(self.cause)
 
     def request(self, url, body=None):
         """A reply's JSON; JudgeFailure for all else, and when judge_timeout is over."""
         sent = _background(self.send, url, body)
-        wait([sent], self.settings.judge_timeout)  # for the whole reply, however it drips
+        # urllib3's timeout is that of each byte; this one is that of the whole reply.
+        wait([sent], self.settings.judge_timeout)
         if not sent.done():
             raise Unavailable("timeout")
         return sent.result()
 
     def send(self, url, body):
+        """What `request` does, however long it takes."""
         try:
             with self.pool.request(
                 "POST" if body else "GET",
                 url,
                 json=body,
-                timeout=2 * self.settings.judge_timeout,  # only ends the thread
+                timeout=2 * self.settings.judge_timeout,  # nobody waits so long; it ends the thread
                 redirect=False,  # pictures go to no other host
                 preload_content=False,
             ) as reply:
@@ -971,7 +987,7 @@ class ServedJudge(Judge):
         except urllib3.exceptions.HTTPError:
             raise Unavailable("no connection") from None
         if reply.status in (408, 425, 429) or reply.status >= 500:
-            raise Unavailable(f"HTTP {reply.status}")
+            raise Unavailable(f"HTTP {reply.status}")  # too early, too many, or its own fault
         if reply.status != 200:
             text = content.decode(errors="replace")
             text = text.replace(self.key, "***")  # before it is cut: half a key leaks, too
@@ -995,7 +1011,7 @@ def _read_choice(choice, worth):
         words = [str(word["token"]) for word in first["top_logprobs"]]
         values = [math.exp(word["logprob"]) for word in first["top_logprobs"]]
         thinks = str(first["token"]).strip().startswith("<think")
-    except UNREADABLE:
+    except Exception:  # the reply may be any JSON
         return Verdict(cause="no logprobs in the reply")
     verdict = expected_score(dict(zip(words, values, strict=True)), worth)
     said = choice["message"]

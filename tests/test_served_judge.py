@@ -286,17 +286,17 @@ def test_when_one_server_dies_the_other_answers():
     assert torch.allclose(scores.score, WANTED, atol=1e-4)
 
 
-def test_a_server_that_hangs_is_asked_one_thing_at_a_time_while_another_answers():
+def test_a_server_that_hangs_has_less_and_less_to_do_while_another_answers():
     with JudgeServer(delay=0.3) as good, JudgeServer() as bad:
         judge = served(good, bad, judge_timeout=1.2, judge_patience=60.0, judge_in_flight=4)
         bad.always = "hang"
         scores = judge.score(ROW, [SOURCE], EDITS * 10)
     assert not scores.score.isnan().any()
-    assert 4 < len(bad.requests) <= 10  # some four seconds in which four at a time would be 16
+    assert 4 <= len(bad.requests) <= 10  # some four seconds in which four at a time would be 16
 
 
 def test_a_server_with_another_model_is_refused(server):
-    with pytest.raises(BadInput, match="serves .*judge.*, not 'mine'; see --judge_model"):
+    with pytest.raises(BadInput, match="serves .*judge.*, not 'mine'; .* --judge_model"):
         served(server, judge_model="mine")
     with JudgeServer(models=("judge", "mine")) as both:
         assert served(both, judge_model="mine").name == "mine"
@@ -692,13 +692,13 @@ def test_what_was_written_before_a_kill_stays(server, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_noticed_before_the_judge_is_asked(
     server, tmp_path, monkeypatch
 ):
-    read = rows_folder(tmp_path)
-
+    rows_folder(tmp_path)
+    before = (tmp_path / "train.jsonl").read_bytes()
     (tmp_path / ".lock").mkdir()  # it cannot be opened, by root neither
     monkeypatch.setattr(reward_mllm, "load_judge", lambda *_: pytest.fail("a judge was loaded"))
     with pytest.raises(BadInput, match="cannot be written .*; make room or name another"):
         requirements(tmp_path, server)
-    assert sum("requirement" in row for row in read()) == 1 and not server.requests
+    assert (tmp_path / "train.jsonl").read_bytes() == before and not server.requests
 
 
 def test_a_row_that_cannot_be_read_leaves_the_file_alone(server, tmp_path):
