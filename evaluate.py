@@ -5,6 +5,7 @@
     python evaluate.py heldout --bench DATASET ...   # the test split of a dataset folder
     python evaluate.py compare RUN_A RUN_B           # the paired difference with its interval
     python evaluate.py agree FILE.jsonl --judge ...  # how far a judge orders edits as people do
+    python evaluate.py curves RUN [RUN ...]          # training runs as curves.png (matplotlib)
 
 Three stages, each resumable, each alone with --stage: `sample` draws the edits in the benchmark's
 own layout, `judge` appends every call as a JSON line, `score` adds those up. `accelerate launch`
@@ -12,8 +13,8 @@ splits the rows over processes. A subject is whose edits are scored: trained (wi
 edits (--edits, made by anything), source (nothing done).
 
 Nothing stale counts: an edit is drawn again when its weights, source, prompt or settings are not
-those that are written in its PNG file; an answer counts for the very edit, sources, text and judge
-that it was given for, and of several the newest.
+those whose hash is written in its PNG file; an answer counts for the very edit, sources, text and
+judge that it was given for, and of several the newest.
 
 Departures from the benchmarks' own scripts, the first three undone by --mode official:
 1. Every sensible spelling of a score is understood, and its range is checked.
@@ -26,35 +27,36 @@ twice, a draft in an unfinished <think> taken for the answer.
 """
 
 import ast
-import functools
 import hashlib
 import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Iterable
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass
 from html import escape
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from data_prep import (
     BadInput,
+    CheckedSettings,
     Stopped,
     append_json_line,
     bootstrap,
@@ -71,13 +73,12 @@ from data_prep import (
     run_script,
     setting,
     spearman,
+    start_processes,
     together,
     whole_file,
 )
 from reward_mllm import (
-    STRATEGIES,
     TOY,
-    Judge,
     JudgeFailure,
     JudgeSettings,
     load_judge,
@@ -92,12 +93,11 @@ METRICS = {  # the main one first
     "heldout": ("judge", "oracle", "success"),
 }
 KEPT = ("psnr", "ssim")  # how much of the source is kept
-SHOWN_METRICS = ("score", "O", "SC", "PQ", "judge", "oracle", "success", "psnr")
 CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
-PUBLISHED_ROWS = {"imgedit": 737, "gedit": 606}  # of a language
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG")  # of pictures, ours first
 MADE_FROM = "made from"  # the PNG's text that says what an edit was drawn from
 MISSING = "no edit"  # the failure of an edit that is not there
+ALL_DIGITS = 99  # rounding to so many leaves a number as it is
 Rows = list[dict]
 
 # ---------------------------------------------------------------- settings
@@ -117,7 +117,6 @@ class Settings(JudgeSettings):
     stage: Literal["all", "sample", "judge", "score"] = setting("all", "One stage alone.")
     mode: Literal["strict", "official"] = setting("strict", "How answers are read and means taken.")
     language: Literal["en", "cn", "both"] = setting("en", "GEdit's rows.")
-    prompts: str = setting("", "judge_prompt.json or vie_prompts.py, if not in --bench.")
     masks: str = setting(
         "", "A folder of masks in the layout of edits, white where one may change."
     )
@@ -150,35 +149,22 @@ HOW_ASKED = (  # the judge's settings that a held-out score depends on
 )
 
 
-def short_hash(content: str | bytes) -> str:
-    """The first 12 hex digits of a sha256."""
-    if isinstance(content, str):
-        content = content.encode()
+def _hash_of(value):
+    """12 hex digits of the sha256 of a file's content (a Path), or of any value's JSON."""
+    content = value.read_bytes() if isinstance(value, Path) else json.dumps(value).encode()
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def file_hash(path: str | Path) -> str:
-    """short_hash of a file, read once for as long as it does not change; "" where there is none."""
-    path = Path(path)
-    if not path.is_file():
-        return ""
-    return hash_at(path, path.stat().st_mtime_ns)
-
-
-@functools.cache
-def hash_at(path: Path, changed: int) -> str:
-    return short_hash(path.read_bytes())
-
-
-def read_json(file: Path, fix: str) -> dict:
+def _read_json(file, fix):
     """The object in a JSON file, not an empty one; BadInput with the fix for anything else."""
+    fault = "holds no entries"
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
+        value = json.loads(file.read_bytes())
+        if value and isinstance(value, dict):
+            return value
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: not JSON ({error}); {fix}") from None
-    if not isinstance(value, dict) or not value:
-        raise BadInput(f"{file}: holds no entries; {fix}")
-    return value
+        fault = f"not JSON ({error})"
+    raise BadInput(f"{file}: {fault}; {fix}")
 
 
 # ---------------------------------------------------------------- reading an answer
@@ -189,11 +175,12 @@ LABEL = r"\W*?(?:\d+[.)]\s*)?([^\W\d][\w &/()'’-]{1,60}?)"
 SEPARATOR = r"(?:\s*[:=|]+|\s+[-–—]|\s+is\b)\s*"
 NUMBER = r"(\d+(?:\.\d+)?)(?!\.?\d)"
 END = r"(?=\s*(?:[,;.|(){}\n]|$)|\s+[-–—]\s)"
+ONE_COLON = r"(?:(?!: ).)*: (\d{1,9})"  # followed by a number
 UNWANTED = re.compile(r"(?i)reason|overall|average|total|\bsum\b|final|expla|analysis|rationale")
 EASTERN = str.maketrans("。、【】「」", ".,[][]")  # what NFKC leaves as it is
 
 
-def final_answer(reply: str) -> str:
+def _final_answer(reply):
     """A reply without thoughts and marks around the answer; "" where the thoughts never end."""
     text = reply.rpartition("</think>")[2]
     if "<think" in text:
@@ -203,65 +190,65 @@ def final_answer(reply: str) -> str:
     return re.sub(r"</?answer>|<\|(?:begin|end)_of_box\|>", "\n", text)
 
 
-def labels_of(prompt: str) -> tuple[str, ...]:
-    """The three labels that a prompt of ImgEdit's judge asks for; () where it is unlike."""
+def labels_of(prompt: str) -> list[str]:
+    """The three labels that a prompt of ImgEdit's judge asks for; [] where it is unlike."""
     found = re.findall(r"(?m)^\W*([^\W\d][^:\n]*?)\W*:\W*[Aa] number\b", prompt)
-    return tuple(plain_label(label) for label in found) if len(found) == 3 else ()
+    return [_plain_label(label) for label in found] if len(found) == 3 else []
 
 
-def plain_label(label: str) -> str:
+def _plain_label(label):
     return label.strip().lower().replace("_", " ").replace("&", "and")
 
 
-def parse_imgedit(reply: str, mode: str = "strict", labels: tuple = ()) -> list[float] | None:
+def parse_imgedit(reply: str, mode: str = "strict", labels: list = ()) -> list[float] | None:
     """The list of scores in an answer of ImgEdit's judge; None where there are none.
 
     strict: three differently labelled ones, from 1 to 5, those of `labels` if the prompt names its
     three. official: what is digits alone after a line's one ": ".
     """
     if mode == "official":
-        pairs = [line.strip().split(": ") for line in reply.splitlines()]
-        pairs = [pair for pair in pairs if len(pair) == 2 and re.fullmatch(r"\d{1,9}", pair[1])]
-        return [int(value) for _, value in pairs] or None
-    text = final_answer(reply)
-    for start in (LINE, WITHIN):
-        scores = labelled_scores(text, start, 5, labels)
-        if len(scores) == 3:
-            return scores if all(1 <= score <= 5 for score in scores) else None
-    return None
+        lines = [re.fullmatch(ONE_COLON, line.strip()) for line in reply.splitlines()]
+        return [int(line[1]) for line in lines if line] or None
+    text = _final_answer(reply)
+    scores = _labelled_scores(text, LINE, 5, labels)
+    if len(scores) != 3:
+        scores = _labelled_scores(text, WITHIN, 5, labels)
+    return _if_fit(scores, 3, 1, 5)
 
 
-def labelled_scores(text: str, start: str, top: int, labels: tuple = ()) -> list[float]:
+def _if_fit(scores, number, low, high):
+    """The scores, None unless they are so many and within their range."""
+    fit = len(scores) == number and all(low <= score <= high for score in scores)
+    return scores if fit else None
+
+
+def _labelled_scores(text, start, top, labels=()):
     """The values of `label: 4`, `**Label** - 4/5`, `| label | [4.0] |` ..., the last of each label.
 
     start: where a label may begin; top: what may stand after a slash. With `labels`, only theirs.
     """
-    unit = rf"\s*(?:/\s*{top}(?!\d)|(?:out )?of {top}(?!\d))?\s*(?:points?|stars?|分)?"
-    value = rf"{NUMBER}{unit}"
+    value = NUMBER + rf"\s*(?:/\s*{top}(?!\d)|(?:out )?of {top}(?!\d))?\s*(?:points?|stars?|分)?"
     text = re.sub(r"[*`\"“”]", "", text)
     text = re.sub(rf"([:=|]\s*)\[\s*({value})\s*\]", r"\1\2", text)  # label: [4]
-    text += "\n" + columns_as_lines(text)
+    text += "\n" + _columns_as_lines(text)
     # a value alone on the line below its label
     text = re.sub(rf"(?m)^([^\n\d:=|]{{2,60}}?)\s*\n\s*({value})\s*$", r"\1: \2", text)
     found = {}
     for label, number in re.findall(start + LABEL + SEPARATOR + value + END, text):
-        name = plain_label(label)
-        if labels:
-            name = next((known for known in labels if known in name), "")
-        elif UNWANTED.search(name):
-            continue
-        found[name] = float(number)
-    found.pop("", None)  # none of the prompt's
+        name = _plain_label(label)
+        wanted = next((known for known in labels if known in name), "")
+        if wanted or not (labels or UNWANTED.search(name)):
+            found[wanted or name] = float(number)
     return list(found.values())
 
 
-def columns_as_lines(text: str) -> str:
+def _columns_as_lines(text):
     """A table of two rows, labels above values, as lines `label | value`; "" for any other."""
-    rows = [line.strip(" |").split("|") for line in text.splitlines() if "|" in line]
-    rows = [row for row in rows if re.search(r"\w", "".join(row))]  # but for |---|---|
+    rows = re.findall(r"(?m)^(?=.*\|)(?=.*\w).*$", text)  # but for |---|---|
     if len(rows) != 2:
         return ""
-    return "\n".join(" | ".join(column) for column in zip(*rows, strict=False))
+    columns = zip(*(row.strip(" |").split("|") for row in rows), strict=False)
+    return "\n".join(map(" | ".join, columns))
 
 
 def parse_gedit(reply: str, mode: str = "strict") -> list[float] | None:
@@ -272,27 +259,23 @@ def parse_gedit(reply: str, mode: str = "strict") -> list[float] | None:
     random score.
     """
     if mode == "official":
-        return official_gedit(reply)
-    text = final_answer(reply)
-    found = json_scores(text) or listed_scores(text)
+        return _official_gedit(reply)
+    text = _final_answer(reply)
+    found = _json_scores(text) or _listed_scores(text)
     if found:
-        scores = [score_of_ten(value) for value in found[-1]]
+        scores = [_score_of_ten(value) for value in found[-1]]
     else:
-        scores = labelled_scores(text, WITHIN, 10)
-    fit = len(scores) == 2 and all(0 <= score <= 10 for score in scores)
-    return scores if fit else None
+        scores = _labelled_scores(text, WITHIN, 10)
+    return _if_fit(scores, 2, 0, 10)
 
 
-def json_scores(text: str) -> list[list]:
+def _json_scores(text):
     """The values of every `score` or `scores` that is a list or an object in JSON anywhere."""
     found = []
     for brace in re.finditer("{", text):
-        try:
-            value = json.JSONDecoder(strict=False).raw_decode(text, brace.start())[0]
-        except (ValueError, RecursionError):
-            continue
-        for key in ("score", "scores"):
-            scores = value.get(key)
+        with suppress(ValueError, RecursionError):
+            value, _ = json.JSONDecoder(strict=False).raw_decode(text, brace.start())
+            scores = value.get("score") or value.get("scores")
             if isinstance(scores, dict):
                 scores = list(scores.values())
             if isinstance(scores, list):
@@ -300,150 +283,123 @@ def json_scores(text: str) -> list[list]:
     return found
 
 
-def listed_scores(text: str) -> list[list]:
+def _listed_scores(text):
     """Lists after `score`, or alone: for quotes in the reasoning, or an answer cut short."""
     found = re.findall(r"(?i)scores?[\"']?\s*[:=]\s*[\"']?[\[(]([^\])]*)[\])]", text)
     found = found or re.findall(r"^\s*\[?((?:[\d./\s]+,)+[\d./\s]+)\]?\s*$", text)
     return [values.split(",") for values in found]
 
 
-def score_of_ten(value) -> float:
+def _score_of_ten(value):
     """8, "8" or "8/10" as a number; NaN for anything else."""
     number = re.fullmatch(r"\s*[\"']?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\s*分?[\"']?\s*", str(value))
     return float(number[1]) if number else math.nan
 
 
-def official_gedit(reply: str) -> list | None:
-    """What VIEScore's parser reads: between its delimiters or the outer braces, or a bare list."""
+def _official_gedit(reply):
+    """What VIEScore's parser reads: JSON between its delimiters or the outer braces; or else two
+    numbers in brackets, or nothing but a number from 0 to 10."""
     fenced = reply.split("||V^=^V||")
+    bare = re.fullmatch(r"[^\[]*(\[\d+, ?\d+\])[^\]]*|\s*(\d|10)\s*", reply)
     if len(fenced) == 3:
         text = fenced[1]
     elif "{" in reply and "}" in reply:
         text = reply[reply.find("{") : reply.rfind("}") + 1]
+    elif bare:
+        text = f'{{"score": {bare[1] or bare[2]}}}'
     else:
-        return official_bare(reply)
+        return None
     text = text.strip().replace("\n", "")
-    return official_scores(text) or official_scores(repaired(text), lone=False)
+    return _official_scores(text) or _official_scores(_repaired(text))
 
 
-def official_bare(reply: str) -> list | None:
-    """Two numbers in brackets, or nothing but a number from 0 to 10."""
-    listed = reply[reply.find("[") : reply.rfind("]") + 1] if "[" in reply else ""
-    if re.match(r"\[\d+, ?\d+\]$", listed):
-        return official_scores(f'{{"score": {listed}}}')
-    if re.fullmatch(r"\s*\+?0*(?:\d|10)\s*", reply):
-        return official_scores(f'{{"score": {reply}}}')
-    return None
-
-
-def official_scores(text: str, lone: bool = True) -> list | None:
-    """`score` of a JSON text, finite numbers; lone: a number without a list will do."""
+def _official_scores(text):
+    """`score` of a JSON text: a list of finite numbers, or one."""
     try:
         scores = json.loads(text)["score"]
-        if lone and not isinstance(scores, list):
+        if not isinstance(scores, list):
             scores = [scores]
         return scores if math.isfinite(min(scores)) else None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
-def repaired(text: str) -> str:
+def _repaired(text):
     """Quotes round bare keys and values, brackets round lone numbers, as VIEScore repairs JSON."""
+
+    def pair(found):
+        key, value, end = found.groups()
+        is_number = re.fullmatch(r"-?\d+(?:\.\d+)?", value)
+        return f"{key}: [{value}]{end}" if is_number else f'{key}: "{value}"{end}'
+
     quoted = re.sub(r"(\w+)(?=:)", r'"\1"', text)
-    return re.sub(r'("[^\n]*?"):([^\n]*?)([,}])', repaired_pair, quoted)
-
-
-def repaired_pair(pair: re.Match) -> str:
-    key, body, end = pair.groups()
-    body = body.strip()
-    if re.match(r"-?\d+(?:\.\d+)?$", body):
-        body = f"[{body}]"
-    elif body.lower() not in ("true", "false", "null"):
-        body = f'"{body}"'
-    return f"{key}: {body}{end}"
+    return re.sub(r'("[^\n]*?"):\s*([^\n]*?)\s*([,}])', pair, quoted)
 
 
 # ---------------------------------------------------------------- adding up
 
 
-def score_imgedit(records: Rows, mode: str = "strict") -> dict:
-    """ImgEdit-Bench's result from the judge's calls: {"rows": [a dict a row], "groups": {"all":
-    what tabulate gives}}.
+def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
+    """A benchmark's result from the judge's calls: {"rows": [a dict a row], "groups": {"all" or a
+    language: what tabulate gives}}.
 
-    records: dicts with `row`, `task`, `source`, and `reply` or `failure`, perhaps `labels`, `psnr`
-    and `ssim`; a row's last one counts. A row's score is the mean of its three, the floor is 1.
-    official: rounded to 2 digits, as are the tasks' means.
+    records: of each row one for each of its CALLS, in their order: dicts with `row`, `task`,
+    `source`, `reply` or `failure`, perhaps `psnr` and `ssim`; ImgEdit's `labels`, GEdit's
+    `language` and `intersection`; in a held-out set the judge's own score in `scores`, and the
+    oracle's of a toy row (that has a `target_scene`) in `truth`.
+    What has no value counts at the floor, ImgEdit's 1 or else 0; official: then no metric of the
+    row has any, NaN, and ImgEdit's rows and the means of its tasks are rounded to 2 digits.
     """
-    digits = 2 if mode == "official" else None
+    is_imgedit = benchmark == "imgedit"
+    digits = 2 if is_imgedit and mode == "official" else ALL_DIGITS
+    number = len(CALLS[benchmark])
     rows = []
-    for (record,) in by_row(records, CALLS["imgedit"]):
-        scores = parse_imgedit(record.get("reply", ""), mode, record.get("labels", ()))
-        mean = average(scores, digits) if scores else None
-        rows.append(row_result([record], mode, 1.0, score=mean))
-    return {"rows": rows, "groups": grouped(rows, METRICS["imgedit"], digits)}
+    for start in range(0, len(records), number):
+        calls = records[start : start + number]
+        metrics = MEASURES[benchmark](calls, mode)
+        silent = [name for name, value in metrics.items() if math.isnan(value)]
+        if silent and mode == "official":
+            metrics = dict.fromkeys(metrics, math.nan)
+        elif silent:
+            metrics |= dict.fromkeys(silent, 1.0 if is_imgedit else 0.0)
+        said = [record.get("reply") or record.get("failure", "") for record in calls]
+        told = {"answered": not silent, "said": "\n".join(said).strip()}
+        rows.append(calls[0] | metrics | told)
+    return {"rows": rows, "groups": _grouped(rows, METRICS[benchmark], digits)}
 
 
-def score_gedit(records: Rows, mode: str = "strict") -> dict:
-    """GEdit-Bench's result from the judge's calls, as score_imgedit; groups are `en`, `en
-    intersection`, `cn` ...
-
-    records: dicts with `row`, `call` ("SC" or "PQ"), `task`, `source`, `language`, `intersection`,
-    and `reply` or `failure`. A row's SC and PQ are the lower of their two scores, O is
-    sqrt(SC PQ); the floor is 0.
-    """
-    rows = []
-    for both in by_row(records, CALLS["gedit"]):
-        scores = [parse_gedit(record.get("reply", ""), mode) for record in both]
-        sc, pq = (min(values) if values else None for values in scores)
-        overall = None
-        if sc is not None and pq is not None and sc * pq >= 0:
-            overall = math.sqrt(sc * pq)
-        rows.append(row_result(both, mode, 0.0, O=overall, SC=sc, PQ=pq))
-    return {"rows": rows, "groups": grouped(rows, METRICS["gedit"])}
+def _imgedit_metrics(calls, mode):
+    """The mean of the three scores."""
+    (record,) = calls
+    scores = parse_imgedit(record.get("reply", ""), mode, record.get("labels", ()))
+    return {"score": _average(scores or [math.nan], 2 if mode == "official" else ALL_DIGITS)}
 
 
-def score_heldout(records: Rows, mode: str = "strict") -> dict:
-    """A held-out set's result, as score_imgedit: the judge's own score in `scores`, the oracle's of
-    a toy row in `truth`."""
-    rows = []
-    for (record,) in by_row(records, CALLS["heldout"]):
-        truth = record.get("truth", {})
-        if not truth and "target_scene" in record:  # a toy row without an edit
-            truth = dict.fromkeys(METRICS["heldout"][1:])
-        score = record.get("scores", [None])[0]
-        rows.append(row_result([record], mode, 0.0, judge=score, **truth))
-    return {"rows": rows, "groups": grouped(rows, METRICS["heldout"])}
+def _gedit_metrics(calls, mode):
+    """SC and PQ, the lower of their two scores, and O, the square root of their product."""
+    scores = [parse_gedit(record.get("reply", ""), mode) for record in calls]
+    sc, pq = (min(values or [math.nan]) for values in scores)
+    overall = math.sqrt(sc * pq) if sc * pq >= 0 else math.nan
+    return {"O": overall, "SC": sc, "PQ": pq}
 
 
-def by_row(records: Rows, calls: tuple) -> list[Rows]:
-    """Of each row the last record of each call, in their order; an empty one for none."""
-    rows = {}
-    for record in records:
-        row = rows.setdefault(record["row"], {call: record | {"reply": ""} for call in calls})
-        row[record.get("call", calls[0])] = record
-    return [list(row.values()) for row in rows.values()]
+def _heldout_metrics(calls, mode):
+    """The judge's score, and for a toy row the oracle's."""
+    (record,) = calls
+    truth = record.get("truth", {})
+    if not truth and "target_scene" in record:  # without an edit
+        truth = dict.fromkeys(METRICS["heldout"][1:], math.nan)
+    return {"judge": record.get("scores", [math.nan])[0], **truth}
 
 
-def average(values: list[float], digits: int | None = None) -> float:
-    mean = sum(values) / len(values)
-    return mean if digits is None else round(mean, digits)
+MEASURES = {"imgedit": _imgedit_metrics, "gedit": _gedit_metrics, "heldout": _heldout_metrics}
 
 
-def row_result(records: Rows, mode: str, floor: float, **metrics) -> dict:
-    """A row's result. A metric without a value gets the floor; official: then none has any, NaN."""
-    answered = None not in metrics.values()
-    for name, value in metrics.items():
-        if mode == "official" and not answered:
-            metrics[name] = math.nan
-        elif value is None:
-            metrics[name] = floor
-    said = [record.get("reply") or record.get("failure", "") for record in records]
-    result = {"answered": answered, "said": "\n".join(said).strip(), **metrics}
-    keys = ("row", "task", "source", "language", "intersection", *KEPT)
-    return result | {key: records[0][key] for key in keys if key in records[0]}
+def _average(values, digits=ALL_DIGITS):
+    return round(sum(values) / len(values), digits)
 
 
-def grouped(rows: Rows, metrics: tuple, digits: int | None = None) -> dict[str, dict]:
+def _grouped(rows, metrics, digits=ALL_DIGITS):
     """The tables of the rows of each language and of its intersection subset; else of all rows.
     What is kept of the source stands beside the metrics."""
     groups = {}
@@ -452,66 +408,58 @@ def grouped(rows: Rows, metrics: tuple, digits: int | None = None) -> dict[str, 
         groups.setdefault(name, []).append(row)
         if row.get("intersection"):
             groups.setdefault(f"{name} intersection", []).append(row)
-    tables = {}
-    for name, members in groups.items():
-        keys = set().union(*members)
-        known = [metric for metric in (*metrics, *KEPT) if metric in keys]
-        tables[name] = tabulate(members, known, digits)
-    return tables
+    metrics = (*metrics, *KEPT)
+    return {name: tabulate(members, metrics, digits) for name, members in groups.items()}
 
 
-def tabulate(rows: Rows, metrics: list[str], digits: int | None = None) -> dict:
+def tabulate(rows: Rows, metrics: tuple, digits: int = ALL_DIGITS) -> dict:
     """Means with 95 % intervals: {"rows", "answered", metric: {"macro": [mean, low, high],
     "micro": ..., task: ...}}.
 
-    rows: dicts with `task`, `source`, `answered` and the metrics, NaN where there is no value.
-    macro is the mean of the tasks' means, micro that of the rows. digits: to which the tasks'
-    means are rounded; None: not. Intervals are bootstrapped over source pictures, each with all
-    its rows.
+    rows: dicts with `task`, `source`, `answered` and the metrics, NaN or none where there is no
+    value; of metrics that no row has only the first is shown. macro is the mean of the tasks'
+    means, micro that of the rows. digits: to which the tasks' means are rounded. Intervals are
+    bootstrapped over source pictures, each with all its rows.
     """
     table = {"rows": len(rows), "answered": sum(row["answered"] for row in rows)}
     for metric in metrics:
         known = [row for row in rows if not math.isnan(row.get(metric, math.nan))]
+        if not known and metric != metrics[0]:
+            continue
         values = [row[metric] for row in known]
         sources = [row["source"] for row in known]
-        names, drawn = bootstrap(values, [row["task"] for row in known], sources)  # (D, T)
+        tasks, draws = bootstrap(values, [row["task"] for row in known], sources)  # (D, T)
         _, overall = bootstrap(values, ["all"] * len(known), sources)  # (D, 1)
-        means = {}
-        for name in names:
-            means[name] = average([row[metric] for row in known if row["task"] == name], digits)
-        with np.errstate(all="ignore"):
-            macro = np.nansum(drawn, 1) / (~np.isnan(drawn)).sum(1)  # (D,) over the drawn tasks
-        found = {"macro": interval(list(means.values()), macro)}
-        found["micro"] = interval(values, overall)
-        for name, of_task in zip(names, drawn.T, strict=True):
-            found[name] = interval([means[name]], of_task)
-        table[metric] = found
+        macro = np.ma.masked_invalid(draws).mean(1).filled(np.nan)  # (D,) over the drawn tasks
+        by_task = {}
+        for task, of_task in zip(tasks, draws.T, strict=True):
+            mean = _average([row[metric] for row in known if row["task"] == task], digits)
+            by_task[task] = _interval([mean], of_task)
+        means = [mean for mean, _, _ in by_task.values()]
+        table[metric] = {"macro": _interval(means, macro), "micro": _interval(values, overall)}
+        table[metric] |= by_task
     return table
 
 
-def interval(values: list[float], draws: np.ndarray) -> list:
+def _interval(values, draws):
     """[mean of the values, 2.5 % and 97.5 % quantile of the draws]; None where there are none."""
     draws = draws[~np.isnan(draws)]
     ends = np.quantile(draws, (0.025, 0.975)).tolist() if len(draws) else [None, None]
-    return [average(values) if values else None, *ends]
+    return [_average(values) if values else None, *ends]
 
 
 def paired_differences(a: Rows, b: Rows, metrics: tuple) -> dict[str, dict]:
-    """The tables of a - b over the rows that both results have, resampled together."""
-    every = (*metrics, *KEPT)
-    others = {row["row"]: row for row in b}
+    """The tables of a - b, two results of the same rows in one order, resampled together."""
     pairs = []
-    for row in a:
-        if row["row"] in others:
-            other = others[row["row"]]
-            pair = {key: value for key, value in row.items() if key not in every}
-            pair["answered"] = row["answered"] and other["answered"]
-            shared = [key for key in every if key in row and key in other]
-            pairs.append(pair | {key: row[key] - other[key] for key in shared})
-    return grouped(pairs, metrics)
+    for row, other in zip(a, b, strict=True):
+        pair = row | {"answered": row["answered"] and other["answered"]}
+        for metric in (*metrics, *KEPT):
+            pair[metric] = row.get(metric, math.nan) - other.get(metric, math.nan)
+        pairs.append(pair)
+    return _grouped(pairs, metrics)
 
 
-def verdict(difference: list, a: str, b: str, kept: list | None = None) -> str:
+def _verdict(difference, a, b, kept=None):
     """A mean difference [mean, low, high] of a and b in words, and that of their PSNR."""
     mean, low, high = difference
     if low is None:
@@ -522,206 +470,111 @@ def verdict(difference: list, a: str, b: str, kept: list | None = None) -> str:
     words += f": {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
     if kept and kept[1] is not None:
         mean, low, high = kept
-        words += f"; {a} keeps {abs(mean):.1f} dB {'more' if mean > 0 else 'less'} of the source"
-        words += f" ({low:+.1f} to {high:+.1f} dB)"
+        words += (
+            f"; {a} keeps {abs(mean):.1f} dB {'more' if mean > 0 else 'less'} of the source "
+            f"({low:+.1f} to {high:+.1f} dB)"
+        )
     return words
 
 
 # ---------------------------------------------------------------- benchmarks
 
-IMGEDIT_TASKS = (
-    "add",
-    "adjust",
-    "extract",
-    "replace",
-    "remove",
-    "background",
-    "style",
-    "compose",
-    "action",
-)
-GEDIT_KEYS = ("key", "task_type", "instruction_language", "instruction")
-GEDIT_TASKS = (
-    "background_change",
-    "color_alter",
-    "material_alter",
-    "motion_change",
-    "ps_human",
-    "style_change",
-    "subject-add",
-    "subject-remove",
-    "subject-replace",
-    "text_change",
-    "tone_transfer",
-)
 
-
-def load_benchmark(settings: Settings) -> tuple[Rows, dict, dict]:
-    """(rows, prompts, {"sha256", "rows"} of the metadata); BadInput when it is not as it should be.
-
-    rows: dicts with `row` (its name), `prompt`, `images` (paths), `task`, `source` (whose picture
-    it is), `files` (where its edit may lie in a subject's folder, without ending; the first is
-    ours), ImgEdit's `labels`, GEdit's `language`, `intersection` and `shown` (the source as its
-    judge sees it). prompts: the judge's, by task or call.
-    """
-    folder = Path(settings.bench).resolve()
-    if not settings.bench or not folder.is_dir():
-        raise BadInput(f"--bench {settings.bench}: no such folder; name the benchmark's")
-    sha256 = ""
-    if settings.benchmark == "heldout":
-        rows, prompts = read_heldout(folder), {}
-    elif settings.benchmark == "imgedit":
-        rows, prompts, sha256 = read_imgedit(folder, settings.prompts)
-    else:
-        languages = ("en", "cn") if settings.language == "both" else (settings.language,)
-        rows, prompts = read_gedit(folder, settings.prompts, languages, settings.out)
-    gone = [row for row in rows if not Path(row["images"][0]).is_file()]
-    if gone:
-        raise BadInput(
-            f"{gone[0]['images'][0]}: the picture of row {gone[0]['row']} is not there, nor "
-            f"{len(gone) - 1} others; put the pictures beside the metadata"
-        )
-    asked = json.dumps([[row["row"], row["prompt"], row["task"]] for row in rows])
-    sha256 = sha256 or hashlib.sha256(asked.encode()).hexdigest()
-    return rows, prompts, {"sha256": sha256, "rows": len(rows)}
-
-
-def read_heldout(folder: Path) -> Rows:
+def _read_heldout(folder, settings):
     """The test split of a dataset folder. An edit's file is named by the row's id."""
     rows = read_rows(folder, "test")
     for row in rows:
         row["row"] = row["id"]
         row.setdefault("task", "all")
         row["source"] = row["images"][0]
-        row["files"] = [safe_name(row["id"])]
-    return rows
+        row["files"] = [row["id"]]
+        inside(folder, f"{row['id']}.png", row["where"])
+    return rows, {}
 
 
-def safe_name(text: str) -> str:
-    """A file name for any text: itself where it is plain, else what is plain of it and a hash."""
-    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,80}", text):
-        return text
-    return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:80] + "-" + short_hash(text)
-
-
-def read_imgedit(folder: Path, prompts_file: str) -> tuple[Rows, dict, str]:
-    """ImgEdit-Bench, single turn: (rows, judge's prompts by task, sha256 of the metadata).
-
-    The metadata is {key: {id, prompt, edit_type}}, a row's picture is its id. Rows are as
-    load_benchmark tells. prompts_file: the judge's prompts where they are not in the folder.
-    """
+def _read_imgedit(folder, settings):
+    """ImgEdit-Bench, single turn; {key: {id, prompt, edit_type}}, a row's picture is its id."""
     fix = "take the benchmark's own file"
-    file = find_file("", (folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"))
+    file = _find_file((folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"))
     places = (file.parent, file.parent.parent)
-    asked = find_file(prompts_file, places, ("judge_prompt.json", "prompts.json"))
-    texts = read_json(asked, fix)
+    asked = _find_file(places, ("judge_prompt.json", "prompts.json"))
+    texts = _read_json(asked, fix)
+    prompts = {kind.replace("alter", "adjust"): text for kind, text in texts.items()}
     rows = []
-    prompts = {}
-    for key, entry in read_json(file, fix).items():
+    for key, entry in _read_json(file, fix).items():
         where = f"{file}: row {key}"
-        row = imgedit_row(key, entry, file.parent, where)
-        task = row["task"]
-        kinds = (entry["edit_type"], task, "alter" if task == "adjust" else task)
-        text = next((texts[kind] for kind in kinds if texts.get(kind)), None)
-        if not isinstance(text, str):
+        _check_entry(entry, ("id", "prompt", "edit_type"), where)
+        inside(folder, f"{key}.png", where)
+        task = entry["edit_type"].replace("alter", "adjust")  # two versions circulate
+        if not isinstance(prompts.get(task), str):
             raise BadInput(
-                f"{asked}: has no prompt for the task {kinds[0]!r} of row {key}; take both files "
-                "of one version"
+                f"{asked}: has no prompt for the task {task!r} of row {key}; take both files of "
+                "one version"
             )
-        prompts[task] = text
-        rows.append(row | {"labels": labels_of(text)})
-    return rows, prompts, hashlib.sha256(file.read_bytes()).hexdigest()
+        row = {"row": key, "prompt": entry["prompt"], "task": task, "source": entry["id"]}
+        row["images"] = [inside(file.parent, entry["id"], where)]
+        row["files"] = [key]
+        row["labels"] = labels_of(prompts[task])
+        rows.append(row)
+    return rows, prompts
 
 
-def imgedit_row(key: str, entry: dict, folder: Path, where: str) -> dict:
-    """A checked row of ImgEdit's metadata."""
-    check_entry(entry, ("id", "prompt", "edit_type"), where)
-    # two versions circulate
-    task = "adjust" if entry["edit_type"] == "alter" else entry["edit_type"]
-    check_task(task, IMGEDIT_TASKS, where)
-    inside(folder, f"{key}.png", where)
-    return {
-        "row": key,
-        "prompt": entry["prompt"],
-        "images": [inside(folder, entry["id"], where)],
-        "task": task,
-        "source": entry["id"],
-        "files": [key],
-    }
-
-
-def check_entry(entry: dict, keys: tuple[str, ...], where: str) -> None:
+def _check_entry(entry, keys, where):
     """BadInput for an entry of a benchmark that lacks one of these texts."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
         raise BadInput(f"{where} lacks {' or '.join(keys)}; take the benchmark's own metadata")
 
 
-def check_task(task: str, tasks: tuple[str, ...], where: str) -> None:
-    if task not in tasks:
-        raise BadInput(f"{where}: unknown task {task!r}; the benchmark has {', '.join(tasks)}")
-
-
-def read_gedit(
-    folder: Path, prompts_file: str, languages: tuple[str, ...], out: str
-) -> tuple[Rows, dict]:
-    """GEdit-Bench: (rows of some languages, {"SC", "PQ"} the judge's prompts).
-
-    Parquet or arrow files, whose pictures are written below `out`, or metadata.jsonl with
-    `file_name` beside pictures; and vie_prompts.py, or prompts_file. Rows are as load_benchmark
-    tells.
-    """
+def _read_gedit(folder, settings):
+    """GEdit-Bench: parquet or arrow files, whose pictures are written into --out, or metadata.jsonl
+    with `file_name` beside pictures; and vie_prompts.py."""
     places = (folder, folder / "viescore", folder.parent / "viescore")
-    prompts = read_vie_prompts(find_file(prompts_file, places, ("vie_prompts.py",)))
+    prompts = _read_vie_prompts(_find_file(places, ("vie_prompts.py",)))
     listed = folder / "metadata.jsonl"
-    entries = [entry for _, entry in read_json_lines(listed)] if listed.is_file() else []
+    entries = read_table(folder)
+    if listed.is_file():
+        entries = [entry for _, entry in read_json_lines(listed)]
     rows = []
-    times = {}
-    for number, entry in enumerate(entries or read_table(folder), 1):
+    times = Counter()
+    for number, entry in enumerate(entries, 1):
         where = f"{folder}: row {number}"
-        check_entry(entry, GEDIT_KEYS, where)
-        check_task(entry["task_type"], GEDIT_TASKS, where)
-        if entry["instruction_language"] not in ("en", "cn"):
-            raise BadInput(f"{where}: is in {entry['instruction_language']!r}, not in en or cn")
-        if entry["instruction_language"] in languages:
+        _check_entry(entry, ("key", "task_type", "instruction_language", "instruction"), where)
+        if settings.language in (entry["instruction_language"], "both"):
             place = "{task_type}/{instruction_language}/{key}".format(**entry)
-            times[place] = times.get(place, 0) + 1
-            rows.append(gedit_row(entry, place, times[place], folder, Path(out).resolve(), where))
+            times[place] += 1
+            name = place if times[place] == 1 else f"{place}-{times[place]}"  # a few keys repeat
+            rows.append(_gedit_row(entry, name, folder, Path(settings.out).resolve(), where))
+            # the last is how the authors of the method write them
+            short = "{task_type}/{key}".format(**entry)
+            rows[-1]["files"] = [f"fullset/{name}", f"fullset/{place}", name, place, short]
     if not rows:
         raise BadInput(
-            f"{folder}: holds no rows in {' or '.join(languages)}, in parquet, arrow or "
+            f"{folder}: holds no rows in --language {settings.language}, in parquet, arrow or "
             "metadata.jsonl; name GEdit-Bench's folder"
         )
     return rows, prompts
 
 
-def gedit_row(entry: dict, place: str, time_seen: int, folder: Path, out: Path, where: str) -> dict:
+def _gedit_row(entry, name, folder, out, where):
     """A checked row of GEdit-Bench; pictures that are stored in it are written below `out`."""
-    name = place if time_seen == 1 else f"{place}-{time_seen}"  # a few keys repeat
     inside(out, f"{name}.png", where)
-    raw = stored_picture(entry.get("input_image_raw"), out / f"sources/{name}.png")
-    shown = stored_picture(entry.get("input_image"), out / f"sources/{name}_shown.png")
-    if not raw and not shown:
-        if not isinstance(entry.get("file_name"), str):
-            raise BadInput(
-                f"{where} holds no picture: neither the bytes of input_image_raw nor a file_name"
-            )
+    raw = _stored_picture(entry.get("input_image_raw"), out / f"sources/{name}.png")
+    shown = _stored_picture(entry.get("input_image"), out / f"sources/{name}_shown.png")
+    if not (raw or shown):
+        _check_entry(entry, ("file_name",), where)
         raw = inside(folder, entry["file_name"], where)
-    picture = raw or shown
-    short = f"{entry['task_type']}/{entry['key']}"  # as the authors of the method write them
     return {
         "row": name,
         "prompt": entry["instruction"],
-        "images": [picture],
-        "shown": shown or picture,
+        "images": [raw or shown],
+        "shown": shown or raw,
         "task": entry["task_type"],
-        "source": file_hash(picture),
         "language": entry["instruction_language"],
         "intersection": bool(entry.get("Intersection_exist")),
-        "files": [f"fullset/{name}", f"fullset/{place}", name, place, short],
     }
 
 
-def stored_picture(value: dict | None, path: Path) -> str:
+def _stored_picture(value, path):
     """Writes the bytes of a table's picture to `path`, unless they are there; "" for no picture."""
     content = value.get("bytes") if isinstance(value, dict) else None
     if not content:
@@ -732,45 +585,69 @@ def stored_picture(value: dict | None, path: Path) -> str:
     return str(path)
 
 
-VIE_TEXTS = (
-    "_context_no_delimit",
-    "_prompts_0shot_two_image_edit_rule",
-    "_prompts_0shot_tie_rule_SC",
-    "_prompts_0shot_rule_PQ",
-)
+VIE_TEXTS = {  # what VIEScore puts together
+    "SC": (
+        "_context_no_delimit",
+        "_prompts_0shot_two_image_edit_rule",
+        "_prompts_0shot_tie_rule_SC",
+    ),
+    "PQ": ("_context_no_delimit", "_prompts_0shot_rule_PQ"),
+}
 
 
-def read_vie_prompts(file: Path) -> dict[str, str]:
-    """{"SC": ..., "PQ": ...}, put together as VIEScore does, from a Python file whose constants are
-    read as literals and never executed."""
+def _read_vie_prompts(file):
+    """{"SC", "PQ"} from a Python file, whose constants are read as literals and never executed."""
     texts = {}
     try:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
                 texts[ast.unparse(node.targets[0])] = node.value.value
-        context, two_pictures, success, quality = (texts[name] for name in VIE_TEXTS)
-        return {
-            "SC": "\n".join([context, two_pictures, success]),
-            "PQ": "\n".join([context, quality]),
-        }
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError) as error:
+        return {call: "\n".join(map(texts.get, names)) for call, names in VIE_TEXTS.items()}
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
         raise BadInput(
             f"{file}: has not the texts of VIEScore ({error}); take GEdit-Bench's vie_prompts.py"
         ) from None
 
 
-def find_file(given: str, folders: tuple[Path, ...], names: tuple[str, ...]) -> Path:
-    """The file that was given, else the first of `names` in `folders`."""
-    paths = [Path(given)]
-    if not given:
-        paths = [folder / name for folder, name in itertools.product(folders, names)]
-    for path in paths:
-        if path.is_file():
-            return path
-    raise BadInput(
-        f"{given or folders[0]}: holds no {' or '.join(names)}; name the benchmark's folder, or "
-        "--prompts FILE"
-    )
+def _find_file(folders, names):
+    """The first of `names` in `folders`."""
+    found = _first_file(folder / name for folder, name in itertools.product(folders, names))
+    if found is None:
+        raise BadInput(f"{folders[0]}: holds no {' or '.join(names)}; put the benchmark's there")
+    return found
+
+
+def _first_file(paths):
+    return next(filter(os.path.isfile, paths), None)
+
+
+READERS = {"imgedit": _read_imgedit, "gedit": _read_gedit, "heldout": _read_heldout}
+
+
+def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
+    """(rows, the judge's prompts by task or call); BadInput when it is not as it should be.
+
+    rows: dicts with `row` (its name), `prompt`, `images` (paths), `task`, `source` (whose picture
+    it is), `files` (where its edit may lie in a subject's folder, without ending; the first is
+    ours), `hash` (of all that is asked for), ImgEdit's `labels`, GEdit's `language`,
+    `intersection` and `shown` (the source as its judge sees it).
+    """
+    folder = Path(settings.bench).resolve()
+    if not settings.bench or not folder.is_dir():
+        raise BadInput(f"--bench {settings.bench}: no such folder; name the benchmark's")
+    rows, prompts = READERS[settings.benchmark](folder, settings)
+    for row in rows:
+        hashes = []
+        for path in map(Path, [*row["images"], row.get("shown", row["images"][0])]):
+            if not path.is_file():
+                raise BadInput(
+                    f"{path}: the picture of row {row['row']} is not there; put the pictures "
+                    "beside the metadata"
+                )
+            hashes.append(_hash_of(path))
+        row.setdefault("source", hashes[0])
+        row["hash"] = _hash_of([row["row"], row["prompt"], hashes])
+    return rows, prompts
 
 
 # ---------------------------------------------------------------- one evaluation
@@ -785,100 +662,82 @@ class Job:
     stop: threading.Event  # set by a signal
     rows: Rows  # as load_benchmark tells
     prompts: dict[str, str]
-    version: dict
 
     @property
-    def mine(self) -> Rows:
+    def mine(self):
         """This process's share of the rows."""
         return self.rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self):
         return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
 
-    def refuse_when_stopped(self) -> None:
+    def refuse_when_stopped(self):
         if self.stop.is_set():
             raise Stopped
 
-    def warn(self, text: str) -> None:
+    def warn(self, text):
         """Says something once, whatever the number of processes."""
         if self.accelerator.is_main_process:
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
-    def bar(self, work: Iterable, name: str, total: int | None = None) -> tqdm:
+    def bar(self, work, name, total=None):
         """A progress bar, shown by one process."""
-        quiet = not self.accelerator.is_main_process
-        return tqdm(work, desc=name, total=total, disable=quiet)
+        return tqdm(work, name, total, disable=not self.accelerator.is_main_process)
 
 
-def subjects_of(settings: Settings) -> dict[str, Path]:
-    """{name: folder of its edits}, the one in question first; `source` needs no folder."""
+def _subjects_of(settings):
+    """Whose edits are scored, the one in question first."""
     names = sorted(settings.baselines)
     if settings.edits:
         names.insert(0, "edits")
     elif settings.lora:
         names.insert(0, "trained")
-    elif settings.base or "source" not in names:
+    elif settings.base or not names:
         names.insert(0, "base")
-    folders = {name: Path(settings.out, name) for name in names}
-    if settings.edits:
-        folders["edits"] = Path(settings.edits)
-    return folders
+    return list(dict.fromkeys(names))
 
 
-def find_picture(folder: str | Path, stems: list[str]) -> Path | None:
-    """The first picture of these names, without their endings, in a folder."""
-    for stem, ending in itertools.product(stems, ENDINGS):
-        path = Path(folder, f"{stem}{ending}")
-        if path.is_file():
-            return path
-    return None
+def _find_picture(folder, stems):
+    """The first picture of these names, without their endings, in a folder; None without any."""
+    names = itertools.product(stems, ENDINGS)
+    return _first_file(Path(folder, stem + ending) for stem, ending in names)
 
 
-def find_edit(row: dict, subject: str, folder: Path) -> Path | None:
+def _find_edit(settings, row, subject):
     """Where a row's edit lies, None where there is none."""
     if subject == "source":
         return Path(row["images"][0])
-    return find_picture(folder, row["files"] if subject == "edits" else row["files"][:1])
+    if subject == "edits":
+        return _find_picture(settings.edits, row["files"])
+    return _find_picture(Path(settings.out, subject), row["files"][:1])
 
 
-def check_folder(job: Job, flag: str, folder: str) -> None:
-    """BadInput when a folder of --edits or --masks is for no row; a warning when it misses some."""
-    missing = [row for row in job.rows if find_picture(folder, row["files"]) is None]
-    if missing:
-        first = f"{folder}/{missing[0]['files'][0]}{ENDINGS[0]}"
-        lost = (
-            f"{flag} {folder}: has nothing for {len(missing)} of {len(job.rows)} rows, no {first}"
+def _check_folder(job, flag):
+    """BadInput when a folder of --edits or --masks is for no row."""
+    folder = getattr(job.settings, flag)
+    if folder and not any(_find_picture(folder, row["files"]) for row in job.rows):
+        raise BadInput(
+            f"--{flag} {folder}: has nothing for any row, no {job.rows[0]['files'][0]}.png; name a "
+            "folder in the benchmark's layout"
         )
-        if len(missing) == len(job.rows):
-            raise BadInput(f"{lost}; name a folder in the benchmark's layout")
-        job.warn(lost)
 
 
 # ---------------------------------------------------------------- sample: the edits
 
 
-def weights_hash(place: str) -> str:
+def _weights_hash(place):
     """A hash of the names, sizes and first megabytes of a model's or LoRA's files; a hub id is its
     own."""
-    files = [Path(place), *sorted(Path(place).rglob("*"))]
-    files = [file for file in files if file.is_file()]
-    known = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stored:
-            known.update(f"{file.name} {file.stat().st_size}".encode() + stored.read(2**20))
-    return known.hexdigest()[:12] if files else place
+    known = []
+    for file in [Path(place), *sorted(Path(place).rglob("*"))]:
+        if file.is_file():
+            with open(file, "rb") as stored:
+                known.append([file.name, file.stat().st_size, stored.read(2**20).hex()])
+    return _hash_of(known or place)
 
 
-def recipe_of(settings: Settings, subject: str) -> dict:
-    """All that the edits of a subject are made from, but for their rows."""
-    recipe = {name: getattr(settings, name) for name in DRAWN_WITH}
-    recipe["base"] = weights_hash(settings.base)
-    recipe["lora"] = weights_hash(settings.lora) if subject == "trained" else ""
-    return recipe
-
-
-def is_current(path: Path, recipe: str) -> bool:
+def _is_current(path, recipe):
     """Whether a drawn edit is there, whole and of this recipe."""
     try:
         with Image.open(path) as image:
@@ -894,45 +753,50 @@ class Undrawn(NamedTuple):
     subject: str
     row: dict
     path: Path
-    recipe: str
+    recipe: str  # a hash of all that it is made from
 
 
-def find_undrawn(job: Job) -> list[Undrawn]:
+def _find_undrawn(job):
     """What is not there as it should be of this process's share of the edits."""
+    settings = job.settings
     todo = []
-    for subject, folder in subjects_of(job.settings).items():
-        if subject not in ("trained", "base"):
-            continue
-        if not job.settings.base:
+    for subject in sorted({*_subjects_of(settings)} & {"trained", "base"}):
+        if not settings.base:
             raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
-        recipe = recipe_of(job.settings, subject)
+        made_from = [getattr(settings, name) for name in DRAWN_WITH]
+        made_from.append(_weights_hash(settings.base))
+        if subject == "trained":
+            made_from.append(_weights_hash(settings.lora))
         for row in job.mine:
-            recipe["prompt"] = row["prompt"]
-            recipe["sources"] = [file_hash(path) for path in row["images"]]
-            path = folder / f"{row['files'][0]}.png"
-            if not is_current(path, json.dumps(recipe)):
-                todo.append(Undrawn(subject, row, path, json.dumps(recipe)))
+            path = Path(settings.out, subject, f"{row['files'][0]}.png")
+            recipe = _hash_of([made_from, row["hash"]])
+            if not _is_current(path, recipe):
+                todo.append(Undrawn(subject, row, path, recipe))
     return todo
 
 
 def draw_edits(job: Job) -> None:
     """Draws what has to be; an edit's noise comes from its seed alone."""
     settings = job.settings
-    todo = find_undrawn(job)
+    todo = _find_undrawn(job)
     if not todo:
         return
-    trust = settings.trust_remote_code
-    place = (job.accelerator.device, job.dtype, settings.resolution)
-    editor = load_editor(settings.base, *place, trust_remote_code=trust)
+    editor = load_editor(
+        settings.base,
+        job.accelerator.device,
+        job.dtype,
+        settings.resolution,
+        trust_remote_code=settings.trust_remote_code,
+    )
     if settings.lora:
         add_policies(editor, averages=(), start=settings.lora)
     for edit in job.bar(todo, "edits"):
         job.refuse_when_stopped()
         sources = [load_image(path) for path in edit.row["images"]]
         noise = [torch.Generator().manual_seed(settings.seed)]
-        how = (edit.row["prompt"], noise, settings.steps, settings.guidance)
+        asked = (edit.row["prompt"], noise, settings.steps, settings.guidance)
         with policy(editor, "new" if edit.subject == "trained" else "base"):
-            group = rollout(editor, sources, *how, evaluation=True)
+            group = rollout(editor, sources, *asked, evaluation=True)
         if settings.benchmark == "gedit":  # its layout has the source beside
             with whole_file(edit.path.with_name(f"{edit.path.stem}_SRCIMG.png")) as part:
                 load_image(edit.row["shown"]).save(part, "PNG")
@@ -945,31 +809,36 @@ def draw_edits(job: Job) -> None:
 # ---------------------------------------------------------------- judge: the calls
 
 
+# what a record tells of its row
+ROW_KEYS = ("row", "task", "source", "language", "intersection", "labels", "target_scene")
+
+
 class Call(NamedTuple):
     """One question about one edit."""
 
-    record: dict  # `subject`, `row`, `call`, `key`: a hash of what an answer must be for
+    record: dict  # `subject`, `call`, `key`: a hash of what an answer must be for; ROW_KEYS
     row: dict
     text: str
     path: Path | None  # of the edit
 
 
-def find_calls(job: Job, rows: Rows) -> list[Call]:
+def _find_calls(job, rows):
     """The questions about every edit of these rows, also about those that are missing."""
     calls = []
-    for subject, folder in subjects_of(job.settings).items():
-        for row, name in itertools.product(rows, CALLS[job.settings.benchmark]):
-            path = find_edit(row, subject, folder)
-            text = question(job, row, name)
-            pictures = [*row["images"], row.get("shown", ""), path or ""]
-            asked = [row["row"], name, text, [file_hash(picture) for picture in pictures]]
-            record = {"subject": subject, "row": row["row"], "call": name}
-            record["key"] = short_hash(json.dumps(asked))
-            calls.append(Call(record, row, text, path))
+    for subject in _subjects_of(job.settings):
+        for row in rows:
+            path = _find_edit(job.settings, row, subject)
+            edit = _hash_of(path) if path else ""
+            for name in CALLS[job.settings.benchmark]:
+                text = _question(job, row, name)
+                record = {key: row[key] for key in ROW_KEYS if key in row}
+                record |= {"subject": subject, "call": name}
+                record["key"] = _hash_of([name, text, row["hash"], edit])
+                calls.append(Call(record, row, text, path))
     return calls
 
 
-def question(job: Job, row: dict, call: str) -> str:
+def _question(job, row, call):
     """What the judge is asked: the prompt with the instruction in its place."""
     if job.settings.benchmark == "heldout":
         return f"{row['prompt']}\n{requirement_of(row)}"
@@ -978,28 +847,23 @@ def question(job: Job, row: dict, call: str) -> str:
     return re.sub("<edit_prompt>|<instruction>", lambda place: row["prompt"], text)
 
 
-def read_answers(job: Job, label: str) -> dict[str, dict]:
+def _read_answers(job, label):
     """{key: its newest record} of all processes' files of a judge; what cannot be read is none."""
     records = []
     faults = []
     for file in Path(job.settings.out).glob(f"calls-{label}-*.jsonl"):
-        records += [record for _, record in read_json_lines(file, faults)]
+        found = [record for _, record in read_json_lines(file, faults)]
+        records += [record for record in found if isinstance(record.get("time"), float)]
     if faults:
         job.warn(f"{len(faults)} calls do not count, such as {faults[0]}")
-    records.sort(key=recorded_at)
+    records.sort(key=itemgetter("time"))
     return {str(record.get("key")): record for record in records}
 
 
-def recorded_at(record: dict) -> float:
-    seconds = record.get("time")
-    return seconds if isinstance(seconds, float) else 0.0
-
-
-def label_of(job: Job, judge: Judge) -> str:
+def _label_of(job, judge):
     """The judge's name and a hash of how it is asked: results of two labels never mix."""
     asked = job.prompts or [judge.prompts, *(getattr(job.settings, name) for name in HOW_ASKED)]
-    known = short_hash(json.dumps([judge.name, asked], sort_keys=True))
-    return "-".join([*re.findall(r"[\w.]+", judge.name), known])
+    return "-".join([*re.findall(r"[\w.]+", judge.name), _hash_of([judge.name, asked])])
 
 
 def judge_edits(job: Job) -> None:
@@ -1007,15 +871,14 @@ def judge_edits(job: Job) -> None:
     line as it comes."""
     settings = job.settings
     judge = load_judge(settings, job.accelerator.device, job.dtype, stop=job.stop)
-    label = label_of(job, judge)
-    answers = read_answers(job, label)
-    unknown = {"failure": "not asked"}
-    todo = [call for call in find_calls(job, job.mine) if call.path]
-    todo = [call for call in todo if "failure" in answers.get(call.record["key"], unknown)]
-    warn_of_own_judge(job, judge)
+    _warn_of_own_judge(job, judge)
+    label = _label_of(job, judge)
+    done = {key for key, call in _read_answers(job, label).items() if "failure" not in call}
+    calls = [call for call in _find_calls(job, job.mine) if call.path]
+    todo = [call for call in calls if call.record["key"] not in done]
     file = Path(settings.out, f"calls-{label}-{job.accelerator.process_index}.jsonl")
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
-    calls = {pool.submit(answer, job, judge, call): call for call in todo}
+    calls = {pool.submit(_answer, job, judge, call): call for call in todo}
     failures = []
     try:
         for future in job.bar(as_completed(calls), "judge", len(todo)):
@@ -1024,7 +887,7 @@ def judge_edits(job: Job) -> None:
                 continue  # given up, not answered
             append_json_line(file, calls[future].record | record | {"time": time.time()})
             failures.append(record.get("failure"))
-            if len(failures) == 8 and None not in failures:
+            if len(failures) == 8 and all(failures):
                 raise BadInput(
                     f"{settings.judge}: its first 8 calls all failed ({failures[-1]}); see to the "
                     "judge, which must take pictures, and start again"
@@ -1034,29 +897,29 @@ def judge_edits(job: Job) -> None:
         judge.close()
 
 
-def warn_of_own_judge(job: Job, judge: Judge) -> None:
+def _warn_of_own_judge(job, judge):
     """A warning when the LoRA was trained with this very judge."""
     lora = job.settings.lora
     config = Path(lora).parent / "config.json"
-    if not lora or not config.is_file():
-        return
-    if read_json(config, "take a run's own folder").get("judge") == job.settings.judge:
-        job.warn(
-            f"{judge.name} is the judge that {lora} was trained with; its scores tell how well it "
-            "is pleased: let another judge have the last word"
-        )
+    if lora and config.is_file():
+        trained = _read_json(config, "take a run's own folder")
+        if trained.get("judge") == job.settings.judge:
+            job.warn(
+                f"{judge.name} is the judge that {lora} was trained with; its scores tell how well "
+                "it is pleased: let another judge have the last word"
+            )
 
 
-def answer(job: Job, judge: Judge, call: Call) -> dict:
+def _answer(job, judge, call):
     """The record of a call: its answer, or the cause of its failure."""
     if job.stop.is_set():
         return {"failure": "stopped"}
     try:
-        *sources, edit = (load_image(path) for path in (*call.row["images"], call.path))
+        *sources, edit = map(load_image, [*call.row["images"], call.path])
         if job.settings.benchmark == "heldout":
-            return heldout_answer(judge, call.row, sources, edit)
+            return _heldout_answer(judge, call.row, sources, edit)
         if job.settings.benchmark == "gedit":
-            source, edit = as_gedit_shows(load_image(call.row["shown"]), edit)
+            source, edit = _as_gedit_shows(load_image(call.row["shown"]), edit)
             # quality is judged without the source
             sources = [] if call.record["call"] == "PQ" else [source]
         return {"reply": judge.ask(call.text, [*sources, edit], job.settings.reply_tokens)}
@@ -1064,21 +927,19 @@ def answer(job: Job, judge: Judge, call: Call) -> dict:
         return {"failure": str(failure)}
 
 
-def heldout_answer(judge: Judge, row: dict, sources: list[Image.Image], edit: Image.Image) -> dict:
+def _heldout_answer(judge, row, sources, edit):
     """The judge's own score of an edit, and the oracle's where there is one."""
     scores = judge.score(row, sources, [edit])
-    score = scores.score.item()
-    record = {"scores": [score], "reply": "".join(scores.words)}
-    if math.isnan(score):
+    record = {"scores": scores.score.tolist(), "reply": "".join(scores.words)}
+    if scores.score.isnan():
         record = {"failure": "".join(scores.causes) or "no score"}
     truth = oracle(row, edit)
     if truth:
-        values = [float(value) for value in truth]
-        record["truth"] = dict(zip(METRICS["heldout"][1:], values, strict=True))
+        record["truth"] = dict(zip(METRICS["heldout"][1:], truth, strict=True))
     return record
 
 
-def as_gedit_shows(source: Image.Image, edit: Image.Image) -> list[Image.Image]:
+def _as_gedit_shows(source, edit):
     """Source and edit as GEdit's scorer shows them: at the size of the stored source, whose sides
     are multiples of 32 at about 512 x 512 pixels, and through JPEG."""
     size = source.size
@@ -1096,21 +957,24 @@ def as_gedit_shows(source: Image.Image, edit: Image.Image) -> list[Image.Image]:
 # ---------------------------------------------------------------- what is kept of the source
 
 
-def kept_of_source(job: Job, call: Call) -> dict[str, float]:
+def _kept_of_source(job, call):
     """PSNR and SSIM of an edit to its first source, outside the mask if there is one."""
+    job.refuse_when_stopped()
+    if call.path is None or call.record["subject"] == "source":
+        return {}
     mask = call.row.get("mask")
     if job.settings.masks:
-        mask = find_picture(job.settings.masks, call.row["files"])
+        mask = _find_picture(job.settings.masks, call.row["files"])
     try:
         source, edit = load_image(call.row["images"][0]), load_image(call.path)
         mask = load_image(mask) if mask else None
     except BadInput:
         return {}
-    psnr = plain_terms(source, [edit], mask)["psnr"].item()
-    return {"psnr": psnr, "ssim": ssim(source, edit, mask)}
+    psnr = plain_terms(source, [edit], mask)["psnr"]
+    return {"psnr": psnr.item(), "ssim": _ssim(source, edit, mask)}
 
 
-def ssim(source: Image.Image, edit: Image.Image, mask: Image.Image | None = None) -> float:
+def _ssim(source, edit, mask=None):
     """Structural similarity of two pictures' luminance, in [-1, 1], at the edit's size: the mean
     over what is not white in the mask, NaN where all is.
 
@@ -1119,28 +983,23 @@ def ssim(source: Image.Image, edit: Image.Image, mask: Image.Image | None = None
 
     def plane(picture):
         grey = picture.convert("L").resize(edit.size, Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(grey, np.float64) / 255)[None]  # (1, H, W)
-
-    def mean(x):
-        return F.avg_pool2d(x, 7, stride=1)  # (1, H - 6, W - 6)
+        return torch.from_numpy(np.array(grey, np.float64) / 255)  # (H, W)
 
     x, y = plane(source), plane(edit)
-    product = mean(x) * mean(y)
-    squares = mean(x) ** 2 + mean(y) ** 2
-    covariance = 49 / 48 * (mean(x * y) - product)
-    variances = 49 / 48 * (mean(x * x + y * y) - squares)
-    light, detail = 0.01**2, 0.03**2  # keep flat and dark places stable
-    alike = (2 * product + light) / (squares + light)
-    alike = alike * (2 * covariance + detail) / (variances + detail)
+    moments = torch.stack([x, y, x * x + y * y, x * y])
+    mean_x, mean_y, squares, product = F.avg_pool2d(moments, 7, stride=1)  # (H - 6, W - 6) each
+    means = mean_x**2 + mean_y**2
+    variances = 49 / 48 * (squares - means)
+    covariance = 49 / 48 * (product - mean_x * mean_y)
+    # the paper's 0.01^2 and 0.03^2 keep dark and flat places stable
+    alike = (2 * mean_x * mean_y + 1e-4) / (means + 1e-4)
+    alike = alike * (2 * covariance + 9e-4) / (variances + 9e-4)
     if mask is not None:
-        alike = alike[plane(mask)[:, 3:-3, 3:-3] < 0.5]
+        alike = alike[plane(mask)[3:-3, 3:-3] < 0.5]
     return alike.mean().item()
 
 
 # ---------------------------------------------------------------- score: tables and report
-
-SCORERS = {"imgedit": score_imgedit, "gedit": score_gedit, "heldout": score_heldout}
-ROW_KEYS = ("row", "task", "source", "language", "intersection", "labels", "target_scene")
 
 
 def score_calls(job: Job) -> Rows:
@@ -1149,22 +1008,21 @@ def score_calls(job: Job) -> Rows:
     What lay there before goes: calls of other edits or other questions do not count.
     """
     out = Path(job.settings.out)
-    mode = job.settings.mode
-    calls = find_calls(job, job.rows)
-    known = known_of_rows(job, calls)
-    stems = sorted(file.stem.removeprefix("calls-") for file in out.glob("calls-*.jsonl"))
+    benchmark, mode = job.settings.benchmark, job.settings.mode
+    calls = _find_calls(job, job.rows)
+    kept = [_kept_of_source(job, call) for call in job.bar(calls, "kept of the source")]
     results = {}
-    for label in dict.fromkeys(stem.rpartition("-")[0] for stem in stems):
-        answers = read_answers(job, label)
-        if any(call.record["key"] in answers for call in calls):
-            records = records_of(calls, known, answers)
-            score = SCORERS[job.settings.benchmark]
+    names = (file.stem.removeprefix("calls-") for file in out.glob("calls-*.jsonl"))
+    for label in sorted({name.rpartition("-")[0] for name in names}):  # of all processes
+        answers = _read_answers(job, label)
+        if answers.keys() & {call.record["key"] for call in calls}:
+            records = _records_of(calls, kept, answers)
             results[out / f"scores-{label}-{mode}.json"] = {
-                "benchmark": job.settings.benchmark,
+                "benchmark": benchmark,
                 "judge": label,
                 "mode": mode,
-                "metadata": job.version,
-                "subjects": {subject: score(records[subject], mode) for subject in records},
+                "metadata": _hash_of([row["hash"] for row in job.rows]),
+                "subjects": {name: score(benchmark, records[name], mode) for name in records},
             }
     if not results:
         raise BadInput(f"{out}: holds no calls of a judge on these edits; run --stage judge first")
@@ -1176,31 +1034,17 @@ def score_calls(job: Job) -> Rows:
     return list(results.values())
 
 
-def records_of(calls: list[Call], known: Rows, answers: dict) -> dict[str, Rows]:
+def _records_of(calls, kept, answers):
     """{subject: a record of each of its calls, answered or not}."""
     records = {}
-    for call, row in zip(calls, known, strict=True):
+    for call, values in zip(calls, kept, strict=True):
         empty = {"failure": "not judged" if call.path else MISSING}
         said = answers.get(call.record["key"], empty)
-        records.setdefault(call.record["subject"], []).append(said | call.record | row)
+        records.setdefault(call.record["subject"], []).append(said | call.record | values)
     return records
 
 
-def known_of_rows(job: Job, calls: list[Call]) -> Rows:
-    """Of each call what its record has of the row, and what the edit keeps of the source."""
-
-    def known(call):
-        job.refuse_when_stopped()
-        row = {key: call.row[key] for key in ROW_KEYS if key in call.row}
-        if call.path is None or call.record["subject"] == "source":
-            return row
-        return row | kept_of_source(job, call)
-
-    with ThreadPoolExecutor() as pool:
-        return list(job.bar(pool.map(known, calls), "kept of the source", len(calls)))
-
-
-def shown(mean: list, form: str = ".3f") -> str:
+def _shown(mean, form=".3f"):
     """A mean with its interval as text."""
     value, low, high = mean
     if value is None:
@@ -1210,77 +1054,71 @@ def shown(mean: list, form: str = ".3f") -> str:
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def as_text(groups: dict[str, dict], title: str) -> str:
+def _as_text(groups, title):
     """A result's tables: for each group its coverage, and a line a task with the mean and interval
     of each metric."""
     lines = []
     for group, table in groups.items():
-        names = metrics_in(table)
+        names = _metrics_in(table)
         lines.append(f"{title}, {group}: {table['answered']} of {table['rows']} rows answered")
-        lines.append(f"  {'':16} " + " ".join(f"{name:26}" for name in names).rstrip())
+        lines.append(_line("", names))
         for task in table[names[0]]:
-            means = [shown(table[name].get(task, [None] * 3)) for name in names]
-            lines.append(f"  {task:16} " + " ".join(f"{mean:26}" for mean in means).rstrip())
+            means = [_shown(table[name].get(task, [None] * 3)) for name in names]
+            lines.append(_line(task, means))
     return "\n".join(lines)
 
 
-def metrics_in(table: dict) -> list[str]:
+def _line(first, cells):
+    return f"  {first:16} " + " ".join(f"{cell:26}" for cell in cells).rstrip()
+
+
+def _metrics_in(table):
     return [name for name in table if name not in ("rows", "answered")]
 
 
-def differences(a: Rows, b: Rows, benchmark: str, names: tuple[str, str]) -> str:
+def _differences(a, b, benchmark, names):
     """The paired differences of two lists of row results as tables and in words."""
     groups = paired_differences(a, b, METRICS[benchmark])
-    lines = [as_text(groups, " - ".join(names))]
+    lines = [_as_text(groups, " - ".join(names))]
     for group, table in groups.items():
         kept = table.get("psnr", {}).get("macro")
-        lines.append(f"{group}: " + verdict(table[METRICS[benchmark][0]]["macro"], *names, kept))
+        lines.append(f"{group}: " + _verdict(table[METRICS[benchmark][0]]["macro"], *names, kept))
     return "\n".join(lines)
 
 
-def describe(settings: Settings, result: dict) -> str:
+def _describe(settings, result):
     """What a person reads first: every table, the gain over the baselines, and a row for a table of
     published numbers."""
-    number = result["metadata"]["rows"]
+    rows = {subject: content["rows"] for subject, content in result["subjects"].items()}
+    first, *others = rows
     lines = [
         f"{settings.benchmark}, {result['mode']} reading, judge and prompts {result['judge']}, "
-        f"{number} rows, metadata sha256 {result['metadata']['sha256']}"
+        f"{len(rows[first])} rows, metadata {result['metadata']}"
     ]
-    published = PUBLISHED_ROWS.get(settings.benchmark, number)
-    if settings.language == "both" and settings.benchmark == "gedit":
-        published = 2 * published
-    if number != published:
-        lines.append(
-            f"warning: the published metadata has {published} rows; these numbers stand beside no "
-            "published ones"
-        )
-    rows = {subject: content["rows"] for subject, content in result["subjects"].items()}
     for subject, content in result["subjects"].items():
-        lines.append(as_text(content["groups"], subject))
+        lines.append(_as_text(content["groups"], subject))
         silent = [row["said"] for row in content["rows"] if not row["answered"]]
-        missing = sum(MISSING in said for said in silent)
         if silent:
-            unread = len(silent) - missing
-            lines.append(f"warning: {subject}: {missing} edits missing, {unread} without a score")
-    first, *others = rows
+            missing = sum(MISSING in said for said in silent)
+            lines.append(
+                f"warning: {subject}: {missing} edits missing, {len(silent) - missing} without a "
+                "score"
+            )
     for other in others:
-        names = (first, other)
-        lines.append(differences(rows[first], rows[other], settings.benchmark, names))
-    return "\n".join([*lines, *pasted_row(settings, result, first)])
+        lines.append(_differences(rows[first], rows[other], settings.benchmark, (first, other)))
+    return "\n".join([*lines, *_pasted_row(settings, result, first)])
 
 
-def pasted_row(settings: Settings, result: dict, subject: str) -> list[str]:
+def _pasted_row(settings, result, subject):
     """A subject as a row of a Markdown table, with its header."""
     name = settings.edits or settings.base or subject
     if subject == "trained":
         name += f" + {settings.lora}"
-    cells = {"model": name, "judge": result["judge"]}
+    cells = {"model": name, "judge": result["judge"], "mode": result["mode"]}
     for group, table in result["subjects"][subject]["groups"].items():
-        for metric in metrics_in(table):
-            cells[f"{group} {metric}"] = shown(table[metric]["macro"])
-    rows = result["subjects"][subject]["rows"]
-    cells["mode"] = result["mode"]
-    cells["rows answered"] = f"{sum(row['answered'] for row in rows)} of {len(rows)}"
+        for metric in _metrics_in(table):
+            cells[f"{group} {metric}"] = _shown(table[metric]["macro"])
+        cells[f"{group} rows answered"] = f"{table['answered']} of {table['rows']}"
     lines = (cells, ["---"] * len(cells), cells.values())
     return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -1292,13 +1130,16 @@ article {display: flex; flex-wrap: wrap; gap: 12px; border-top: 1px solid #ddd; 
 [hidden] {display: none !important} article > div {flex: 0 0 230px}
 figure {margin: 0; width: 260px} small {color: #666} details {white-space: pre-wrap}
 img {width: 260px; height: 260px; object-fit: contain; background: #f4f4f4}
-.tiny {image-rendering: pixelated} figcaption {min-height: 2.5em}</style>
+.tiny {image-rendering: pixelated} figcaption {min-height: 2.5em}
+details:has(span:empty) {display: none}</style>
 <h1>edit-nft: evaluation</h1><pre>@SUMMARY@</pre>
 <label>task <select id="task"><option value="">all</option></select></label>
 <label>rows <select id="kind"><option value="">all</option></select></label>
 <label>order <select id="order"><option value="1">worst first</option>
 <option value="-1">best first</option></select></label>
 <span id="count"></span><main>@ROWS@</main><script>
+for (const image of document.querySelectorAll("img"))
+  image.onload = () => image.classList.toggle("tiny", image.naturalWidth <= 128);
 const rows = [...document.querySelectorAll("article")];
 const [task, kind, order, count] = ["task", "kind", "order", "count"].map(
   id => document.getElementById(id));
@@ -1317,88 +1158,69 @@ task.onchange = kind.onchange = order.onchange = () => {
 };
 order.onchange();</script>
 """
-
-
-class Shown(NamedTuple):
-    """An edit in the report."""
-
-    picture: Image.Image | None
-    caption: str
-    html: str
+ARTICLE = """<article data-task="{task}" data-kinds="{kinds}" data-score="{score}">
+<div><b>{prompt}</b><p>{task}</p><small>{row}</small></div>{figures}</article>
+"""
+FIGURE = """<figure><figcaption>{caption}</figcaption>
+<img alt="no edit" loading="lazy" src="{link}"><details><summary>the judge's words</summary>
+<span>{said}</span></details></figure>"""
 
 
 def write_report(job: Job, results: Rows, summary: str) -> None:
     """report.html with small pictures beside it, and grid.png: of each task the row with the median
     score."""
     out = Path(job.settings.out)
-    subjects = subjects_of(job.settings)
-    found = {}  # (row, subject) -> its result under each judge
-    for result, name in itertools.product(results, subjects):
-        for row in result["subjects"][name]["rows"]:
-            found.setdefault((row["row"], name), []).append(row | {"by": result["judge"]})
     main_metric = METRICS[job.settings.benchmark][0]
-    articles = []
+    subjects = _subjects_of(job.settings)
+    first = results[0]["subjects"][subjects[0]]["rows"]  # of the subject in question
+    articles = ""
     by_task = {}
     for number, row in enumerate(job.bar(job.rows, "report")):
         job.refuse_when_stopped()
-        edits = []
-        for name in dict.fromkeys(["source", *reversed(subjects)]):  # source, base, trained
-            path = find_edit(row, name, subjects.get(name))
-            small = out / f"report/{number:05}-{name}.jpg"
-            edits.append(show_edit(name, path, small, found.get((row["row"], name), [])))
-        first = found[row["row"], next(iter(subjects))][0]
-        score = -1.0 if math.isnan(first[main_metric]) else first[main_metric]
-        articles.append(article(row, first["answered"], score, edits))
-        by_task.setdefault(row["task"], []).append((score, number, edits))
-    page = PAGE.replace("@SUMMARY@", escape(summary)).replace("@ROWS@", "".join(articles))
+        names = dict.fromkeys(["source", *reversed(subjects)])  # source, base, trained
+        edits = [_show_edit(job, results, number, name) for name in names]
+        rank = np.nan_to_num(first[number][main_metric], nan=-1.0)
+        texts = {key: escape(row[key]) for key in ("task", "prompt", "row")}
+        kinds = [row.get("language", ""), "" if first[number]["answered"] else "failed"]
+        figures = "".join(figure for _, _, figure in edits)
+        articles += ARTICLE.format(**texts, kinds=" ".join(kinds), score=rank, figures=figures)
+        by_task.setdefault(row["task"], []).append((rank, number, edits))
+    page = PAGE.replace("@SUMMARY@", escape(summary)).replace("@ROWS@", articles)
     with whole_file(out / "report.html") as part:
         part.write_text(page, encoding="utf-8")
     pictures = []
     captions = []
-    for task in sorted(by_task):
-        _, number, edits = sorted(by_task[task])[len(by_task[task]) // 2]
-        pictures.append([edit.picture for edit in edits])
-        captions.append([edit.caption for edit in edits])
-        captions[-1][0] = job.rows[number]["prompt"]  # below the source
-    title = f"of each task the row with the median {main_metric}"
+    for _, found in sorted(by_task.items()):
+        _, _, edits = sorted(found)[len(found) // 2]
+        pictures.append([picture for picture, _, _ in edits])
+        captions.append([caption for _, caption, _ in edits])
     with whole_file(out / "grid.png") as part:
-        picture_grid(pictures, captions, title).save(part)
+        picture_grid(pictures, captions, "of each task the row with the median score").save(part)
 
 
-def show_edit(name: str, path: Path | None, small: Path, found: Rows) -> Shown:
-    """An edit with its scores under each judge and what was said of it; its small picture is
-    written to `small`."""
-    caption = name
-    for row in found:
-        values = " ".join(f"{key} {row[key]:.2f}" for key in SHOWN_METRICS if key in row)
-        caption += f" {values.replace('nan', 'missing')} by {row['by']};"
-    picture, image = None, MISSING
+def _show_edit(job, results, number, name):
+    """(picture, caption, html) of a row's edit, with its scores under each judge and what was said
+    of it; the picture, small, is written."""
+    row = job.rows[number]
+    caption = f"source: {row['prompt']}" if name == "source" else name
+    said = ""
+    for result in results:
+        if name in result["subjects"]:
+            scored = result["subjects"][name]["rows"][number]
+            metrics = [key for key in (*METRICS[result["benchmark"]], "psnr") if key in scored]
+            values = " ".join(f"{key} {scored[key]:.2f}" for key in metrics)
+            caption += f" {values.replace('nan', 'missing')} by {result['judge']};"
+            said += f"{scored['said']}\n"
+    picture, link = None, ""
     with suppress(BadInput):
-        picture = load_image(path) if path else None
+        picture = load_image(_find_edit(job.settings, row, name) or MISSING)
     if picture:
+        link = f"report/{number:05}-{name}.jpg"
         picture.thumbnail((384, 384))
-        with whole_file(small) as part:
+        with whole_file(Path(job.settings.out, link)) as part:
             picture.save(part, quality=95, subsampling=0)
-        style = "tiny" if max(picture.size) <= 128 else ""
-        image = f'<img class="{style}" loading="lazy" src="report/{small.name}">'
-    words = escape("\n".join(row["said"] for row in found).strip())
-    if words:
-        words = f"<details><summary>the judge's words</summary>{words}</details>"
-    html = f"<figure><figcaption>{escape(caption)}</figcaption>{image}{words}</figure>"
-    return Shown(picture, caption, html)
-
-
-def article(row: dict, answered: bool, score: float, edits: list[Shown]) -> str:
-    """A row of the report."""
-    task, prompt, name = (escape(row[key]) for key in ("task", "prompt", "row"))
-    kinds = row.get("language", "")
-    if not answered:
-        kinds += " failed"
-    figures = "".join(edit.html for edit in edits)
-    return (
-        f'<article data-task="{task}" data-kinds="{kinds}" data-score="{score}"><div><b>{prompt}'
-        f"</b><p>{task}</p><small>{name}</small></div>{figures}</article>\n"
-    )
+    figure = FIGURE.format(caption=escape(caption), link=link, said=escape(said.strip()))
+    return picture, caption, figure
 
 
 # ---------------------------------------------------------------- two runs
@@ -1409,34 +1231,24 @@ def compare(places: list[str]) -> None:
     both have."""
     if len(places) != 2:
         raise BadInput("compare: name two runs, python evaluate.py compare RUN_A RUN_B")
-    first, second = (read_results(Path(place)) for place in places)
+    first, second = map(_read_results, places)
     both = " and ".join(places)
-    shared = sorted(first.keys() & second.keys())
+    shared = first.keys() & second.keys()
     if not shared:
-        raise BadInput(
-            f"{both}: no result under one judge, prompts and reading, but {', '.join(first)} "
-            f"against {', '.join(second)}; score both alike"
-        )
-    for name in shared:
+        raise BadInput(f"{both}: no result under one judge, prompts and reading; score both alike")
+    for name in sorted(shared):
         a, b = first[name], second[name]
         if a["metadata"] != b["metadata"]:
             raise BadInput(f"{both}: another version of the benchmark in each; score both on one")
         print(f"judge and prompts {a['judge']}, {a['mode']} reading")
         rows = [next(iter(result["subjects"].values()))["rows"] for result in (a, b)]
-        print(differences(*rows, a["benchmark"], places))
+        print(_differences(*rows, a["benchmark"], places))
 
 
-def read_results(place: Path) -> dict[str, dict]:
-    """{file name: result} of an --out folder; BadInput for none, or for a damaged one."""
-    results = {}
-    for file in place.glob("scores-*.json"):
-        result = read_json(file, "run --stage score again")
-        try:  # whether it can be added up
-            first = next(iter(result["subjects"].values()))
-            grouped(first["rows"], METRICS[result["benchmark"]])
-            results[file.name] = {"metadata": None, "judge": "", "mode": ""} | result
-        except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
-            raise BadInput(f"{file}: is damaged; run --stage score again") from None
+def _read_results(place):
+    """{file name: result} of an --out folder; BadInput for none, or for one that is no JSON."""
+    files = Path(place).glob("scores-*.json")
+    results = {file.name: _read_json(file, "run --stage score again") for file in files}
     if not results:
         raise BadInput(f"{place}: holds no scores; name an --out folder of evaluate.py")
     return results
@@ -1445,190 +1257,185 @@ def read_results(place: Path) -> dict[str, dict]:
 # ---------------------------------------------------------------- does a judge agree with people?
 
 
-class Rated(NamedTuple):
-    """Edits of one source that people rated."""
-
-    row: dict
-    sources: list[Image.Image]
-    edits: list[Image.Image]  # n of them
-    labels: list[float]  # n, the higher the better
-
-
-def read_ratings(file: Path) -> list[Rated]:
-    """The groups of a file of rated edits, one a line.
+def read_ratings(file: Path) -> Rows:
+    """The rows of a file of rated edits, with `sources` and `edits` (pictures) and `labels`.
 
     A line has `prompt`, `image`, `edits` and `scores`, a number for each edit, the higher the
     better; for two edits also `preference` in place of scores: 0 the first is better, 1 the
     second, 0.5 neither. Paths are relative to the file.
     """
-    groups = []
-    for row in read_rows(file.parent, file.stem):
+    rows = read_rows(file.parent, file.stem)
+    for row in rows:
         try:
             labels = row.get("scores") or [1 - row["preference"], row["preference"]]
-            labels = [float(label) for label in labels]
-            edits = [load_image(file.parent / path) for path in row["edits"]]
+            row["labels"] = [float(label) for label in labels]
+            row["edits"] = [load_image(file.parent / path) for path in row["edits"]]
+            if len(labels) != len(row["edits"]):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise BadInput(
-                f"{file}: {row['id']} lacks `edits` with `scores` or a `preference`; add them"
+                f"{file}: {row['id']} lacks `edits` with as many `scores`, or with a `preference`; "
+                "add them"
             ) from None
-        if len(labels) != len(edits):
-            raise BadInput(
-                f"{file}: {row['id']} has {len(edits)} edits and {len(labels)} scores; give one "
-                "for each"
-            )
-        groups.append(Rated(row, [load_image(path) for path in row["images"]], edits, labels))
-    return groups
+        row["sources"] = [load_image(path) for path in row["images"]]
+    return rows
 
 
-def ordered_pairs(scores: list[float], labels: list[float]) -> list[float]:
+def _ordered_pairs(scores, labels):
     """Of each pair of edits that labels tell apart: 1 if the scores order them alike, 0 if not,
     0.5 if they tie. Pairs with a score that is NaN are left out."""
     outcomes = []
     for (a, x), (b, y) in itertools.combinations(zip(scores, labels, strict=True), 2):
-        if abs(a - b) < 1e-6 and x != y:
-            outcomes.append(0.5)
-        elif abs(a - b) >= 1e-6 and x != y:
-            outcomes.append(1.0 if (a > b) == (x > y) else 0.0)
+        if x == y or math.isnan(a - b):
+            continue
+        is_tie = abs(a - b) < 1e-6
+        outcomes.append(0.5 if is_tie else float((a > b) == (x > y)))
     return outcomes
 
 
-@dataclass(frozen=True)
-class AgreeSettings(JudgeSettings):
-    """A judge and what to compare."""
-
-    strategies: list[str] = setting(["logits"], f"To compare, of {', '.join(STRATEGIES)}.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in self.strategies:
-            if name not in STRATEGIES:
-                known = ", ".join(STRATEGIES)
-                raise BadInput(f"--strategies {name}: no strategy; take of {known}")
-
-
 def agree(words: list[str]) -> None:
-    """Prints, for each strategy, how far the judge orders edits as people do."""
+    """Prints how far the judge orders edits as people do."""
     if not words or not words[0].endswith(".jsonl"):
         raise BadInput("agree: names no file; write evaluate.py agree FILE.jsonl --judge ...")
-    settings = parse_settings(AgreeSettings, words[1:], description=agree.__doc__, judge=TOY)
-    groups = read_ratings(Path(words[0]))
+    settings = parse_settings(JudgeSettings, words[1:], agree.__doc__, judge=TOY)
+    rows = read_ratings(Path(words[0]))
     judge = load_judge(settings, stop=catch_signals())
-    edits = sum(len(group.edits) for group in groups)
-    print(f"{settings.judge}: {edits} edits in {len(groups)} groups")
-    print(
-        f"{'strategy':12} {'right pairs (95 %)':26} Spearman   ties  spread   mass failed s/score"
-    )
-    for strategy in settings.strategies:
-        try:
-            judge.use(strategy)
-            print(f"{strategy:12} {agreement(judge, groups)}")
-        except BadInput as error:
-            print(f"{strategy:12} {error}")
-    judge.close()
-
-
-def agreement(judge: Judge, groups: list[Rated]) -> str:
-    """A line of agree's table."""
-    start = time.perf_counter()
-    results = [judge.score(group.row, group.sources, group.edits) for group in groups]
-    seconds = time.perf_counter() - start
     outcomes = []
-    places = []  # the group of each pair
-    spreads = []
-    for group, result in zip(groups, results, strict=True):
-        pairs = ordered_pairs(result.score.tolist(), group.labels)
+    places = []  # the row of each pair
+    scores = []
+    labels = []
+    for place, row in enumerate(rows):
+        found = judge.score(row, row["sources"], row["edits"]).score.tolist()
+        pairs = _ordered_pairs(found, row["labels"])
         outcomes += pairs
-        places += [str(id(group))] * len(pairs)
-        spreads.append(result.score[~result.score.isnan()].std(unbiased=False))
+        places += [place] * len(pairs)
+        scores += found
+        labels += row["labels"]
+    judge.close()
     _, draws = bootstrap(outcomes, ["all"] * len(outcomes), places)
-    right = shown(interval(outcomes, draws), ".1%")
+    right = _shown(_interval(outcomes, draws), ".1%")
     ties = outcomes.count(0.5) / max(len(outcomes), 1)
-    scores = torch.cat([result.score for result in results])  # (all edits,)
-    labels = torch.cat([torch.tensor(group.labels) for group in groups])
+    scores, labels = torch.tensor([scores, labels])  # (all edits,) each
     known = ~scores.isnan()
     order = spearman(scores[known], labels[known])
-    spread = torch.stack(spreads).nanmean()
-    mass = torch.cat([result.mass for result in results]).nanmean()
-    failed = 1 - known.float().mean()
-    pace = seconds / len(scores)
-    return f"{right:26} {order:8.3f} {ties:6.1%} {spread:7.3f} {mass:6.3f} {failed:6.1%} {pace:.4f}"
+    print(
+        f"{settings.judge}, {settings.judge_strategy}: {len(scores)} edits of {len(rows)} "
+        f"sources; right pairs {right}, ties {ties:.1%}, Spearman {order:.3f}, "
+        f"failed {1 - known.float().mean():.1%}"
+    )
+
+
+# ---------------------------------------------------------------- training runs as curves
+
+CURVES = (
+    "reward/mean",
+    "heldout/new/judge",
+    "heldout/new/oracle",
+    "heldout/new/success",
+    "groups/kept",
+    "update/drift_base",
+    "update/norm_ratio",
+    "reward/psnr",
+)
+
+
+@dataclass(frozen=True)
+class CurvesSettings(CheckedSettings):
+    """Training runs of one setting, such as its seeds."""
+
+    runs: list[str] = setting([], "Folders with a log.jsonl; also the first words.")
+    out: str = setting("curves.png", "The picture.")
+
+
+def curves(words: list[str]) -> None:
+    """Draws what runs logged, by epoch: their mean as a line, from lowest to highest as a band."""
+    settings = parse_settings(CurvesSettings, ["--runs", *words], curves.__doc__)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BadInput("curves: needs matplotlib; pip install matplotlib") from None
+    logs = [read_json_lines(Path(run, "log.jsonl"), faults=[]) for run in settings.runs]
+    figure = Figure((14, 7), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 4).flat, CURVES, strict=True):
+        values = {}  # epoch -> what the runs that have come so far logged
+        for _, record in itertools.chain(*logs):
+            if name in record:
+                values.setdefault(record["epoch"], []).append(record[name])
+        epochs = sorted(values)
+        found = [values[epoch] for epoch in epochs]
+        axes.plot(epochs, list(map(np.mean, found)), marker=".")
+        axes.fill_between(epochs, list(map(min, found)), list(map(max, found)), alpha=0.3)
+        axes.set_title(name)
+    with whole_file(settings.out) as part:
+        figure.savefig(part, format="png")
+    print(f"wrote {settings.out}")
 
 
 # ---------------------------------------------------------------- the command
 
 
-def claim(settings: Settings) -> Settings:
-    """Settings with what --out was begun with; BadInput when edits of another making lie there."""
+def _begin(settings, accelerator, stop):
+    """What is to be done, checked; parts of it are written into --out. BadInput when edits of other
+    settings lie there."""
     file = Path(settings.out, "config.json")
-    if file.is_file():
-        before = read_json(file, "give another --out")
-        if not before.keys() >= {*DRAWN, "baselines"}:
-            raise BadInput(f"{settings.out}: belongs to another program; give another --out")
-        begun = {key: before[key] for key in DRAWN}
-        if settings.stage in ("judge", "score"):
-            baselines = sorted({*before["baselines"], *settings.baselines})
-            return replace(settings, baselines=baselines, **begun)
-        for key, value in begun.items():
-            if value != getattr(settings, key):
-                said = f"was begun with --{key} {value}, not {getattr(settings, key)}"
-                raise BadInput(f"{settings.out}: {said}; give another --out")
+    before = _read_json(file, "give another --out") if file.is_file() else asdict(settings)
+    for name in DRAWN:
+        value = before.get(name)
+        if value != getattr(settings, name):
+            raise BadInput(
+                f"{settings.out}: was begun with --{name} {value}, not {getattr(settings, name)}; "
+                "give another --out"
+            )
     with whole_file(file) as part:
         part.write_text(json.dumps(asdict(settings), indent=1))
-    return settings
-
-
-def begin(settings: Settings, accelerator: Accelerator, stop: threading.Event) -> Job:
-    """What is to be done, checked; parts of it are written into --out."""
-    settings = claim(settings)
     job = Job(settings, accelerator, stop, *load_benchmark(settings))
-    for flag in ("edits", "masks"):
-        if getattr(settings, flag):
-            check_folder(job, f"--{flag}", getattr(settings, flag))
+    _check_folder(job, "edits")
+    _check_folder(job, "masks")
     return job
 
 
-def run_stages(settings: Settings, accelerator: Accelerator, stop: threading.Event) -> None:
+def _run_stages(settings, accelerator, stop):
     """Draws, judges and adds up. Raises Stopped on all processes when one has to stop."""
     job = None
     with ExitStack() as held:
         with together(accelerator, stop):
             if accelerator.is_main_process:  # first: it writes
                 held.enter_context(locked(settings.out))
-                job = begin(settings, accelerator, stop)
+                job = _begin(settings, accelerator, stop)
         with together(accelerator, stop):
-            job = job or begin(settings, accelerator, stop)
+            job = job or _begin(settings, accelerator, stop)
         for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
             with together(accelerator, stop):
                 if settings.stage in ("all", stage):
                     work(job)
         if settings.stage in ("all", "score") and accelerator.is_main_process:
             results = score_calls(job)
-            summary = "\n".join(describe(job.settings, result) for result in results)
+            summary = "\n".join(_describe(job.settings, result) for result in results)
             write_report(job, results, summary)
-            print(summary, f"wrote {settings.out}/report.html and grid.png", sep="\n")
+            print(f"{summary}\nwrote {settings.out}/report.html and grid.png")
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else "no command"
-    if command in ("compare", "agree"):
-        return {"compare": compare, "agree": agree}[command](argv[1:])
+    others = {"compare": compare, "agree": agree, "curves": curves}
+    if command in others:
+        return others[command](argv[1:])
     if command not in METRICS:
-        known = f"{', '.join(METRICS)}; or compare RUN_A RUN_B, or agree FILE.jsonl"
-        raise BadInput(f"{command}: say what to score: {known}")
-    about = __doc__.splitlines()[0]
-    settings = parse_settings(Settings, ["--benchmark", *argv], description=about)
+        raise BadInput(
+            f"{command}: say what to score: {', '.join(METRICS)}; or {', '.join(others)}"
+        )
+    settings = parse_settings(Settings, ["--benchmark", *argv], __doc__.splitlines()[0])
     stop = catch_signals()
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one may be done long before
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
+    accelerator = start_processes()
     try:
-        run_stages(settings, accelerator, stop)
+        _run_stages(settings, accelerator, stop)
     except Stopped as stopped:
         if stopped.__cause__ and not isinstance(stopped.__cause__, Stopped):
             raise stopped.__cause__ from None
         if accelerator.is_main_process:
-            kept = f"every finished edit and call is kept in {settings.out}"
-            print(f"stopped: {kept}; the same command goes on", file=sys.stderr)
+            kept = "every finished edit and call is kept; the same command goes on"
+            print(f"stopped: {settings.out}: {kept}", file=sys.stderr)
         sys.exit(1)
     accelerator.end_training()
 

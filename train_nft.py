@@ -32,14 +32,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Literal
-from zlib import crc32
 
 import torch
 from accelerate import Accelerator
@@ -53,16 +53,23 @@ from data_prep import (
     BadInput,
     Stopped,
     ToySettings,
-    any_rank,
     append_json_line,
     build_toy,
     catch_signals,
     changed,
+    check_names,
+    faultless,
+    faults_of,
+    fingerprint,
+    from_main,
+    heed_stop,
     keep_json_lines,
     load_image,
     load_rows,
+    load_sources,
     locked,
     newest_whole,
+    numbered_folders,
     oracle,
     paired_gain,
     parse_settings,
@@ -74,6 +81,7 @@ from data_prep import (
     seeded,
     setting,
     start_processes,
+    start_trackers,
     together,
     whole_file,
     whole_folder,
@@ -103,8 +111,9 @@ GRAD_CLIP = 1.0  # largest norm of the gradient
 LEAST_SPREAD = 0.005  # below it r lies within 0.005 of 1/2: nothing to learn
 SHOWN_ROWS = 8  # held-out rows in the pictures under samples/
 HOPELESS = 10  # epochs in a row without a kept group that end a run
+FARTHEST = 1.0  # mean squared distance to the base's velocity: as far as noise from noise
+SHARE = {"at_least": 0, "at_most": 1}  # the range of some settings
 EXPLODED = 20  # latents are of size 1: errors so large are no training any more
-TRACKERS = ("none", "tensorboard", "wandb", "trackio", "swanlab")
 
 # What an epoch's line shows of its record, and how.
 SHOWN = {
@@ -115,12 +124,13 @@ SHOWN = {
     "grad/norm": "grad {:.2g}",
     "update/drift_base": "drift {:.4f}",
     "update/norm_ratio": "norm {:.2f}",
-    "seconds/rollout": "rollout {:.1f} s",
-    "seconds/reward": "reward {:.1f} s",
+    "seconds/rollout": "draws {:.1f} s",
     "seconds/update": "update {:.1f} s",
+    "peak_gb/rollout": "rollout {:.1f} GB",
+    "peak_gb/update": "update {:.1f} GB",
 }
 
-HELD_OUT = "{:.3f} -> {:.3f} ({:+.3f}, 95% {:+.3f} to {:+.3f})"
+GAIN = {"base": "base {:.3f}", "gain": "gain {:+.3f}", "low": "95% {:+.3f}", "high": "to {:+.3f}"}
 
 # ---------------------------------------------------------------- settings
 
@@ -143,12 +153,8 @@ class Settings(JudgeSettings):
     group_size: int = setting(12, "K, edits drawn of each row.", at_least=2)
     # filter and advantage
     filter: Literal["paper", "released", "none"] = setting("paper", "Which groups to drop.")
-    filter_mean: float = setting(
-        0.9, "A group above this mean may be dropped.", at_least=0, at_most=1
-    )
-    filter_std: float = setting(
-        0.05, "A group below this spread may be dropped.", at_least=0, at_most=1
-    )
+    filter_mean: float = setting(0.9, "A group above this mean may be dropped.", **SHARE)
+    filter_std: float = setting(0.05, "A group below this spread may be dropped.", **SHARE)
     advantage_clip: float = setting(5.0, "Cuts advantages; also multiplies the loss.", above=0)
     # update
     train_timesteps: int = setting(5, "Flow times trained per edit, of the rollout's.", at_least=1)
@@ -161,11 +167,9 @@ class Settings(JudgeSettings):
     lora_alpha: int = setting(64, "The LoRA is scaled by alpha / rank.", at_least=1)
     lora_targets: list[str] | None = setting(None, "Names of layers. [the family's]")
     lr: float = setting(3e-4, "AdamW's learning rate.", above=0, at_most=1)
-    decay_rate: float = setting(
-        0.001, "In epoch n old keeps decay_rate n of itself ...", at_least=0, at_most=1
-    )
-    decay_max: float = setting(0.5, "... but at most this much.", at_least=0, at_most=1)
-    ema_decay: float = setting(0.9, "Of an average for evaluation; 0: none.", at_least=0, at_most=1)
+    decay_rate: float = setting(0.001, "In epoch n old keeps decay_rate n of itself ...", **SHARE)
+    decay_max: float = setting(0.5, "... but at most this much.", **SHARE)
+    ema_decay: float = setting(0.9, "Of an average for evaluation; 0: none.", **SHARE)
     # evaluation and records
     eval_every: int = setting(10, "Epochs between held-out evaluations.", at_least=1)
     eval_rows: int = setting(64, "Rows of test.jsonl that they use.", at_least=1)
@@ -173,13 +177,13 @@ class Settings(JudgeSettings):
     eval_guidance: float | None = setting(None, "Their guidance. [the family's]", at_least=0)
     save_every: int = setting(30, "Epochs between checkpoints.", at_least=1)
     keep_checkpoints: int = setting(3, "The newest so many are kept, and the best.", at_least=1)
-    report_to: Literal[TRACKERS] = setting("none", "Where to log beside log.jsonl.")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "swanlab"] = setting(
+        "none", "Where to log beside log.jsonl."
+    )
     resume: Literal["never", "auto"] = setting("never", "auto: go on where the run stopped.")
     force: bool = setting(False, "Resume with other settings, too.")
     bad_rows: Literal["stop", "skip"] = setting("stop", "What a faulty row does to the run.")
-    max_failed: float = setting(
-        0.1, "Share of scores that may fail in an epoch.", at_least=0, at_most=1
-    )
+    max_failed: float = setting(0.1, "Share of scores that may fail in an epoch.", **SHARE)
     # the machine
     rollout_batch: int = setting(12, "Edits in one pipeline call.", at_least=1)
     train_batch: int = setting(12, "(edit, time) pairs in one forward.", at_least=1)
@@ -196,11 +200,15 @@ class Settings(JudgeSettings):
         if self.base and not self.data:
             raise BadInput("--data is missing; name a folder with train.jsonl and test.jsonl")
 
+    @property
+    def skips(self) -> bool:
+        return self.bad_rows == "skip"
+
 
 # With others of these a resumed run is still the same run; all other settings make it another one.
 HARMLESS = """data out epochs eval_every eval_rows eval_steps eval_guidance save_every
 keep_checkpoints report_to resume force bad_rows max_failed rollout_batch train_batch
-gradient_checkpointing offload compile shard dry_run ranks trust_remote_code judge_device
+gradient_checkpointing offload compile shard dry_run trust_remote_code judge_device
 judge_batch judge_in_flight judge_timeout judge_patience judge_check"""
 
 TOY = {
@@ -250,8 +258,8 @@ def nft_loss(
     v, v_old, x_t, x_0: (B, N, C); t, r: (B,). r in [0, 1] is the edit's optimality. At v = v_old
     the gradient lies along -(2 r - 1) (noise - x_0 - v_old), whatever beta is.
     """
-    assert v.shape == v_old.shape == x_t.shape == x_0.shape, "v, v_old, x_t, x_0 differ in shape"
-    assert t.shape == r.shape == v.shape[:1], "t and r are (B,)"
+    same = v.shape == v_old.shape == x_t.shape == x_0.shape
+    assert same and t.shape == r.shape == v.shape[:1], "v ... x_0 are (B, N, C), t and r (B,)"
     v = v.float()
     v_old = v_old.detach().float()
     t = t.float()[:, None, None]  # (B, 1, 1)
@@ -269,19 +277,17 @@ def nft_loss(
     return (r * pos + (1 - r) * neg) / beta
 
 
-def drop_reason(
-    scores: Tensor, rule: str, filter_mean: float, filter_std: float, least_spread: float
-) -> str:
+def drop_reason(scores: Tensor, settings: Settings, least_spread: float) -> str:
     """Why a group is dropped, "" if it is kept; scores (K,), NaN where the judge failed."""
-    known = scores[~scores.isnan()]
+    known = scores[scores.isfinite()]
     if len(known) < 2:
         return "failed"
     spread = known.std(unbiased=False)
-    is_high = known.mean() > filter_mean
-    is_flat = spread < filter_std
-    if rule == "paper" and is_high and is_flat:
+    is_high = known.mean() > settings.filter_mean
+    is_flat = spread < settings.filter_std
+    if settings.filter == "paper" and is_high and is_flat:
         return "filtered"  # solved: what is left to tell apart is noise
-    if rule == "released" and (is_high or is_flat):
+    if settings.filter == "released" and (is_high or is_flat):
         return "filtered"
     if spread < least_spread:
         return "no spread"  # dividing by it would blow rounding up to full advantages
@@ -289,22 +295,16 @@ def drop_reason(
 
 
 def group_advantages(
-    scores: Tensor,
-    clip: float = 5.0,
-    filter: str = "paper",
-    filter_mean: float = 0.9,
-    filter_std: float = 0.05,
-    least_spread: float = LEAST_SPREAD,
+    scores: Tensor, settings: Settings, least_spread: float = LEAST_SPREAD
 ) -> tuple[Tensor, list[str]]:
     """The edits' optimality r (G, K) in [0, 1], NaN for what is not trained; and G drop_reasons.
 
     A = (score - its group's mean) / (std of all kept scores), cut to +-clip; r = A / (2 clip) + 1/2
-    (UniWorld-V2, Sec. 2.3). scores: (G, K) in [0, 1], NaN where the judge failed.
+    (UniWorld-V2, Sec. 2.3). scores: (G, K) in [0, 1], NaN where the judge failed. Of the settings
+    it takes advantage_clip, filter, filter_mean and filter_std.
     """
     scores = scores.double()
-    scores = scores.masked_fill(scores.isinf(), torch.nan)
-    limits = (filter, filter_mean, filter_std, least_spread)
-    reasons = [drop_reason(group, *limits) for group in scores]
+    reasons = [drop_reason(group, settings, least_spread) for group in scores]
     dropped = torch.tensor([reason != "" for reason in reasons])  # (G,)
     scores = scores.masked_fill(dropped[:, None], torch.nan)
     if dropped.all():
@@ -312,8 +312,9 @@ def group_advantages(
 
     # The mean is the group's own: rows differ in difficulty. The scale is that of all groups:
     # one's own would make a hair's breadth in an even group count like success and failure.
-    scale = scores[~scores.isnan()].std(unbiased=False)
+    scale = scores[scores.isfinite()].std(unbiased=False)
     advantage = (scores - scores.nanmean(1, keepdim=True)) / scale  # (G, K)
+    clip = settings.advantage_clip
     return advantage.clamp(-clip, clip) / (2 * clip) + 0.5, reasons
 
 
@@ -341,13 +342,17 @@ class Run:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
+    def together(self) -> AbstractContextManager:
+        """A piece of work at whose end all ranks leave if one has to: see data_prep.together."""
+        return together(self.accelerator, self.stop)
+
 
 # ---------------------------------------------------------------- rollout and reward
 
 
 @dataclass
 class Job:
-    """A group to be drawn: its row, and the name of its noises, to which a copy's number is added."""
+    """A group to be drawn: its row, and what names its noises, beside a copy's number."""
 
     row: dict
     key: tuple
@@ -361,58 +366,49 @@ def draw(
     Every rank has equally many jobs. bar: what the progress bar is called; how: as rollout takes
     it. A group is None, and its scores are missing, where --bad_rows skip left a row out.
     """
+    how["rollout_batch"] = run.settings.rollout_batch
     groups = []
     verdicts = []
     for job in tqdm(jobs, bar, leave=False, disable=not run.is_main):
-        with together(run.accelerator, run.stop):
+        group = None
+        verdict = Future()
+        verdict.set_result(Scores.missing(copies, "bad row"))
+        noises = [seeded(*job.key, copy) for copy in range(copies)]
+        with run.together(), faults_of(job.row, run.settings.skips):
             try:
-                sources = [load_image(path) for path in job.row["images"]]
-                noises = [seeded(*job.key, copy) for copy in range(copies)]
-                how["rollout_batch"] = run.settings.rollout_batch
+                sources = load_sources(job.row)
                 group = rollout(run.editor, sources, job.row["prompt"], noises, **how)
                 # Not awaited here: the judge works on this group while the next one is drawn.
                 verdict = run.judge.submit(job.row, sources, group.images)
-            except BadInput as fault:
-                leave_out(run.settings, job.row, fault)
-                group = None
-                verdict = Future()
-                verdict.set_result(Scores.missing(copies, "bad row"))
-            groups.append(group)
-            verdicts.append(verdict)
+            finally:
+                if group is None and run.settings.shard:  # needs all ranks in each forward
+                    rollout(run.editor, [Image.new("RGB", (512, 512))], "x", noises, **how)
+        groups.append(group)
+        verdicts.append(verdict)
     return groups, verdicts
 
 
-def leave_out(settings: Settings, row: dict, fault: BadInput) -> None:
-    """Names a faulty row, as an error unless --bad_rows skip lets the run go on without it."""
-    fault = f"{row['where']}, row {row['id']}: {fault}"
-    if settings.bad_rows == "stop":
-        raise BadInput(fault)
-    print(f"\nskipped: {fault}", file=sys.stderr)
-
-
-def await_scores(run: Run, verdicts: list[Future]) -> Scores:
-    """The Scores of all ranks' groups, (G, K). A signal ends the waiting; so do too many failures."""
-    pending = verdicts
-    while any_rank(run.accelerator, len(pending) > 0):
-        with together(run.accelerator, run.stop):
-            done, pending = wait(verdicts, timeout=1.0)
-            refuse_failures(run, done, len(verdicts))
-    return Scores.stack(gather_object([verdict.result() for verdict in verdicts]))
-
-
-def refuse_failures(run: Run, done: set[Future], groups: int) -> None:
-    """BadInput as soon as the judge failed on too many edits of so many groups."""
-    causes = Counter()
-    edits = 0
-    for verdict in done:
-        causes.update(verdict.result().causes)
-        edits = groups * len(verdict.result().causes)
-    del causes[""], causes["bad row"]
-    if causes.total() > run.settings.max_failed * edits:
-        raise BadInput(
-            f"the judge failed on {causes.total()} of {edits} edits ({dict(causes)}); see to "
-            f"{run.settings.judge} and go on with --resume auto, or raise --max_failed"
-        )
+def await_scores(run: Run, verdicts: list[Future], copies: int) -> Scores:
+    """The Scores of all ranks' groups, (G, K). A signal or too many failures end the waiting."""
+    expected = len(verdicts) * run.accelerator.num_processes  # groups
+    while True:
+        with run.together():
+            wait(verdicts, timeout=1.0)
+            known = [verdict.result() for verdict in verdicts if verdict.done()]
+        groups = gather_object(known)
+        failed = Counter()
+        for group in groups:
+            failed.update(group.causes)
+        del failed[""], failed["bad row"]
+        with run.together():
+            if failed.total() > run.settings.max_failed * expected * copies:
+                counts = f"{failed.total()} of {expected * copies} edits ({dict(failed)})"
+                raise BadInput(
+                    f"the judge failed on {counts}; see to {run.settings.judge} and go on with "
+                    "--resume auto, or raise --max_failed"
+                )
+        if len(groups) == expected:
+            return Scores.stack(groups)
 
 
 # ---------------------------------------------------------------- update
@@ -433,7 +429,7 @@ def deal_chunks(run: Run, r: Tensor) -> list[Chunk]:
     ranks = run.accelerator.num_processes
     chunks = []
     for number, group in enumerate(r):
-        copies = (~group.isnan()).nonzero().flatten().tolist()
+        copies = group.isfinite().nonzero().flatten().tolist()
         pairs = list(product(copies, range(settings.train_timesteps)))
         for first in range(0, len(pairs), settings.train_batch):
             chunks.append(Chunk(number, pairs[first : first + settings.train_batch]))
@@ -448,7 +444,6 @@ def deal_chunks(run: Run, r: Tensor) -> list[Chunk]:
 class Pairs:
     """B noised edits of one group."""
 
-    copy: Tensor  # (B,) which of its edits
     x_0: Tensor  # (B, N, C) clean latents
     noise: Tensor  # (B, N, C)
     t: Tensor  # (B,) flow time
@@ -457,17 +452,18 @@ class Pairs:
 
 def draw_pairs(run: Run, group: Group, chunk: Chunk, r: Tensor, epoch: int) -> Pairs:
     """The tensors of a chunk, on this rank's device; r (K,) is its group's."""
+    T = run.settings.train_timesteps
     noise = []
     t = []
     for copy, pick in chunk.pairs:
         draws = seeded(run.settings.seed, "train", epoch, chunk.number, copy)
         # Only times of the rollout: elsewhere the model may be asked what it never sees in use.
         order = torch.randperm(len(group.sigmas), generator=draws)
-        shape = (run.settings.train_timesteps, *group.x_0.shape[1:])  # (T, N, C)
-        noise.append(torch.randn(shape, generator=draws)[pick])
+        noises = torch.randn(T, *group.x_0.shape[1:], generator=draws)  # (T, N, C)
+        noise.append(noises[pick])
         t.append(group.sigmas[order[pick]])
     copies = torch.tensor([copy for copy, _ in chunk.pairs])
-    tensors = (copies, group.x_0[copies], torch.stack(noise), torch.stack(t), r[copies].float())
+    tensors = (group.x_0[copies], torch.stack(noise), torch.stack(t), r[copies].float())
     return Pairs(*send_to_device(tensors, run.accelerator.device))
 
 
@@ -480,10 +476,11 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict) -> dict[str, Tensor]:
     with torch.no_grad(), policy(editor, "old"):
         v_old = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
     v = velocity(editor, x_t, pairs.t, cond)  # (B, N, C), the new policy's
-    loss = nft_loss(v, v_old, x_t, pairs.x_0, pairs.t, pairs.r, settings.nft_beta)
-    loss = settings.advantage_clip * loss  # (B,)
-    measured = {"copy": pairs.copy, "t": pairs.t}
-    measured["drift_old"] = (v - v_old).square().mean((1, 2))
+    loss = settings.advantage_clip * nft_loss(
+        v, v_old, x_t, pairs.x_0, pairs.t, pairs.r, settings.nft_beta
+    )  # (B,)
+    drift_old = (v - v_old).square().mean((1, 2))  # (B,)
+    measured = {"t": pairs.t, "drift_old": drift_old}
     if settings.kl_weight:  # a fifth of the update's time: not for a weight of 0
         with torch.no_grad(), policy(editor, "base"):
             v_base = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
@@ -495,44 +492,42 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict) -> dict[str, Tensor]:
     return measured | {"loss": loss}
 
 
-def update(
+def mean_gradient(
     run: Run, groups: list[Group | None], r: Tensor, epoch: int
 ) -> tuple[dict[str, Tensor], float]:
-    """Algorithm 1, lines 9-13: one step along the mean gradient over all kept pairs of all ranks.
+    """Leaves in new's parameters the mean gradient over all kept pairs of all ranks, clipped.
 
     groups, r (G, K): of all ranks. Returns what was measured of the P trained pairs, name -> (P,),
-    and the gradient's norm. The optimizer does not step if that is not finite, or NaN for P = 0.
+    and the gradient's norm, NaN for P = 0.
     """
     chunks = deal_chunks(run, r)
     if not chunks:
         return {}, math.nan
-    total = int((~r.isnan()).sum()) * run.settings.train_timesteps  # P
+    total = r.isfinite().sum().item() * run.settings.train_timesteps  # P
     trained = list(lora_parameters(run.editor, "new").values())
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     parts = []
     with parked(run.editor, run.settings.offload):
         for chunk in tqdm(chunks, f"update {epoch + 1}", leave=False, disable=not run.is_main):
-            with together(run.accelerator, run.stop):
+            with run.together():
                 group = groups[chunk.number]
                 pairs = draw_pairs(run, group, chunk, r[chunk.number], epoch)
                 cond = send_to_device(group.cond, run.accelerator.device)
                 measured = pair_losses(run, pairs, cond)
                 (chunk.share * measured["loss"].sum() / total).backward()
                 if chunk.share:
-                    measured["group"] = torch.full_like(pairs.copy, chunk.number)
+                    measured["group"] = torch.full_like(pairs.t, chunk.number)
                     parts.append({name: values.detach() for name, values in measured.items()})
 
-    # All messages come before the step: one that fails must find the weights of the last epoch.
     parts = gather_object(send_to_device(parts, "cpu"))
+    measured = {}
+    for name in parts[0]:
+        measured[name] = torch.cat([part[name] for part in parts])  # (P,)
     grads = [parameter.grad for parameter in trained]
-    message = run.accelerator.reduce(parameters_to_vector(grads), "sum")  # the only one of a step
+    message = run.accelerator.reduce(parameters_to_vector(grads), "sum")  # one for the whole step
     vector_to_parameters(message, grads)
-    norm = clip_grad_norm_(trained, GRAD_CLIP).item()
-    if math.isfinite(norm):
-        run.optimizer.step()
-    run.optimizer.zero_grad()
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, norm
+    return measured, clip_grad_norm_(trained, GRAD_CLIP).item()
 
 
 # ---------------------------------------------------------------- evaluation
@@ -546,23 +541,29 @@ def evaluate(run: Run, name: str) -> list[dict]:
     """
     settings = run.settings
     rows = list(enumerate(run.rows["test"]))
-    how = {"steps": settings.eval_steps, "guidance": settings.eval_guidance, "evaluation": True}
     # Padded, so that every rank draws equally many; what is double goes at the end.
     with run.accelerator.split_between_processes(rows, apply_padding=True) as mine:
         jobs = [Job(row, (settings.seed, "eval", number)) for number, row in mine]
         with policy(run.editor, name):
-            groups, verdicts = draw(run, jobs, 1, f"held-out, {name}", **how)
-    await_scores(run, verdicts)
-    results = {}
+            groups, verdicts = draw(
+                run,
+                jobs,
+                1,
+                f"held-out, {name}",
+                steps=settings.eval_steps,
+                guidance=settings.eval_guidance,
+                evaluation=True,
+            )
+    await_scores(run, verdicts, 1)
+    results = []
     for (number, row), group, verdict in zip(mine, groups, verdicts, strict=True):
-        result = {"row": number, "judge": verdict.result().score.item(), "image": None}
-        result |= {"oracle": math.nan, "success": math.nan}
-        if group:
-            result |= oracle(row, group.images[0]) or {}
-        if group and number < SHOWN_ROWS:
-            result["image"] = group.images[0]
-        results[number] = result
-    every = {result["row"]: result for result in gather_object(list(results.values()))}
+        edit = group.images[0] if group else None
+        result = {"row": number, "judge": verdict.result().score.item()}
+        result["image"] = edit if number < SHOWN_ROWS else None
+        truth = oracle(row, edit) if edit else None  # None, too, for rows that are not the toy's
+        result["oracle"], result["success"] = truth or (math.nan, math.nan)
+        results.append(result)
+    every = {result["row"]: result for result in gather_object(results)}
     return list(every.values())
 
 
@@ -572,16 +573,17 @@ def held_out_record(base: list[dict], results: list[dict], name: str) -> dict:
     for key in ("judge", "oracle", "success"):
         if any(math.isfinite(result[key]) for result in results):
             gain = paired_gain(base, results, key)
-            record[f"heldout/{name}/{key}"] = gain["now"]
-            record |= {f"heldout/{name}/{key}/{part}": value for part, value in gain.items()}
+            place = f"heldout/{name}/{key}"
+            record[place] = gain.pop("now")
+            record |= {f"{place}/{part}": value for part, value in gain.items()}
     return record
 
 
-def comparison_grid(rows: list[dict], base: list[dict], now: list[dict]) -> Image.Image:
+def comparison_grid(run: Run, base: list[dict], now: list[dict]) -> Image.Image:
     """Of the first held-out rows: source, base's edit, now's, and the target where it is known."""
     pictures = []
     captions = []
-    for row, before, after in zip(rows, base, now, strict=True):
+    for row, before, after in zip(run.rows["test"], base, now, strict=True):
         if before["image"] and after["image"]:
             target = load_image(row["target"]) if "target" in row else None
             source = load_image(row["images"][0])
@@ -598,18 +600,14 @@ def comparison_grid(rows: list[dict], base: list[dict], now: list[dict]) -> Imag
 def timed(record: dict, phase: str, device: torch.device) -> Iterator[None]:
     """Adds the seconds of a phase to the record, and on a GPU its peak memory in GB."""
     begun = time.time()
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     yield
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize(device)
         record[f"peak_gb/{phase}"] = torch.cuda.max_memory_allocated(device) / 1e9
     record[f"seconds/{phase}"] = time.time() - begun
-
-
-def counted(prefix: str, words: list[str]) -> dict[str, int]:
-    """How often each word occurs, but for the empty one: prefix/word -> number."""
-    return {f"{prefix}/{word}": number for word, number in Counter(words).items() if word}
 
 
 def epoch_record(
@@ -629,12 +627,14 @@ def epoch_record(
     }
     for name, values in scores.terms.items():
         record[f"reward/{name}"] = values.nanmean().item()
-    record |= counted("judge/failed", scores.causes)
-    record |= counted("groups", reasons)
-    for tenth, count in enumerate(torch.histc(r[~r.isnan()], 10, 0, 1).tolist()):
+    for prefix, words in {"judge/failed": scores.causes, "groups": reasons}.items():
+        for word, number in Counter(words).items():
+            if word:
+                record[f"{prefix}/{word}"] = number
+    for tenth, count in enumerate(torch.histc(r[r.isfinite()], 10, 0, 1).tolist()):
         record[f"r/{tenth}"] = count
     if measured:
-        for name in ("loss", *sorted(measured.keys() - {"group", "copy", "t", "loss"})):
+        for name in sorted(measured.keys() - {"group", "t"}):
             record[f"update/{name}"] = measured[name].mean().item()
         for fifth in range(5):  # of flow time; t = 1 belongs to the last
             is_in = (5 * measured["t"]).long().clamp(max=4) == fifth  # (P,)
@@ -650,94 +650,101 @@ def epoch_line(record: dict) -> str:
         parts.append("STEP SKIPPED")
     for key in record:
         if key.startswith("heldout/") and key.count("/") == 2:  # heldout/new/judge
-            numbers = [record[f"{key}/{part}"] for part in ("base", "now", "gain", "low", "high")]
-            parts.append(f"\n   {key} {HELD_OUT.format(*numbers)}")
+            parts.append(f"\n   {key} {record[key]:.3f}")
+            for part, form in GAIN.items():
+                parts.append(form.format(record.get(f"{key}/{part}", math.nan)))
     return "  ".join(parts)
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(run: Run, state: dict) -> None:
+def save_checkpoint(run: Run, state: dict):
     """Writes checkpoint-{epoch}, whole or not at all; then only the newest few and the best stay.
 
     new lies on top, as diffusers reads it, old and ema in folders of their own.
     """
-    with whole_folder(run.out / f"checkpoint-{state['epoch']}") as part:
+    folder = run.out / f"checkpoint-{state['epoch']}"
+    with whole_folder(folder) as part:
         for name in run.editor.policies:
             save_lora(run.editor, part / name.removeprefix("new"), name)
         torch.save(run.optimizer.state_dict()["state"], part / "optimizer.pt")
-        (part / "state.json").write_text(json.dumps(state, indent=1))
+        (part / "state.json").write_text(json.dumps(state))
     run.saved = dict(state)
-    keep = run.settings.keep_checkpoints
-    prune_folders(run.out, "checkpoint", keep, best=state["best_epoch"])
+    prune_folders(folder, run.settings.keep_checkpoints, best=state["best_epoch"])
 
 
-def load_checkpoint(run: Run, state: dict) -> dict:
-    """The state of the newest whole checkpoint, its weights put back; `state` if there is none."""
-    folder = newest_whole(run.out, "checkpoint")
+def load_checkpoint(run: Run, state: dict):
+    """Puts back weights and state of the newest whole checkpoint, if there is one."""
+    folder = from_main(run.accelerator, run.stop, newest_whole, run.out, "checkpoint")
     if folder is None:
-        return state
-    stored = json.loads((folder / "state.json").read_text())
-    changes = changed(stored["settings"], state["settings"], HARMLESS)
-    if changes and not run.settings.force:
-        raise BadInput(f"{folder}: {'; '.join(changes)}; give what it was, or --force true")
+        return
+    with run.together():
+        stored = json.loads((folder / "state.json").read_text())
+        changes = changed(stored["settings"], state["settings"], HARMLESS)
+        if changes and not run.settings.force:
+            raise BadInput(f"{folder}: {'; '.join(changes)}; give what it was, or --force true")
+        for name in run.editor.policies:
+            load_lora(run.editor, folder / name.removeprefix("new"), name)
+        moments = torch.load(folder / "optimizer.pt", "cpu", weights_only=True)
+        run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": moments})
     for change in changes:
         run.accelerator.print(f"resuming although {change}")
-    for name in run.editor.policies:
-        load_lora(run.editor, folder / name.removeprefix("new"), name)
-    moments = torch.load(folder / "optimizer.pt", weights_only=True)
-    run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": moments})
     run.saved = stored
-    return stored | {"settings": state["settings"]}
+    state |= stored | {"settings": state["settings"]}
 
 
-def start_state(run: Run) -> dict:
-    """The state of a run before its next epoch, and its folder and trackers as they were then."""
-    settings = asdict(run.settings)
-    contents = repr([(row["id"], row["prompt"]) for row in run.rows["train"]]).encode()
-    state = {
+def fresh_state(run: Run) -> dict:
+    """The state of a run before its first epoch."""
+    return {
         "epoch": 0,  # finished so far
-        "record": None,  # of a finished epoch that is not evaluated and logged yet
+        "logged": 0,  # epochs that are evaluated, as far as that is due, and logged
+        "record": {},  # of the last finished epoch
         "bad_steps": 0,  # in a row
         "silent_epochs": 0,  # in a row
         "best": -1.0,  # held-out score
         "best_epoch": 0,
-        "run": secrets.token_hex(4),  # names it to trackers
-        "settings": settings | {"ranks": run.accelerator.num_processes, "rows": crc32(contents)},
+        "run": secrets.token_hex(11)[:21],  # names it to trackers; swanlab wants 21 characters
+        "settings": asdict(run.settings) | {"rows": fingerprint(run.rows["train"])},
     }
-    if run.settings.resume == "auto":
-        state = load_checkpoint(run, state)
-    if run.is_main:
-        with whole_file(run.out / "config.json") as part:
-            part.write_text(json.dumps(settings, indent=1))
-        keep_json_lines(run.out / "log.jsonl", lambda record: record["epoch"] <= state["epoch"])
-    same_run = {"id": state["run"], "resume": "allow"}
-    options = {
-        "tensorboard": {"purge_step": state["epoch"] + 1},
-        "wandb": same_run,
-        "trackio": {"name": state["run"], "resume": "allow"},
-        "swanlab": same_run,
-    }
-    shown = {name: str(value) for name, value in settings.items()}
-    run.accelerator.init_trackers("edit-nft", shown, options)
-    return state
+
+
+def open_records(run: Run, state: dict):
+    """The run's folder and its trackers as they were after the last epoch that is logged."""
+    with run.together():
+        if run.is_main:
+            with whole_file(run.out / "config.json") as part:
+                part.write_text(json.dumps(state["settings"], indent=1))
+            keep_json_lines(run.out / "log.jsonl", "epoch", state["logged"])
+        start_trackers(
+            run.accelerator, "edit-nft", state["settings"], state["run"], state["logged"]
+        )
 
 
 # ---------------------------------------------------------------- before and after an epoch
 
 
-def set_up(argv: list[str]) -> tuple[Settings, Accelerator]:
-    """The settings of a command line, and this process's place among the ranks."""
-    has_base = any(word.split("=")[0] == "--base" for word in argv)
+def set_up(argv: list[str], scratch: str) -> tuple[Settings, Accelerator]:
+    """The settings of a command line, and this process's place among the ranks.
+
+    scratch: a folder for what a dry run writes.
+    """
+    has_base = any(word.startswith("--base") for word in argv)
     defaults = {} if has_base else TOY
     settings = parse_settings(Settings, argv, __doc__.splitlines()[0], **defaults)
-    if (Path(settings.out) / "log.jsonl").exists() and settings.resume == "never":
+    if settings.dry_run:
+        settings = replace(
+            settings, out=scratch, epochs=1, eval_rows=1, resume="never", report_to="none"
+        )
+    log = Path(settings.out) / "log.jsonl"
+    check_names(log.parent, ["config.json", log.name], ["samples"])
+    holds_run = log.exists() or numbered_folders(log.parent, "checkpoint")
+    if holds_run and settings.resume == "never":
         raise BadInput(f"{settings.out}: holds a run already; give --resume auto or another --out")
     accelerator = start_processes(settings.out, settings.report_to)
     ranks = accelerator.num_processes
     if settings.dry_run:
-        settings = replace(settings, epochs=1, eval_rows=1, groups=ranks)
+        settings = replace(settings, groups=ranks)
     if settings.groups % ranks:
         raise BadInput(f"--groups {settings.groups}: not divisible by {ranks} processes")
     if not has_base:
@@ -748,28 +755,27 @@ def set_up(argv: list[str]) -> tuple[Settings, Accelerator]:
 
 def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     """Data, editor, judge and optimizer; BadInput for one that cannot serve."""
-    rows = load_rows(settings.data, settings.bad_rows == "skip", accelerator)
+    rows = load_rows(settings.data, settings.skips, accelerator)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-    place = "cpu" if settings.shard else accelerator.device
     editor = load_editor(
         settings.base,
-        place,
+        "cpu" if settings.shard else accelerator.device,
         dtype,
         settings.resolution,
         solver_order=settings.solver_order,
         trust_remote_code=settings.trust_remote_code,
     )
     rows["test"] = rows["test"][: settings.eval_rows]
-    for split, of_split in rows.items():
-        rows[split] = [row for row in of_split if is_fit(settings, editor, row)]
-    averages = ("old", "ema") if settings.ema_decay else ("old",)
+    fault_of = partial(row_fault, editor)
+    for split in rows:
+        rows[split] = faultless(rows[split], fault_of, settings.skips, accelerator.is_main_process)
     add_policies(
         editor,
         settings.lora_rank,
         settings.lora_alpha,
         settings.lora_targets,
         settings.seed,
-        averages,
+        ("old", "ema") if settings.ema_decay else ("old",),
         settings.start_lora,
     )
     if settings.gradient_checkpointing:
@@ -781,88 +787,89 @@ def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=WEIGHT_DECAY)
     check_editor(editor, rows["train"][0], settings.guidance, optimizer, bool(settings.start_lora))
     check_judge(judge, settings, rows["train"])
+    judge.noise = max(gather_object([judge.noise]))  # so that all ranks drop the same groups
     if settings.compile:
         compile_blocks(editor)
+    if not settings.shard:  # where all ranks do each forward, or none
+        heed_stop(editor.pipe.transformer, stop)
     return Run(settings, accelerator, stop, rows, editor, judge, optimizer, saved={})
 
 
-def is_fit(settings: Settings, editor: Editor, row: dict) -> bool:
-    """Whether the editor can take a row; BadInput if it cannot and --bad_rows is stop."""
-    fault = row_fault(editor, row)
-    if fault:
-        leave_out(settings, row, BadInput(fault))
-    return not fault
-
-
-def close_epoch(run: Run, state: dict, base: list[dict]) -> None:
+def close_epoch(run: Run, state: dict, base: list[dict]):
     """Evaluates, logs and saves a finished epoch, as far as that is due.
 
-    Until then its record stays in the state: a run that is stopped in between makes up for it.
+    Its record is in the state: a run that is stopped in between makes up for it.
     """
     settings = run.settings
     epoch = state["epoch"]
     record = dict(state["record"])
     results = {}
     if epoch == settings.epochs or epoch % settings.eval_every == 0:
-        results = {name: evaluate(run, name) for name in run.editor.policies}
-    for name in results:
-        record |= held_out_record(base, results[name], name)
+        for name in run.editor.policies:
+            results[name] = evaluate(run, name)
+            record |= held_out_record(base, results[name], name)
     known = {key: value for key, value in record.items() if math.isfinite(value)}  # JSON has no NaN
-    with together(run.accelerator, run.stop):
+    score = known.get("heldout/new/judge", -1.0)
+    is_best = score > state["best"]
+    with run.together():
         if run.is_main:
             if results:
                 with whole_file(run.out / "samples" / f"epoch-{epoch:04}.png") as part:
-                    comparison_grid(run.rows["test"], base, results["new"]).save(part)
+                    comparison_grid(run, base, results["new"]).save(part)
             append_json_line(run.out / "log.jsonl", known)
             say(epoch_line(known))
-    run.accelerator.log(known, epoch)
-    state["record"] = None
-    is_best = known.get("heldout/new/judge", -1.0) > state["best"]
-    if is_best:
-        state |= {"best": known["heldout/new/judge"], "best_epoch": epoch}
-    if run.is_main and (is_best or epoch % settings.save_every == 0):
-        save_checkpoint(run, state)
+            run.accelerator.log(known, epoch)
+        state["logged"] = epoch
+        if is_best:
+            state |= {"best": score, "best_epoch": epoch}
+        if run.is_main and (is_best or epoch % settings.save_every == 0):
+            save_checkpoint(run, state)
 
 
 def refuse_hopeless(
     run: Run, state: dict, record: dict, measured: dict[str, Tensor], drawn: list[dict]
-) -> None:
+):
     """BadInput after three steps in a row that did harm, or many epochs without a kept group."""
     exploded = EXPLODED * run.settings.advantage_clip
-    is_bad = record["steps/skipped"] or record.get("update/loss", 0.0) > exploded
+    is_bad = (
+        record["steps/skipped"]
+        or record.get("update/loss", 0.0) > exploded
+        or record.get("update/drift_base", 0.0) > FARTHEST
+    )
     state["bad_steps"] = state["bad_steps"] + 1 if is_bad else 0
     state["silent_epochs"] = 0 if record["groups/kept"] else state["silent_epochs"] + 1
-    if state["bad_steps"] == 3:
+    if state["bad_steps"] >= 3:
         pairs = {name: values.tolist() for name, values in measured.items()}
-        pairs["row"] = [drawn[number]["id"] for number in pairs["group"]]
+        pairs["row"] = [drawn[int(number)]["id"] for number in pairs["group"]]
         with whole_file(run.out / "bad-steps.json") as part:
-            part.write_text(json.dumps(pairs, indent=1))
+            part.write_text(json.dumps(pairs))
         raise BadInput(
-            f"three steps in a row were not finite or had a loss above {exploded:g}; "
-            f"{run.out}/bad-steps.json has their rows and times; lower --lr or mend those rows, "
-            "and go on from an earlier checkpoint with --resume auto"
+            f"three steps in a row were not finite, had a loss above {exploded:g} or a drift above "
+            f"{FARTHEST:g}; {run.out}/bad-steps.json has the last one's rows and times; lower --lr "
+            "or mend those rows, remove the checkpoints since then and go on with --resume auto"
         )
-    if state["silent_epochs"] == HOPELESS:
+    if state["silent_epochs"] >= HOPELESS:
+        counts = {key: count for key, count in record.items() if key.startswith("groups/")}
         raise BadInput(
-            f"nothing was kept for {HOPELESS} epochs in a row: all rows are solved, or the judge "
-            "tells no edits apart; see to --judge, --filter and --guidance"
+            f"nothing was kept for {HOPELESS} epochs in a row (of the last one: {counts}): all "
+            "rows are solved, or the judge tells no edits apart; see to --judge, --filter and "
+            "--guidance"
         )
 
 
 # ---------------------------------------------------------------- Algorithm 1
 
 
-def run_epochs(run: Run, state: dict) -> None:
+def run_epochs(run: Run, state: dict):
     """The method: epoch after epoch, from the one that the state names."""
     settings = run.settings
     device = run.accelerator.device
     least_spread = max(LEAST_SPREAD, 3 * run.judge.noise)
     base = evaluate(run, "base")
-    if state["record"]:
+    if state["logged"] < state["epoch"]:
         close_epoch(run, state, base)
 
-    left = range(state["epoch"], settings.epochs)
-    for epoch in tqdm(left, "epochs", disable=not run.is_main):
+    for epoch in tqdm(range(state["epoch"], settings.epochs), "epochs", disable=not run.is_main):
         record = {"epoch": epoch + 1}
 
         # ---------------- rollout: the old policy draws K edits of each row
@@ -872,28 +879,38 @@ def run_epochs(run: Run, state: dict) -> None:
         drawn = [run.rows["train"][number] for number in numbers]  # G
         key = (settings.seed, "rollout", epoch)
         jobs = [Job(row, (*key, number)) for number, row in enumerate(drawn)]
-        how = {"steps": settings.rollout_steps, "guidance": settings.guidance}
         with (
             timed(record, "rollout", device),
             policy(run.editor, "old"),
             run.accelerator.split_between_processes(jobs) as mine,
         ):
-            groups, verdicts = draw(run, mine, settings.group_size, f"rollout {epoch + 1}", **how)
+            groups, verdicts = draw(
+                run,
+                mine,
+                settings.group_size,
+                f"rollout {epoch + 1}",
+                steps=settings.rollout_steps,
+                guidance=settings.guidance,
+            )
 
         # ---------------- reward: every rank learns all scores, and gets all edits' latents
         with timed(record, "reward", device):
-            scores = await_scores(run, verdicts)
+            scores = await_scores(run, verdicts, settings.group_size)
             groups = gather_object([group and group.for_training() for group in groups])
 
         # ---------------- filter: what says nothing goes, the rest becomes optimality
-        limits = (settings.filter, settings.filter_mean, settings.filter_std, least_spread)
-        r, reasons = group_advantages(scores.score, settings.advantage_clip, *limits)  # r: (G, K)
+        r, reasons = group_advantages(scores.score, settings, least_spread)  # r: (G, K)
         if settings.dry_run:  # whatever the judge says, a full step is to be measured
             r = torch.linspace(0, 1, settings.group_size).expand_as(r)
 
-        # ---------------- update: towards good edits, away from bad ones
+        # ---------------- update: one step towards good edits, away from bad ones
         with timed(record, "update", device):
-            measured, norm = update(run, groups, r, epoch)
+            measured, norm = mean_gradient(run, groups, r, epoch)
+        record |= epoch_record(scores, r, reasons, measured, norm)
+        # Nothing from here to the epoch's end waits for another rank or can be stopped, so that
+        # what is saved is always a whole epoch.
+        if math.isfinite(norm):
+            run.optimizer.step()
 
         # ---------------- the old policy follows, at first at once, later ever more slowly:
         # fresh data while the policy moves fast, a steady anchor once it is good
@@ -901,47 +918,46 @@ def run_epochs(run: Run, state: dict) -> None:
         soft_update(run.editor, record["old_decay"])
         if settings.ema_decay:
             soft_update(run.editor, settings.ema_decay, "ema")
-
-        # ---------------- the epoch counts from here on, whatever ends the run
-        record |= epoch_record(scores, r, reasons, measured, norm)
         state |= {"epoch": epoch + 1, "record": record}
+
+        # ---------------- records; then what cannot learn says so
         close_epoch(run, state, base)
-        with together(run.accelerator, run.stop):
+        with run.together():
             refuse_hopeless(run, state, record, measured, drawn)
 
 
-def main(argv: list[str] | None = None) -> None:
-    stop = catch_signals()
-    settings, accelerator = set_up(sys.argv[1:] if argv is None else argv)
-    with TemporaryDirectory() as scratch:
-        if settings.dry_run:
-            settings = replace(settings, out=scratch)
-        with locked(settings.out) if accelerator.is_main_process else nullcontext():
-            train(load_all(settings, accelerator, stop))
-
-
-def train(run: Run) -> None:
+def train(run: Run):
     """A run to its end, or to a stop. Every way out keeps the last finished epoch."""
-    state = start_state(run)
+    settings = run.settings
+    state = fresh_state(run)
     fault = None
-    try:
-        run_epochs(run, state)
-    except Stopped as stopped:
-        fault = stopped.__cause__
-    finally:
-        if run.is_main and state["epoch"] and state != run.saved:
-            save_checkpoint(run, state)
-        run.judge.close()
+    with closing(run.judge):
+        try:
+            if settings.resume == "auto":
+                load_checkpoint(run, state)
+            open_records(run, state)
+            run_epochs(run, state)
+        except Stopped as stopped:
+            fault = stopped.__cause__
+        finally:
+            if run.is_main and state["epoch"] and state != run.saved:
+                save_checkpoint(run, state)
     run.accelerator.wait_for_everyone()  # a rank that leaves early breaks the others' messages
     run.accelerator.end_training()
+    if run.is_main and state["logged"] < settings.epochs:
+        due = "" if state["logged"] == state["epoch"] else ", which is not evaluated and logged yet"
+        done = f"stopped after epoch {state['epoch']} of {settings.epochs}{due}"
+        say(f"{done}; go on with --resume auto")
     if fault:
         raise fault
-    if state["epoch"] < run.settings.epochs or state["record"]:
-        due = ", not evaluated yet" if state["record"] else ""
-        run.accelerator.print(
-            f"stopped after epoch {state['epoch']} of {run.settings.epochs}{due}; "
-            "go on with --resume auto"
-        )
+
+
+def main(argv: list[str] | None = None):
+    stop = catch_signals()
+    with TemporaryDirectory() as scratch:
+        settings, accelerator = set_up(sys.argv[1:] if argv is None else argv, scratch)
+        with locked(settings.out) if accelerator.is_main_process else nullcontext():
+            train(load_all(settings, accelerator, stop))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ a smaller card would do.
 import argparse
 import functools
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -274,7 +275,7 @@ def measure(args):
     def load(base, device, dtype, trust_remote_code):
         return meter.listen(build(args.models[0], device, args.tiny))
 
-    sample.load_pipeline = load
+    sample._load_pipeline = load
     train_nft.load_judge = lambda *args, **kwargs: EvenJudge()
     train_nft.check_judge = lambda *args, **kwargs: None
     train_nft.timed = meter.timed
@@ -339,11 +340,11 @@ def estimate(model):
     pipe = build(model, "meta")
     transformer, vae = pipe.transformer, pipe.vae.config
     size = {part: 2 * count / 1e9 for part, count in parameters(pipe).items()}
-    targets = tuple(f".{target}" for target in FAMILIES[NAMES[model][1]].targets)
+    targets = FAMILIES[NAMES[model][1]].targets
     bound = [
         layer
         for name, layer in transformer.named_modules()
-        if isinstance(layer, nn.Linear) and f".{name}".endswith(targets)
+        if isinstance(layer, nn.Linear) and re.fullmatch(targets, name)
     ]
     lora = 6 * 4 * sum(RANK * (layer.in_features + layer.out_features) for layer in bound) / 1e9
     blocks = sum(

@@ -1,6 +1,6 @@
 """Whether a long run leaks: 200 epochs of a very small setting, and the slope of its peak memory.
 
-    python tests/long_run.py [--epochs 200]
+python tests/long_run.py [--epochs 200]
 """
 
 import argparse

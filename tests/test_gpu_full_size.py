@@ -73,7 +73,7 @@ def test_a_model_that_does_not_fit_is_a_row_and_no_crash(monkeypatch):
 
     monkeypatch.setattr(train_nft, "main", full)
     # measure puts its own there: pytest takes them out again
-    monkeypatch.setattr(sample, "load_pipeline", full)
+    monkeypatch.setattr(sample, "_load_pipeline", full)
     monkeypatch.setattr(train_nft, "load_judge", full)
     monkeypatch.setattr(train_nft, "check_judge", full)
     monkeypatch.setattr(train_nft, "timed", full)

@@ -1,240 +1,709 @@
-"""Nothing is lost: kills, signals, damaged and unwritable checkpoints, other settings, numbers that are not finite.
+"""Nothing is lost: kills, signals, faults in mid-run, full disks, damaged files, other settings.
 
-What was tried                     what the user sees                                  what is kept
-SIGKILL at any moment              nothing; --resume auto goes on                      all up to the last checkpoint
-SIGTERM, Ctrl-C                    "stopped after epoch N ...; go on with --resume"    all finished epochs
-a second Ctrl-C                    the program ends at once                            all up to the last checkpoint
-newest checkpoint damaged          "checkpoint-N: damaged; going back ..."             the one before, and its log
-every checkpoint damaged           the same for each, and a run from the start         the damaged folders
-a full disk                        "checkpoint-N: could not be written (...)"          the checkpoints before it
-another setting on resume          "lr was .. and is ..; give .. or --force true"      everything
-a loss or gradient not finite      STEP SKIPPED in the epoch's line                    the weights as before the step
-three of them in a row             "three steps in a row ...; see not-finite.json"     the weights, rows, times, scores
-scores that failed, too many       "the judge failed on n of m edits (causes)"         a checkpoint of the last epoch
-a log line cut short               nothing; the line is dropped on resume              the whole lines
+What was tried                      what the user sees                          what is kept
+SIGKILL at any moment               nothing; --resume auto goes on              the last checkpoint
+SIGTERM (twice, to one rank, to     "stopped after epoch N of M; go on with     all finished epochs
+  the group), SIGHUP, Ctrl-C          --resume auto", in seconds, code 0
+  in rollout, judgement, update,
+  evaluation
+... in an evaluation that was due   "..., which is not evaluated and logged"    it is made up for
+a second Ctrl-C                     the program ends at once                    the last checkpoint
+| head, 2>&1 | head                 nothing; the training goes on               everything
+a picture gone in mid-run           file, line and row, and "stopped after"     all finished epochs
+... with --bad_rows skip            "skipped: FILE:LINE, row ID"; counted       the run goes on
+out of memory, a thread's error,    one line or the traceback, "stopped"        all finished epochs
+  an error of ours
+a full or unwritable disk: log,     "FILE: cannot be written (...)"             all finished epochs,
+  grid, checkpoint                                                                old files whole
+a file where a folder goes          "is a file; move it", before the models     everything
+a second run in one --out           "another run is at work there"              the first goes on
+newest checkpoint damaged           "checkpoint-N: damaged; going back ..."     the one before
+every checkpoint damaged            "every checkpoint is damaged", code 2       everything
+checkpoint-1-good, checkpoint-best  nothing: they are the user's                everything
+bad lines in log.jsonl              nothing; on resume they are dropped         every whole line
+another setting on resume           "lr was .. and is ..; give .. or --force"   everything
+a step not finite                   STEP SKIPPED in the epoch's line            the weights before
+three in a row, or an exploded loss "three steps in a row"; bad-steps.json      rows, times, losses
+nothing kept for ten epochs         "nothing was kept", counts, settings        all finished epochs
+a lost node (network namespaces)    "another process is gone", in 2 s           all finished epochs
 """
 
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from rule_judge import RuleJudge, log, lora
+from PIL import Image
+from rule_judge import RuleJudge, arguments, checkpoints, fork_server, log, lora
 
-import sample
+import data_prep
 import train_nft
-from data_prep import BadInput
-from sample import checkpoints, read_state
+from data_prep import BadInput, Stopped, file_hashes
 from train_nft import nft_loss
 
 ROOT = Path(__file__).parents[1]
 
 
 def assert_same_end(one, other):
-    """Two runs whose newest checkpoints hold the same bits."""
-    ends = [checkpoints(out)[0] for out in (one, other)]
+    """Two runs whose newest checkpoints and logs hold the same bits."""
+    ends = [out / f"checkpoint-{checkpoints(out)[0]}" for out in (one, other)]
     assert ends[0].name == ends[1].name
     for name in ("", "old", "ema"):
         for key, weights in lora(ends[0], name).items():
             assert torch.equal(weights, lora(ends[1], name)[key]), (name, key)
-    assert (ends[0] / "optimizer.safetensors").read_bytes() == (
-        ends[1] / "optimizer.safetensors"
-    ).read_bytes()
-    assert [(line["epoch"], line["reward"], line["loss"]) for line in log(one)] == [
-        (line["epoch"], line["reward"], line["loss"]) for line in log(other)
-    ]
+    moments = [torch.load(end / "optimizer.pt", weights_only=True) for end in ends]
+    for number, state in moments[0].items():
+        for key, value in state.items():
+            assert torch.equal(value, moments[1][number][key]), (number, key)
+    assert timeless(one) == timeless(other)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(run):
-    whole = run("whole", epochs=4)
-    halves = run("halves", epochs=2)
-    (halves / ".checkpoint-3.part").mkdir()  # what a kill leaves behind
+def timeless(out):
+    """A run's log without what its clock said."""
+    lines = []
+    for line in log(out):
+        lines.append({key: value for key, value in line.items() if "seconds" not in key})
+    return lines
+
+
+@pytest.fixture(scope="module")
+def whole(kontext_folder, dataset, tmp_path_factory):
+    """An undisturbed run of four epochs."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        patch.setattr(train_nft, "load_judge", lambda *args: RuleJudge())
+        train_nft.main(arguments(kontext_folder, dataset, out, epochs=4, save_every=30))
+    return out
+
+
+class At(RuleJudge):
+    """Does something when it is asked about its number-th group of four edits."""
+
+    def __init__(self, number, action):
+        super().__init__()
+        self.left = number
+        self.action = action
+
+    def submit(self, row, sources, edits):
+        self.left -= int(len(edits) == 4)
+        if self.left == 0:
+            self.left = -1
+            return self.action() or super().submit(row, sources, edits)
+        return super().submit(row, sources, edits)
+
+
+def send(number):
+    """A function that sends this process a signal."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+# ---------------------------------------------------------------- kills and signals
+
+
+def test_a_resumed_run_ends_with_the_same_bits(run, whole):
+    halves = run("halves", epochs=2, save_every=30)
+    (halves / ".part-checkpoint-3").mkdir()  # what a kill leaves behind
+    (halves / ".part-checkpoint-3" / ".lock").touch()
+    (halves / ".part-checkpoint-1-77").mkdir()
     with open(halves / "log.jsonl", "a") as file:
         file.write('{"epoch": 3, "rew')
-    run("halves", epochs=4)
+    run("halves", epochs=4, save_every=30)
     assert_same_end(whole, halves)
+    assert not list(halves.glob(".part*"))
 
 
-@pytest.mark.parametrize("processes, kills", [(1, 8), (2, 1)])
-def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, processes, kills):
+def test_a_run_ended_again_and_again_ends_with_the_same_bits(tmp_path):
+    script = ROOT / "tests" / "kill_train.py"
     done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "tests" / "kill_train.py",
-            "--kills",
-            str(kills),
-            "--processes",
-            str(processes),
-            "--epochs",
-            "6",
-            "--out",
-            tmp_path,
-        ],
+        [sys.executable, script, "--kills", "6", "--epochs", "6", "--out", tmp_path],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert f"{kills} kills, the same bits" in done.stdout
+    assert "6 kills, the same bits" in done.stdout
 
 
-class Interrupting(RuleJudge):
-    """Sends this process a signal when it has been asked so many times."""
-
-    def __init__(self, number, times):
-        super().__init__()
-        self.number, self.times = number, times
-
-    def submit(self, *args):
-        self.times -= 1
-        if self.times == 0:
-            os.kill(os.getpid(), self.number)
-        return super().submit(*args)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_a_line(run, capsys, number):
+    out = run("broken", judge=At(7, send(number)), epochs=4, save_every=30)
+    assert "stopped after epoch 1 of 4; go on with --resume auto" in capsys.readouterr().out
+    assert checkpoints(out) == [1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_a_signal_stopped_goes_on_as_if_nothing_had_been(run, whole):
+    out = run("broken", judge=At(15, send(signal.SIGTERM)), epochs=4, save_every=30)
+    assert checkpoints(out) == [3, 2]  # the newest, and the best
+    run("broken", epochs=4, save_every=30)
+    assert_same_end(whole, out)
+
+
+def test_a_signal_in_the_last_evaluation_is_told_and_the_evaluation_made_up_for(
+    run, whole, monkeypatch, capsys
+):
+    evaluate = train_nft.evaluate
+
+    def interrupted(run, name):
+        if name == "old" and checkpoints(run.out) == [2]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(run, name)
+
+    monkeypatch.setattr(train_nft, "evaluate", interrupted)
+    out = run("late", epochs=4, save_every=30)
+    said = capsys.readouterr().out
+    assert "stopped after epoch 4 of 4, which is not evaluated and logged yet; go on" in said
+    assert checkpoints(out)[0] == 4
+    assert [line["epoch"] for line in log(out)] == [1, 2, 3]
+    run("late", epochs=4, save_every=30)
+    assert_same_end(whole, out)
+    assert "stopped" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def server():
+    """serve() of rule_judge.py in a process of its own."""
+    with fork_server() as started:
+        yield started
+
+
+@pytest.fixture
+def words(kontext_folder, dataset, tmp_path):
+    """The command line of a run of many epochs in tmp_path / "run", saved rarely."""
+
+    def command(**changes):
+        how = {"epochs": 90, "eval_every": 90, "save_every": 90} | changes
+        return arguments(kontext_folder, dataset, tmp_path / "run", **how)
+
+    return command
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    "times, done", [(4, 0), (8, 1), (11, 2)]
-)  # in a first rollout, a second, and an evaluation
-def test_a_signal_ends_the_run_with_a_checkpoint_and_a_line(run, capsys, number, times, done):
-    out = run("broken", judge=Interrupting(number, times), epochs=4)
-    said = capsys.readouterr()
-    assert (
-        f"stopped after epoch {done} of 4; go on with --resume auto" in said.out
-        and "finishing this step" in said.err
+    "fault, changes",
+    [
+        ("slow rollout", {"rollout_steps": 40}),
+        ("slow update", {"train_batch": 1}),
+        ("slow evaluation", {"eval_every": 2}),
+        ("hanging judge", {}),
+    ],
+)
+def test_work_that_takes_long_is_left_within_seconds(
+    server, words, tmp_path, ranks, fault, changes
+):
+    server.start(words(**changes), ranks, fault)
+    server.wait_for("epoch 1 ")
+    time.sleep(0.5)
+    begun = time.monotonic()
+    # One process alone is enough, but others then end the group that they draw.
+    server.send(signal.SIGTERM, None if fault == "slow rollout" else [ranks - 1])
+    assert server.codes() == [0] * ranks
+    assert time.monotonic() - begun < 8
+    last = log(tmp_path / "run")[-1]["epoch"]
+    assert server.said().count("stopped after epoch") == 1
+    assert checkpoints(tmp_path / "run")[0] >= last
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_second_signal_ends_the_run_at_once_only_if_it_is_ctrl_c(server, words, tmp_path, number):
+    server.start(words(train_batch=1), fault="slow update")
+    server.wait_for("epoch 1 ")
+    time.sleep(0.5)
+    server.send(number)
+    time.sleep(0.05)
+    server.send(number)
+    if number == signal.SIGINT:
+        assert server.codes() == [-signal.SIGINT]
+    else:
+        assert server.codes() == [0]
+        assert checkpoints(tmp_path / "run") == [1]
+
+
+def test_the_launcher_and_its_workers_may_all_get_sigterm(words, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launcher += ["--num_processes", "2", "--main_process_port", "0"]
+    script = ROOT / "tests" / "rule_judge.py"
+    with open(tmp_path / "said.txt", "w") as said:
+        process = subprocess.Popen(
+            [*launcher, script, *words()],
+            stdout=said,
+            stderr=said,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    end = time.monotonic() + 120
+    while "epoch 2 " not in (tmp_path / "said.txt").read_text():
+        assert time.monotonic() < end, (tmp_path / "said.txt").read_text()
+        time.sleep(0.1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    begun = time.monotonic()
+    for pid in [process.pid, *[worker.pid for worker in workers]]:
+        os.kill(pid, signal.SIGTERM)
+    process.wait(60)
+    assert not psutil.wait_procs(workers, 10)[1]
+    assert time.monotonic() - begun < 20
+    assert checkpoints(tmp_path / "run")[0] >= log(tmp_path / "run")[-1]["epoch"]
+    assert (tmp_path / "said.txt").read_text().count("stopped after epoch") == 1
+
+
+@pytest.mark.parametrize("fault", ["no reader of stdout", "no reader"])
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(server, words, tmp_path, fault):
+    server.start(words(epochs=3), fault=fault)
+    assert server.codes() == [0]
+    assert [line["epoch"] for line in log(tmp_path / "run")] == [1, 2, 3]
+    assert checkpoints(tmp_path / "run") == [3]
+
+
+def test_lines_stand_alone_and_not_at_the_end_of_a_bar(server, words):
+    server.start(words(epochs=3))
+    assert server.codes() == [0]
+    for number in (1, 2, 3):
+        place = server.said().index(f"epoch {number} ")
+        assert server.said()[place - 1] in "\r\n"
+
+
+# ---------------------------------------------------------------- faults in mid-run
+
+
+def test_one_ranks_error_ends_both_and_is_told_once(server, words, tmp_path):
+    server.start(words(), ranks=2, fault="memory")
+    assert server.codes() == [0, 2]
+    assert server.said().count("the GPU is too small") == 1
+    assert server.said().count("stopped after epoch 1") == 1
+    assert checkpoints(tmp_path / "run") == [1]
+
+
+def test_an_error_of_a_rollout_keeps_the_finished_epochs(run, monkeypatch, tmp_path, whole):
+    def fail():
+        raise ZeroDivisionError("of ours")
+
+    with pytest.raises(ZeroDivisionError, match="of ours"):
+        run(judge=At(13, fail), epochs=4, save_every=30)
+    assert checkpoints(tmp_path / "run")[0] == 3
+    run(epochs=4, save_every=30)
+    assert_same_end(whole, tmp_path / "run")
+
+
+def test_an_error_in_a_thread_of_the_judge_keeps_the_finished_epochs(run, tmp_path):
+    broken = Future()
+    broken.set_exception(ZeroDivisionError("in a thread"))
+    with pytest.raises(ZeroDivisionError, match="in a thread"):
+        run(judge=At(7, lambda: broken), epochs=4, save_every=30)
+    assert checkpoints(tmp_path / "run") == [1]
+
+
+def raise_at(monkeypatch, owner, name, number, error):
+    """Makes the number-th call of a function raise."""
+    call = getattr(owner, name)
+    calls = []
+
+    def faulty(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, faulty)
+
+
+@pytest.mark.parametrize("name", ["group_advantages", "mean_gradient", "epoch_record"])
+def test_an_error_anywhere_in_an_epoch_keeps_those_before(run, monkeypatch, tmp_path, whole, name):
+    raise_at(monkeypatch, train_nft, name, 3, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(epochs=4, save_every=30)
+    run(epochs=4, save_every=30)
+    assert_same_end(whole, tmp_path / "run")
+
+
+def test_a_picture_gone_in_mid_run_is_named_and_keeps_the_finished_epochs(
+    run, dataset, tmp_path, monkeypatch
+):
+    folder, gone = vanishing(dataset, tmp_path)
+    with pytest.raises(BadInput, match=r"train.jsonl:\d, row train-\d: .*no such picture"):
+        run(judge=At(5, gone), data=folder, epochs=4, save_every=30)
+    assert checkpoints(tmp_path / "run") == [1]
+
+
+def vanishing(dataset, tmp_path):
+    """A copy of a dataset, and a function that takes away a picture of the second epoch."""
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    numbers = list(data_prep.rows_of_epoch(4, 8, 0, 1))
+    return folder, (folder / f"train{numbers[-1]}.png").unlink
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_bad_rows_skip_a_picture_gone_in_mid_run_costs_its_group_alone(
+    server, words, dataset, tmp_path, ranks
+):
+    folder, gone = vanishing(dataset, tmp_path)
+    # Four epochs use each row twice. A sharded base must stay in step.
+    server.start(
+        words(data=folder, bad_rows="skip", epochs=400, shard=ranks == 2, train_batch=1),
+        ranks,
+        "slow update",
     )
-    assert [folder.name for folder in checkpoints(out)][:1] == [f"checkpoint-{done}"] * (done > 0)
-    run("broken", epochs=4)
-    assert_same_end(run("whole", epochs=4), out)
+    server.wait_for("epoch 1 ")
+    gone()
+    server.wait_for("skipped: ", 120)
+    server.send(signal.SIGTERM)
+    assert server.codes() == [0] * ranks
+    assert "no such picture" in server.said()
+    assert "train.jsonl:" in server.said()
+    assert ", row train-" in server.said()
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run, capsys):
+def test_a_group_that_was_skipped_is_counted(run, dataset, tmp_path):
+    folder, gone = vanishing(dataset, tmp_path)
+    out = run(judge=At(4, gone), data=folder, bad_rows="skip", epochs=2)
+    first, second = log(out)
+    assert "judge/failed/bad row" not in first
+    assert second["judge/failed/bad row"] == 4
+    assert second["groups/failed"] == 1
+
+
+def test_a_skipped_row_is_not_counted_as_a_failure_of_the_judge(run, dataset, tmp_path):
+    folder, gone = vanishing(dataset, tmp_path)
+    out = run(judge=At(4, gone), data=folder, bad_rows="skip", epochs=2, max_failed=0)
+    assert len(log(out)) == 2
+
+
+def test_a_target_gone_in_mid_run_does_not_end_a_run_that_skips(
+    run, dataset, tmp_path, capsys, monkeypatch
+):
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    rows[0]["target"] = "target.png"
+    shutil.copy(folder / "test0.png", folder / "target.png")
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    grid = train_nft.comparison_grid
+
+    def late(*args):
+        (folder / "target.png").unlink()
+        return grid(*args)
+
+    monkeypatch.setattr(train_nft, "comparison_grid", late)
+    out = run(data=folder, bad_rows="skip", epochs=1, eval_every=1)
+    assert "skipped: " in capsys.readouterr().err
+    assert len(log(out)) == 1
+
+
+# ---------------------------------------------------------------- the disk
+
+
+def on_a_full_disk(function):
+    """A function while which no file of this process can grow above one byte."""
+
+    def limited(*args, **kwargs):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited
+
+
+@pytest.mark.parametrize(
+    "place, owner, name, kept",
+    [
+        ("log.jsonl", train_nft, "append_json_line", [2, 1]),
+        ("epoch-0002.png", Image.Image, "save", [2, 1]),
+        ("checkpoint-2", train_nft, "save_lora", [1]),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_what_was_there_whole(
+    run, monkeypatch, place, owner, name, kept
+):
+    out = run(epochs=1, save_every=30)
+    before = file_hashes(out)
+    monkeypatch.setattr(owner, name, on_a_full_disk(getattr(owner, name)))
+    with pytest.raises(BadInput, match=f"{place}: cannot be written") as error:
+        run(epochs=2, save_every=30)
+    assert "\n" not in str(error.value)
+    assert checkpoints(out) == kept
+    if name != "save_lora":
+        del before["config.json"]
+        assert before.items() <= file_hashes(out).items()
+    assert not list(out.rglob(".part*"))
+
+
+def test_an_epoch_that_could_not_be_logged_is_saved_and_logged_on_resume(
+    run, monkeypatch, tmp_path, whole
+):
+    with monkeypatch.context() as patch:
+        raise_at(patch, train_nft, "append_json_line", 3, BadInput("log.jsonl: no space"))
+        with pytest.raises(BadInput, match="no space"):
+            run(epochs=4, save_every=30)
+    assert checkpoints(tmp_path / "run")[0] == 3
+    assert len(log(tmp_path / "run")) == 2
+    run(epochs=4, save_every=30)
+    assert_same_end(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl"])
+def test_a_folder_where_a_file_goes_is_known_before_models_are_loaded(
+    run, monkeypatch, tmp_path, name
+):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    monkeypatch.setattr(train_nft, "load_editor", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(BadInput, match=f"{name}: is no plain file; move it"):
+        run()
+
+
+@pytest.mark.parametrize("name", ["samples", "checkpoint-2", "."])
+def test_a_file_where_a_folder_goes_is_known_before_models_are_loaded(
+    run, monkeypatch, tmp_path, name
+):
+    if name == ".":
+        (tmp_path / "run").write_text("a file")
+    else:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / name).write_text("a file")
+    monkeypatch.setattr(train_nft, "load_editor", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(BadInput) as error:
+        run()
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "run") in str(error.value)
+
+
+# ---------------------------------------------------------------- only what is ours, only whole
+
+
+def test_an_older_run_is_not_overwritten(run, kontext_folder, dataset):
+    out = run(epochs=1)
+    for _ in range(2):
+        with pytest.raises(BadInput, match="holds a run already; give --resume auto"):
+            train_nft.main(arguments(kontext_folder, dataset, out))
+        (out / "log.jsonl").unlink(missing_ok=True)  # its checkpoints are enough
+
+
+def test_a_second_run_in_one_folder_is_refused_in_one_line(run, server, words, monkeypatch):
+    server.start(words())
+    server.wait_for("epoch 1 ")
+    monkeypatch.setattr(train_nft, "load_editor", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(BadInput, match="another run is at work there") as error:
+        run()
+    assert "\n" not in str(error.value)
+    server.send(signal.SIGTERM)
+    assert server.codes() == [0]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run, capsys, whole):
     out = run(epochs=3)
     file = out / "checkpoint-3" / "old" / "pytorch_lora_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-8] + b"\0" * 7 + b"\1")
     run(epochs=4)
-    assert "checkpoint-3: damaged; going back to the one before" in capsys.readouterr().err
-    assert_same_end(run("whole", epochs=4), out)
+    said = capsys.readouterr().err
+    assert said.count("checkpoint-3: damaged; going back to the one before") == 1
+    assert_same_end(whole, out)
 
 
-def test_a_run_without_a_whole_checkpoint_begins_again(run, capsys):
-    out = run(epochs=1)
-    (out / "checkpoint-1" / "state.json").unlink()
-    run(epochs=2)
-    assert "checkpoint-1: damaged" in capsys.readouterr().err and [
-        line["epoch"] for line in log(out)
-    ] == [1, 2]
+def test_a_damaged_newest_checkpoint_does_not_count_among_those_that_are_kept(run):
+    out = run(epochs=3, eval_every=9)
+    (out / "checkpoint-3" / "state.json").unlink()
+    run(
+        judge=At(3, send(signal.SIGTERM)),
+        epochs=9,
+        eval_every=9,
+        keep_checkpoints=1,
+    )
+    assert checkpoints(out) == [3, 2]
+
+
+def test_with_every_checkpoint_damaged_the_run_stops_in_one_line_and_touches_nothing(run):
+    out = run(epochs=2)
+    for number in checkpoints(out):
+        (out / f"checkpoint-{number}" / "state.json").unlink()
+    before = file_hashes(out)
+    with pytest.raises(BadInput, match="every checkpoint is damaged") as error:
+        run(epochs=3)
+    assert "\n" not in str(error.value)
+    assert file_hashes(out) == before
+
+
+def test_what_has_another_name_than_checkpoint_and_digits_is_the_users(run, tmp_path):
+    out = tmp_path / "run"
+    for name in ("checkpoint-1-good", "checkpoint-best", "checkpoint-"):
+        (out / name).mkdir(parents=True)
+        (out / name / "mine").write_text("mine")
+    run(epochs=2, keep_checkpoints=1)
+    run(epochs=4, keep_checkpoints=1)
+    for name in ("checkpoint-1-good", "checkpoint-best", "checkpoint-"):
+        assert (out / name / "mine").read_text() == "mine"
+
+
+BAD_LINES = [b"\0\0\0\0", b"3", b"{}", b'{"epoch": "two"}', '{"epoch": "é"}'.encode("latin-1")]
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_in_the_log_costs_no_other_line(run, bad):
+    out = run(epochs=2, eval_every=9)
+    lines = (out / "log.jsonl").read_bytes().splitlines()
+    (out / "log.jsonl").write_bytes(b"\n".join([bad, lines[0], bad, lines[1], bad]))
+    run(epochs=3, eval_every=9)
+    assert [line["epoch"] for line in log(out)] == [1, 2, 3]
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(run, monkeypatch):
     marks = iter([0.5, 0.9, 0.2, 0.1, 0.3])
     gain = train_nft.paired_gain
-    monkeypatch.setattr(train_nft, "paired_gain", lambda *a: gain(*a) | {"now": mark[0]})
-    mark, evaluate = [0], train_nft.evaluate
+    mark = []
 
-    def marked(editor, judge, rows, settings, name, *rest):
+    def marked(run, name):
         if name == "new":
-            mark[0] = next(marks)
-        return evaluate(editor, judge, rows, settings, name, *rest)
+            mark[:] = [next(marks)]
+        return evaluate(run, name)
 
+    evaluate = train_nft.evaluate
     monkeypatch.setattr(train_nft, "evaluate", marked)
+    monkeypatch.setattr(train_nft, "paired_gain", lambda *args: gain(*args) | {"now": mark[0]})
     out = run(epochs=5, eval_every=1, keep_checkpoints=2)
-    assert [folder.name for folder in checkpoints(out)] == [
-        "checkpoint-5",
-        "checkpoint-4",
-        "checkpoint-2",
-    ]
-    assert read_state(out / "checkpoint-2")["held-out"] == 0.9
+    assert checkpoints(out) == [5, 4, 2]
+    state = json.loads((out / "checkpoint-5" / "state.json").read_text())
+    assert state["best"] == 0.9
+    assert state["best_epoch"] == 2
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_whole(run, monkeypatch, tmp_path):
-    save, (_, hard) = sample.save_lora, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def save_on_a_small_disk(editor, folder, name="new"):
-        if "checkpoint-2" in str(folder):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
-        save(editor, folder, name)
-
-    monkeypatch.setattr(sample, "save_lora", save_on_a_small_disk)
-    try:
-        with pytest.raises(BadInput, match="checkpoint-2: could not be written .*--resume auto"):
-            run(epochs=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
-    out = tmp_path / "run"
-    assert [folder.name for folder in checkpoints(out)] == ["checkpoint-1"] and read_state(
-        out / "checkpoint-1"
-    )
-    assert not list(out.glob(".checkpoint*"))
+# ---------------------------------------------------------------- the same run
 
 
-def test_another_setting_is_named_and_needs_force_unless_harmless(run, capsys):
+def test_another_setting_is_named_and_needs_force(run, capsys):
     out = run(epochs=1)
-    with pytest.raises(
-        BadInput, match="lr was 0.01 and is 0.02; give what it was trained with, or --force"
-    ):
+    with pytest.raises(BadInput, match="lr was 0.01 and is 0.02; give what it was, or --force"):
         run(epochs=2, lr=0.02)
-    run(epochs=2, eval_every=1)
-    assert "resuming although eval_every was 2 and is 1" in capsys.readouterr().out
-    run(epochs=3, lr=0.02, force=True)
-    assert len(log(out)) == 3 and read_state(out / "checkpoint-3")["settings"]["lr"] == 0.02
+    run(epochs=2, lr=0.02, eval_every=1, force=True)
+    said = capsys.readouterr().out
+    assert said.count("resuming although") == 1
+    assert "resuming although lr was 0.01 and is 0.02" in said
+    assert len(log(out)) == 2
+    state = json.loads((out / "checkpoint-2" / "state.json").read_text())
+    assert state["settings"]["lr"] == 0.02
 
 
-def test_samples_and_log_are_bounded_by_settings(run):
-    out = run(epochs=4, eval_every=1, keep_samples=2, log_every=1)
-    assert sorted(file.name for file in (out / "samples").iterdir()) == [
-        "epoch-0003.png",
-        "epoch-0004.png",
-    ]
-    thin = run("thin", epochs=6, eval_every=6, log_every=3)
-    assert [line["epoch"] for line in log(thin)] == [3, 6]
+def test_what_does_not_change_the_training_may_change_in_silence(run, capsys):
+    run(epochs=1)
+    run(epochs=2, eval_every=1, train_batch=3, save_every=2, max_failed=0.3)
+    assert "although" not in capsys.readouterr().out
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops_the_run(
-    run, monkeypatch, tmp_path
-):
-    calls = []
-    monkeypatch.setattr(
-        train_nft,
-        "nft_loss",
-        lambda *a: nft_loss(*a) * (torch.nan if len(calls.append(1) or calls) == 2 else 1),
-    )
+def test_other_rows_make_it_another_run(run, dataset, tmp_path):
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    run(epochs=1)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(lines[:-1]))
+    with pytest.raises(BadInput, match="rows was"):
+        run(epochs=2, data=folder)
+
+
+def test_a_resumed_run_is_the_same_run_to_every_tracker(run, monkeypatch):
+    given = []
+
+    def noted(self, project, config, options):
+        given.append(options)
+
+    monkeypatch.setattr(train_nft.Accelerator, "init_trackers", noted)
+    run(epochs=1)
+    run(epochs=2)
+    for name in ("wandb", "trackio", "swanlab"):
+        assert given[0][name] == given[1][name]
+        assert given[0][name]["resume"] == "allow"
+    assert len(given[0]["swanlab"]["id"]) == 21  # older versions refuse others
+    assert [options["tensorboard"]["purge_step"] for options in given] == [1, 2]
+
+
+# ---------------------------------------------------------------- a run that cannot learn
+
+
+def spoil(monkeypatch, calls, factor):
+    """Multiplies the loss of some calls by a factor; calls: their numbers."""
+    made = []
+
+    def spoiled(*args):
+        made.append(1)
+        loss = nft_loss(*args)
+        return loss * factor if len(made) in calls else loss
+
+    monkeypatch.setattr(train_nft, "nft_loss", spoiled)
+
+
+def test_a_step_that_is_not_finite_is_skipped(run, monkeypatch, capsys):
+    spoil(monkeypatch, [2], torch.nan)
     out = run("once", epochs=2)
-    assert [line["skipped steps"] for line in log(out)] == [1, 0] and log(out)[0][
-        "optimizer steps"
-    ] == 0
-    assert all(
-        weights.abs().sum() == 0
-        for key, weights in lora(out / "checkpoint-1").items()
-        if "lora_B" in key
-    )
+    assert [line["steps/skipped"] for line in log(out)] == [1, 0]
+    assert log(out)[0]["steps/made"] == 0
+    assert capsys.readouterr().out.count("STEP SKIPPED") == 1
+    for key, weights in lora(out / "checkpoint-1").items():
+        assert not ("lora_B" in key and weights.any())
     assert all(weights.isfinite().all() for weights in lora(out / "checkpoint-2").values())
-    monkeypatch.setattr(train_nft, "nft_loss", lambda *a: nft_loss(*a) * torch.nan)
-    with pytest.raises(BadInput, match="three steps in a row .*not-finite.json"):
-        run("ever", epochs=9)
-    guilty = json.loads((tmp_path / "ever" / "not-finite.json").read_text())
-    assert (
-        guilty
-        and set(guilty[0]) == {"row", "copy", "t", "loss", "score"}
-        and guilty[0]["loss"] == "nan"
-    )
-    assert all(
-        weights.isfinite().all() for weights in lora(tmp_path / "ever" / "checkpoint-3").values()
-    )
 
 
-def test_a_spike_of_the_gradient_is_logged(run, monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(
-        train_nft,
-        "nft_loss",
-        lambda *a: nft_loss(*a) * (100 if len(calls.append(1) or calls) > 20 else 1),
-    )
-    out = run(epochs=8, eval_every=9, lr=1e-6)
-    spikes = [line["epoch"] for line in log(out) if line["grad spike"]]
-    assert spikes and spikes[0] >= 6 and "GRADIENT SPIKE" in capsys.readouterr().out
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf, 1e6])
+def test_three_steps_in_a_row_that_do_harm_stop_the_run(run, monkeypatch, tmp_path, factor):
+    spoil(monkeypatch, range(1000), factor)
+    message = "three steps in a row were not finite, had a loss above 100 .*lower --lr"
+    with pytest.raises(BadInput, match=message):
+        run(epochs=9)
+    out = tmp_path / "run"
+    assert checkpoints(out)[0] == 3
+    guilty = json.loads((out / "bad-steps.json").read_text())
+    assert {"row", "copy", "t", "loss"} <= guilty.keys()
+    assert guilty["row"][0].startswith("train-")
+    assert all(weights.isfinite().all() for weights in lora(out / "checkpoint-3").values())
+
+
+def test_two_bad_steps_and_a_good_one_stop_nothing(run, monkeypatch):
+    def spoiled(v, v_old, x_t, x_0, t, r, beta):
+        factor = 1e6 if epochs[0] % 3 else 1
+        return factor * nft_loss(v, v_old, x_t, x_0, t, r, beta)
+
+    epochs = [0]
+    gradient = train_nft.mean_gradient
+
+    def counted(run, groups, r, epoch):
+        epochs[0] = epoch
+        return gradient(run, groups, r, epoch)
+
+    monkeypatch.setattr(train_nft, "nft_loss", spoiled)
+    monkeypatch.setattr(train_nft, "mean_gradient", counted)
+    assert len(log(run(epochs=6))) == 6
+
+
+def test_a_learning_rate_that_throws_the_policy_far_off_stops_the_run(run):
+    with pytest.raises(BadInput, match="three steps in a row .* lower --lr"):
+        run(epochs=12, lr=1.0, eval_every=30)
+
+
+def test_a_constant_reward_stops_the_run_after_ten_epochs_with_the_counts(run, monkeypatch):
+    class Constant(RuleJudge):
+        def score(self, row, sources, edits):
+            scores = super().score(row, sources, edits)
+            scores.score.fill_(0.5)
+            return scores
+
+    with pytest.raises(BadInput, match="nothing was kept for 10 .*no spread.*--judge") as error:
+        run(judge=Constant(), epochs=30, eval_every=30)
+    assert "\n" not in str(error.value)
+
+
+def test_a_signal_breaks_off_a_forward_only_where_ranks_need_not_stay_in_step(run, monkeypatch):
+    heeded = []
+    monkeypatch.setattr(train_nft, "heed_stop", lambda module, stop: heeded.append(stop))
+    run("one", epochs=1, eval_every=9)
+    assert len(heeded) == 1
+    module = torch.nn.Linear(1, 1)
+    data_prep.heed_stop(module, heeded[0])
+    module(torch.zeros(1))
+    heeded[0].set()
+    with pytest.raises(Stopped):
+        module(torch.zeros(1))
