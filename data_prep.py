@@ -19,14 +19,13 @@ Departures from Edit-R1, paper and released code:
 """
 
 import difflib
-import errno
 import functools
 import hashlib
 import io
 import itertools
 import json
-import math
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -41,10 +40,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from datetime import timedelta
 from importlib.util import find_spec
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -52,6 +51,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -72,17 +72,17 @@ def run_script(main: Callable[[], None]) -> None:
 
     Where nobody reads stdout any more (`| head`) it ends without a word, code 141 as in a shell.
     """
-    sys.stderr = Lasting(sys.stderr)
+    sys.stderr = _Lasting(sys.stderr)
     try:
         try:
             main()
         finally:
             print(end="", flush=True)  # here, where a broken pipe can still be caught
     except BadInput as error:
-        fail(str(error))
+        _fail(error)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". GPU ")[0]
-        fail(
+        _fail(
             f"the GPU is too small ({reason}); lower --rollout_batch, --train_batch or "
             "--judge_batch, put the judge elsewhere (--judge_device or a server), or spread the "
             "base over several GPUs with --shard"
@@ -91,12 +91,12 @@ def run_script(main: Callable[[], None]) -> None:
         try:
             print(flush=True)
         except BrokenPipeError:
-            drop_output(sys.stdout)
+            _drop_output(sys.stdout)
             sys.exit(141)
         raise  # it was not stdout
 
 
-def fail(message: str) -> None:
+def _fail(message):
     """Ends the program with one line on stderr and code 2."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # What all processes meet is told by the first one; their launcher then ends the others.
@@ -116,7 +116,7 @@ def say(text: str, file: TextIO | None = None) -> None:
         tqdm.write(text, file)
         file.flush()
     except OSError:
-        drop_output(file)
+        _drop_output(file)
 
 
 def say_once(text: str, file: TextIO | None = None) -> None:
@@ -125,31 +125,31 @@ def say_once(text: str, file: TextIO | None = None) -> None:
         say(text, file)
 
 
-def drop_output(file: TextIO) -> None:
+def _drop_output(file):
     """Leads a stream nowhere from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-class Lasting:
+class _Lasting:
     """A stream that leads nowhere once nobody reads it any more; progress bars would raise."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream):
         self.stream = stream
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> None:
+    def write(self, text):
         try:
             self.stream.write(text)
         except OSError:
-            drop_output(self.stream)
+            _drop_output(self.stream)
 
-    def flush(self) -> None:
+    def flush(self):
         try:
             self.stream.flush()
         except OSError:
-            drop_output(self.stream)
+            _drop_output(self.stream)
 
 
 def one_line(error: Exception) -> str:
@@ -172,8 +172,7 @@ def catch_signals() -> threading.Event:
 
     signal.signal(signal.SIGTERM, catch)
     signal.signal(signal.SIGINT, catch)
-    # Windows has no SIGHUP
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, catch)
     return stop
 
@@ -189,31 +188,24 @@ def seeded(*key) -> torch.Generator:
 
 # ---------------------------------------------------------------- settings
 
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 LARGEST = 2**63  # what no number of a setting reaches
 
 
-def setting(
-    default: Any,
-    help: str,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-) -> Field:
-    """A field of a settings dataclass: default, help, and the range of its number or numbers."""
-    limits = {"at least": at_least, "above": above, "at most": at_most}
-    limits = {words: limit for words, limit in limits.items() if limit is not None}
+def setting(default: Any, help: str, **limits: float) -> Field:
+    """A field of a settings dataclass: default, help, and the LIMITS of its number or numbers."""
     help = help.replace("%", "%%")  # argparse fills in %(default)s
     if limits:
-        help = f"{help} ({in_words(limits)})"
+        help = f"{help} ({_in_words(limits)})"
     options = {"help": help, "metadata": {"limits": limits}}
     if isinstance(default, list):
         return HfArg(default_factory=default.copy, **options)
     return HfArg(default=default, **options)
 
 
-def in_words(limits: dict[str, float]) -> str:
+def _in_words(limits):
     """Limits in words: at least 0 and at most 1."""
-    return " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
+    return " and ".join(f"{name} {limit:g}".replace("_", " ") for name, limit in limits.items())
 
 
 @dataclass(frozen=True)
@@ -223,37 +215,22 @@ class CheckedSettings:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if value == [] and field.default_factory is not MISSING and field.default_factory():
+            if value == [] and field.default_factory():  # the default is not empty
                 raise BadInput(f"--{field.name}: is empty; give at least one value")
             for part in value if isinstance(value, list) else [value]:
-                if type(part) in (int, float):
-                    check_range(field, part)
-                elif isinstance(part, str):
-                    check_text(field, part)
+                _check_value(field, part)
 
 
-def check_range(field: Field, number: float) -> None:
-    """BadInput for a number outside the limits of its setting, not finite, or beyond all sense."""
-    limits = field.metadata.get("limits", {})
-    fits = (
-        abs(number) < LARGEST  # not so for nan
-        and number >= limits.get("at least", -LARGEST)
-        and number > limits.get("above", -LARGEST)
-        and number <= limits.get("at most", LARGEST)
-    )
-    if not fits:
-        wanted = in_words(limits) or "between -2^63 and 2^63"
-        raise BadInput(f"--{field.name} {number}: give a number {wanted}")
-
-
-def check_text(field: Field, text: str) -> None:
-    """BadInput for a text that no file, path or message can hold: with NUL, or not utf-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadInput(f"--{field.name} {text!r}: is not utf-8; write or rename it") from None
-    if "\0" in text:
-        raise BadInput(f"--{field.name} {text!r}: holds a NUL character; leave it out")
+def _check_value(field, value):
+    """BadInput for a number outside its limits or beyond all sense, or for a text that is none."""
+    if isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
+        raise BadInput(f"--{field.name} {value!r}: holds NUL, or is not utf-8; write or rename it")
+    if type(value) in (int, float):
+        limits = field.metadata["limits"]
+        fits = [LIMITS[name](value, limit) for name, limit in limits.items()]
+        if not all(fits) or not abs(value) < LARGEST:  # also for nan
+            wanted = _in_words(limits) or "between -2^63 and 2^63"
+            raise BadInput(f"--{field.name} {value}: give a number {wanted}")
 
 
 class SettingsParser(HfArgumentParser):
@@ -305,13 +282,13 @@ def disk_faults(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def to_disk(path: Path) -> None:
+def _to_disk(path):
     """Waits until a file or a folder's list of files is on the disk, to outlast a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network disks cannot, for a folder
+    except OSError:
+        if path.is_file():  # some network disks cannot, for a folder
             raise
     finally:
         os.close(handle)
@@ -331,9 +308,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         part = path.with_name(f".part-{os.getpid()}-{path.name}")  # Pillow reads the ending
         try:
             yield part
-            to_disk(part)
+            _to_disk(part)
             part.replace(path)
-            to_disk(path.parent)
+            _to_disk(path.parent)
         finally:
             part.unlink(missing_ok=True)
 
@@ -342,17 +319,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """Yields a new folder to be filled; it becomes `folder` when the block ends.
 
-    It then also holds hashes.json, a hash of every file, by which `is_whole` knows it. A folder of
-    that name is replaced if it holds nothing but what an earlier call wrote; any other is moved
-    aside and said. BadInput for an error of the disk, and where another process is at it.
+    It then also holds hashes.json, by which `is_whole` knows it. What had the name is renamed; it
+    is removed when it holds what an earlier call wrote and nothing else, or kept and said. BadInput
+    for an error of the disk, and where another process is at it.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder}: is a file; name a folder")
-    if Path.cwd().is_relative_to(folder):
-        raise BadInput(f"{folder}: holds the folder you work in; name another")
     room = folder.with_name(f".part-{folder.name}")  # stays after a kill
     part = room / "whole"
+    if folder.exists() and not folder.is_dir() or Path.cwd().is_relative_to(folder):
+        raise BadInput(f"{folder}: is a file, or the folder you work in; name another")
     if room.exists() and not (room / ".lock").is_file():
         raise BadInput(f"{room}: is in the way; move it elsewhere")
     with disk_faults(folder), locked(room):
@@ -362,88 +337,61 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             yield part
             (part / "hashes.json").write_text(json.dumps(file_hashes(part), indent=1))
             for path in [part, *part.rglob("*")]:
-                to_disk(path)
-            move_in(part, folder)
+                _to_disk(path)
+            old = folder.with_name(f"{folder.name}.old-{time.time_ns()}")
+            # after a kill between the two renamings the old folder is still there, under that name
+            if folder.exists() and any(folder.iterdir()):
+                folder.rename(old)
+            part.rename(folder)
+            _to_disk(folder.parent)
         finally:
             shutil.rmtree(room, ignore_errors=True)
-
-
-def move_in(part: Path, folder: Path) -> None:
-    """Gives `part` the name `folder`; what had it goes if it was ours, else it is moved aside."""
-    aside = folder
-    for number in itertools.count(1):
-        if not os.path.lexists(aside):
-            break
-        aside = folder.with_name(f"{folder.name}.old-{number}")
-    if aside == folder:
-        part.rename(folder)
-    else:
-        folder.rename(aside)
-        part.rename(folder)
-        if holds_only_ours(aside):
-            shutil.rmtree(aside)
-        else:
-            print(f"{folder}: held files of others; moved to {aside}", file=sys.stderr)
-    to_disk(folder.parent)
+        if is_whole(old, alone=True):
+            shutil.rmtree(old)
+        elif old.exists():
+            print(f"{folder}: held files of others; they are in {old}", file=sys.stderr)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """{relative path: sha256} of all plain files below a folder but its own hashes.json."""
+    """{relative path: sha256} of all below a folder but its own hashes.json and plain folders."""
     hashes = {}
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        if file.is_file() and name != "hashes.json":
-            hashes[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir():
+            content = path.read_bytes() if path.is_file() else b""
+            hashes[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+    hashes.pop("hashes.json", None)
     return hashes
 
 
-def recorded_hashes(folder: Path) -> dict[str, str]:
-    """What a folder's hashes.json says; nothing where it has none that can be read."""
+def is_whole(folder: str | Path, alone: bool = False) -> bool:
+    """Whether all files of a folder are there as whole_folder wrote them; alone: and no others."""
+    folder = Path(folder)
     try:
-        return parse_json_object((folder / "hashes.json").read_bytes(), "")
+        recorded = parse_json_object((folder / "hashes.json").read_bytes(), "")
+        found = file_hashes(folder)
     except (OSError, BadInput):
-        return {}
-
-
-def is_whole(folder: str | Path) -> bool:
-    """Whether all files of a folder are there as whole_folder wrote them; others do not matter."""
-    recorded = recorded_hashes(Path(folder))
-    try:
-        return bool(recorded) and recorded.items() <= file_hashes(Path(folder)).items()
-    except OSError:
         return False
-
-
-def holds_only_ours(folder: Path) -> bool:
-    """Whether a folder holds nothing but what whole_folder wrote there, unchanged."""
-    names = set()
-    for path in folder.rglob("*"):
-        if path.is_symlink() or not path.is_dir():
-            names.add(path.relative_to(folder).as_posix())
-    found = file_hashes(folder)
-    return names <= {"hashes.json", *found} and found.items() <= recorded_hashes(folder).items()
+    if alone:
+        return recorded == found
+    return recorded.items() <= found.items()
 
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Within, no other process holds this folder; BadInput if one does. Ends with the process."""
-    from filelock import FileLock, Timeout
-
     folder = Path(folder)
     lock = FileLock(folder / ".lock", blocking=False)
     with disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire()
+            held = lock.acquire()
         except Timeout:
             raise BadInput(
                 f"{folder}: another run is at work there, maybe one that a killed launcher left; "
                 f"end it (fuser {folder}/.lock names it), or name another folder"
             ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def newest_whole(folder: Path, name: str) -> Path | None:
@@ -466,15 +414,13 @@ def numbered_folders(folder: Path, name: str) -> list[Path]:
 
     BadInput for a file with such a name: it would be in the way.
     """
-    folders = []
-    for path in folder.glob(f"{name}-*"):
-        if re.fullmatch(rf"{name}-[0-9]+", path.name):
-            folders.append(path)
+    pattern = re.compile(rf"{name}-[0-9]+")
+    folders = [path for path in folder.glob("*") if pattern.fullmatch(path.name)]
     check_names(folder, [], [path.name for path in folders])
-    return sorted(folders, key=number_of, reverse=True)
+    return sorted(folders, key=_number_of, reverse=True)
 
 
-def number_of(folder: Path) -> int:
+def _number_of(folder):
     """The number at the end of a folder's name."""
     return int(folder.name.split("-")[-1])
 
@@ -485,11 +431,11 @@ def prune_folders(newest: Path, keep: int, best: int) -> None:
     Those with higher numbers stay: they are not what `newest` follows. What a kill left goes.
     """
     name = newest.name.split("-")[0]
-    last = number_of(newest)
-    older = [path for path in numbered_folders(newest.parent, name) if number_of(path) <= last]
+    last = _number_of(newest)
+    older = [path for path in numbered_folders(newest.parent, name) if _number_of(path) <= last]
     with disk_faults(newest.parent):
         for path in older[keep:]:
-            if number_of(path) != best:
+            if _number_of(path) != best:
                 path.rename(newest.parent / f".part-{path.name}-{os.getpid()}")  # never half of it
         for path in newest.parent.glob(f".part-{name}-[0-9]*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -508,12 +454,21 @@ def check_names(folder: str | Path, files: list[str], folders: list[str]) -> Non
 # ---------------------------------------------------------------- JSON lines
 
 
-def check_plain(path: str | Path, fix: str, kind: str = "file") -> None:
+@contextmanager
+def _noted(faults):
+    """Appends a BadInput of the block to the list `faults`; without a list it is raised."""
+    try:
+        yield
+    except BadInput as fault:
+        if faults is None:
+            raise
+        faults.append(str(fault))
+
+
+def _check_plain(path, kind, fix):
     """BadInput unless there is a plain file, or a link to one: a pipe or a device could hang."""
-    if not os.path.exists(path):
-        raise BadInput(f"{path}: no such {kind}; {fix}")
     if not os.path.isfile(path):
-        raise BadInput(f"{path}: is no plain file; {fix}")
+        raise BadInput(f"{path}: no such {kind}; {fix}")
 
 
 def read_json_lines(path: str | Path, faults: list | None = None) -> list[tuple[int, dict]]:
@@ -522,20 +477,16 @@ def read_json_lines(path: str | Path, faults: list | None = None) -> list[tuple[
     utf-8 with or without BOM; empty lines are passed over. The first line that is no JSON object
     raises BadInput; with a list as `faults` it is left out and the message appended.
     """
-    check_plain(path, "name another")
+    _check_plain(path, "file", "name another")
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error}); name another file") from None
     objects = []
     for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
+        if line.strip():
+            with _noted(faults):
                 objects.append((number, parse_json_object(line, f"{path}:{number}")))
-        except BadInput as fault:
-            if faults is None:
-                raise
-            faults.append(str(fault))
     return objects
 
 
@@ -543,7 +494,7 @@ def parse_json_object(line: bytes, where: str) -> dict:
     """The JSON object in a line; BadInput, naming `where` it stands, if there is none."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
-        json_line(value, errors="strict")  # half of a surrogate pair could be written nowhere
+        _json_line(value, errors="strict")  # half of a surrogate pair could be written nowhere
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not JSON ({one_line(error)}); write one object a line") from None
     if not isinstance(value, dict):
@@ -551,7 +502,7 @@ def parse_json_object(line: bytes, where: str) -> dict:
     return value
 
 
-def json_line(value: Any, errors: str = "replace") -> bytes:
+def _json_line(value, errors="replace"):
     """A value as a line of a JSON lines file, in utf-8."""
     return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors=errors)
 
@@ -559,7 +510,7 @@ def json_line(value: Any, errors: str = "replace") -> bytes:
 def write_json_lines(path: str | Path, objects: Iterable[dict]) -> None:
     """Writes a JSON lines file anew, whole or not at all."""
     with whole_file(path) as part:
-        part.write_bytes(b"".join(map(json_line, objects)))
+        part.write_bytes(b"".join(map(_json_line, objects)))
 
 
 def keep_json_lines(path: str | Path, key: str, last: int) -> None:
@@ -575,40 +526,22 @@ def keep_json_lines(path: str | Path, key: str, last: int) -> None:
 def append_json_line(path: str | Path, value: dict) -> None:
     """Adds one whole line to a log, or nothing: BadInput where the disk has no room for it.
 
-    A last line that a kill cut short is cut off first; one that lacks only its end gets it.
+    A last line without its end, as a kill leaves it, is cut off first.
     """
     path = Path(path)
-    if os.path.exists(path):
-        check_plain(path, "name another")
+    line = _json_line(value)
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as file:
-            end_last_line(file)
             size = file.seek(0, os.SEEK_END)
-            line = json_line(value)
-            try:
-                if file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, "no space for a whole line")
-            except OSError:
+            if size:
+                file.seek(size - 1)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    size = file.truncate(file.read().rfind(b"\n") + 1)
+            if file.write(line) < len(line):  # a full disk took a part
                 file.truncate(size)
-                raise
-
-
-def end_last_line(file: io.FileIO) -> None:
-    """Makes an open file end with a whole line of JSON."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read() == b"\n":
-        return
-    file.seek(0)
-    content = file.readall()
-    start = content.rfind(b"\n") + 1
-    try:
-        parse_json_object(content[start:], "")
-        file.write(b"\n")
-    except BadInput:
-        file.truncate(start)
+                raise OSError("no space for a whole line")
 
 
 # ---------------------------------------------------------------- several processes
@@ -629,8 +562,9 @@ def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
     """
     if report_to != "none" and not find_spec(report_to):
         raise BadInput(f"--report_to {report_to}: is not installed; pip install {report_to}")
+    cpu = not torch.cuda.is_available()
     is_one_node = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if not (is_one_node or torch.cuda.is_available() or "GLOO_SOCKET_IFNAME" in os.environ):
+    if cpu and not is_one_node and "GLOO_SOCKET_IFNAME" not in os.environ:
         name = socket.gethostname()
         try:
             address = socket.gethostbyname(name)
@@ -641,7 +575,6 @@ def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
                 f"this node's name {name} is {address} to itself, so other nodes cannot be told of "
                 "it; set GLOO_SOCKET_IFNAME to the network interface that leads to them, on each"
             )
-    cpu = not torch.cuda.is_available()
     accelerator = Accelerator(
         cpu=cpu,
         project_dir=out or None,
@@ -735,27 +668,21 @@ def load_processor(kind: type, place: str | Path, **options):
     from transformers import AutoImageProcessor, AutoTokenizer
     from transformers.utils import is_torchvision_available
 
-    if is_torchvision_available():
-        return kind.from_pretrained(place, **options)
-    try:
-        pictures = AutoImageProcessor.from_pretrained(place, **options)
-        words = AutoTokenizer.from_pretrained(place, **options)
-        return without_videos(kind)(pictures, words, None, chat_template=words.chat_template)
-    except (ImportError, TypeError):
-        raise BadInput(
-            f"{place}: its processor needs torchvision; pip install torchvision"
-        ) from None
-
-
-def without_videos(kind: type) -> type:
-    """A processor class that may lack its video part, which torchvision alone can build."""
-
     class PictureProcessor(kind):
         def check_argument_for_proper_class(self, name, value):
             if name != "video_processor":
                 super().check_argument_for_proper_class(name, value)
 
-    return PictureProcessor
+    if is_torchvision_available():
+        return kind.from_pretrained(place, **options)
+    try:
+        pictures = AutoImageProcessor.from_pretrained(place, **options)
+        words = AutoTokenizer.from_pretrained(place, **options)
+        return PictureProcessor(pictures, words, None, chat_template=words.chat_template)
+    except (ImportError, TypeError):
+        raise BadInput(
+            f"{place}: its processor needs torchvision; pip install torchvision"
+        ) from None
 
 
 # ---------------------------------------------------------------- pictures
@@ -765,24 +692,23 @@ MIN_SIDE = 16  # pixels; a shorter side is a fault of a dataset
 
 
 @contextmanager
-def opened(picture: str | Path | io.IOBase) -> Iterator[Image.Image]:
+def _opened(picture):
     """A picture's file, opened but not decoded; all that Pillow raises in the block is BadInput."""
-    name = picture
-    if isinstance(picture, io.IOBase):
-        name = getattr(picture, "name", "a picture")
-    else:
-        check_plain(picture, "correct the path in the row, or add the file", "picture")
+    if not isinstance(picture, io.IOBase):
+        _check_plain(picture, "picture", "correct the path in the row, or add the file")
     try:
         with Image.open(picture) as image:
             if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width} x {image.height}"
-                raise BadInput(f"{name}: {size} pixels, above {MAX_PIXELS:,}; make it smaller")
+                raise BadInput(
+                    f"{picture}: {image.width} x {image.height} pixels, above {MAX_PIXELS:,}; "
+                    "make it smaller"
+                )
             yield image
     except BadInput:
         raise
     except Exception as error:  # its readers let anything through that a broken file causes
         raise BadInput(
-            f"{name}: not a readable picture ({one_line(error)}); replace it or remove its row"
+            f"{picture}: not a readable picture ({one_line(error)}); replace it or remove its row"
         ) from None
 
 
@@ -791,7 +717,7 @@ def load_image(path: str | Path | io.IOBase) -> Image.Image:
 
     BadInput when it is missing, is no plain file, does not decode, or has more than MAX_PIXELS.
     """
-    with opened(path) as image:
+    with _opened(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
             raise BadInput(f"{path}: holds floats of no known range; save it with 8 bits")
@@ -804,28 +730,20 @@ def load_image(path: str | Path | io.IOBase) -> Image.Image:
         return image.convert("RGB")
 
 
-def check_side(path: str, image: Image.Image) -> None:
-    """BadInput for a picture with a side below MIN_SIDE."""
-    if min(image.size) < MIN_SIDE:
-        size = f"{image.width} x {image.height}"
-        raise BadInput(f"{path}: {size} pixels, below {MIN_SIDE}; replace it or remove its row")
-
-
-def header_fault(path: str) -> str:
-    """What a picture's header alone shows to be wrong with it; "" for nothing."""
-    try:
-        with opened(path) as image:
-            check_side(path, image)
-    except BadInput as fault:
-        return str(fault)
-    return ""
+def _check_header(path):
+    """BadInput for a picture whose header alone shows that it is unfit for a dataset."""
+    with _opened(path) as image:
+        if min(image.size) < MIN_SIDE:
+            raise BadInput(
+                f"{path}: {image.width} x {image.height} pixels, below {MIN_SIDE}; "
+                "replace it or remove its row"
+            )
 
 
 # ---------------------------------------------------------------- rows
 
 SPLITS = ("train", "test")
-TEXT_KEYS = ("requirement", "task", "target", "mask")  # optional
-KEYS = ("prompt", "image", *TEXT_KEYS)  # what a row may hold beside its id; others are kept
+KEYS = ("prompt", "image", "requirement", "task", "target", "mask")  # beside id; others are kept
 
 
 def split_file(folder: Path, split: str) -> Path | None:
@@ -849,75 +767,58 @@ def read_rows(folder: str | Path, split: str, faults: list | None = None) -> lis
         wanted = f"{split}.jsonl nor {split}_metadata.jsonl"
         raise BadInput(f"{folder}: holds neither {wanted}; name a dataset folder")
     rows = []
-    places = {}  # of the ids and contents so far
+    lines = {}  # of each id and content so far
     for number, row in read_json_lines(file, faults):
+        content = json.dumps({**row, "id": None}, sort_keys=True)
+        row["id"] = str(row.get("id", f"{split}-{number}"))
         row["where"] = f"{file}:{number}"
-        try:
-            check_keys(row)
-            find_pictures(row, folder)
-            row["id"] = str(row.get("id", f"{split}-{number}"))
-            check_repeat(row, places)
+        with _noted(faults):
+            _check_texts(row)
+            _find_pictures(row, folder)
+            for key in (row["id"], content):
+                line = lines.setdefault(key, number)
+                if line != number:
+                    words = f"repeats the id or the content of line {line}"
+                    raise BadInput(f"{row['where']}: {words}; remove or change one")
             rows.append(row)
-        except BadInput as fault:
-            if faults is None:
-                raise
-            faults.append(str(fault))
     if not rows and not faults:
         raise BadInput(f"{file}: holds no rows; add some")
     return rows
 
 
-def check_keys(row: dict) -> None:
+def _check_texts(row):
     """BadInput for a row with a misspelt key, or without the texts that it must hold."""
     where = row["where"]
-    for key in sorted(row.keys() - set(KEYS)):
+    for key in row.keys() - set(KEYS):
         for meant in difflib.get_close_matches(key, KEYS, 1, 0.8):
             if meant not in row:
                 raise BadInput(f"{where}: unknown key `{key}`; write `{meant}`")
-    if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
-    if not isinstance(row.get("id", ""), (str, int)):
-        raise BadInput(f"{where}: `id` is {row['id']!r}; write a text or a number")
-    for key in TEXT_KEYS:
+    for key in ("prompt", "requirement", "task"):
         if not isinstance(row.get(key, ""), str):
-            fix = "write it in quotes or leave it out"
-            raise BadInput(f"{where}: `{key}` is {row[key]!r}, not text; {fix}")
+            raise BadInput(f"{where}: `{key}` is {row[key]!r}, not text; write it in quotes")
+    if not row.get("prompt", "").strip():
+        raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
 
 
-def find_pictures(row: dict, folder: Path) -> None:
+def _find_pictures(row, folder):
     """Gives a row its `images` and makes all its paths absolute; BadInput where one leaves."""
-    names = row.get("image")
-    if isinstance(names, str):
+    where = row["where"]
+    names = row.get("image") or []
+    if not isinstance(names, list):
         names = [names]
-    is_list = isinstance(names, list) and names
-    if not is_list or not all(isinstance(name, str) for name in names):
-        fix = f"add a path, or a list of paths, relative to {folder}"
-        raise BadInput(f"{row['where']}: the row has no `image`; {fix}")
-    row["images"] = [inside(folder, name, row["where"]) for name in names]
+    if not names:
+        raise BadInput(f"{where}: the row has no `image`; add a path, relative to {folder}")
+    row["images"] = [inside(folder, name, where) for name in names]
     for key in ("target", "mask"):
         if key in row:
-            row[key] = inside(folder, row[key], row["where"])
-
-
-def check_repeat(row: dict, places: dict) -> None:
-    """BadInput for an id or a content that an earlier row has; `places` tells where those stand."""
-    content = {key: value for key, value in row.items() if key not in ("id", "where")}
-    keys = {
-        f"id {row['id']}": f"the id {row['id']!r} again",
-        json.dumps(content, sort_keys=True): "the row again",
-    }
-    for key, words in keys.items():
-        if key in places:
-            earlier = Path(places[key]).name
-            raise BadInput(f"{row['where']}: {words} that {earlier} has; remove or change one")
-    places.update(dict.fromkeys(keys, row["where"]))
+            row[key] = inside(folder, row[key], where)
 
 
 def inside(folder: str | Path, name: str, where: str) -> str:
     """The path of `name` in `folder`, links followed later; BadInput when its words leave it."""
-    if "\0" in name:
+    if not isinstance(name, str) or "\0" in name:
         raise BadInput(f"{where}: picture {name!r} is no path; correct it")
-    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         fix = f"move or link it inside {folder}"
         raise BadInput(f"{where}: picture {name} leaves the dataset folder; {fix}")
     return str(Path(folder, name))
@@ -963,9 +864,21 @@ def load_sources(row: dict) -> list[Image.Image]:
     return pictures[: len(row["images"])]
 
 
-def picture_paths(rows: Iterable[dict]) -> list[str]:
-    """The paths of all pictures of rows, each once, sorted."""
-    return sorted(set(itertools.chain.from_iterable(map(row_pictures, rows))))
+def _look_through(rows, look, show=True):
+    """{path: look(path)} and {path: fault} of all pictures of rows; show: with a progress bar."""
+    paths = set()
+    for row in rows:
+        paths.update(row_pictures(row))
+    seen = {}
+    faults = {}
+    with ThreadPoolExecutor() as pool:  # for disks in the network: they answer late
+        looks = {path: pool.submit(look, path) for path in sorted(paths)}
+        for path in tqdm(looks, "pictures", leave=False, disable=not show):
+            try:
+                seen[path] = looks[path].result()
+            except BadInput as fault:
+                faults[path] = str(fault)
+    return seen, faults
 
 
 def load_rows(
@@ -977,24 +890,18 @@ def load_rows(
     each fault. With an accelerate.Accelerator the processes of a node share the work, all drop the
     same rows or raise the same error, and rows that differ between them are an error.
     """
-    is_main = accelerator is None or accelerator.is_main_process
-    rows, faults = read_splits(folder)
-    every = rows["train"] + rows["test"]
-    paths = picture_paths(every)
-    if accelerator is not None:
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        paths = paths[rank :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
-    report = (fingerprint(every), faults | header_faults(paths, is_main))
-    reports = gathered(report, accelerator)
-    faults = {}  # of all processes, in the same order in each
-    for _, found in reports:
-        faults |= found
+    rows = {"train": [], "test": []}
+    messages = []
+    for split in SPLITS:
+        with _noted(messages):
+            rows[split] = read_rows(folder, split, messages)
+    faults = dict(zip(messages, messages, strict=True))
+    faults |= _header_faults(rows["train"] + rows["test"], folder, accelerator)
     if faults and not skip:
         raise BadInput(next(iter(faults.values())))
-    if len(dict(reports)) > 1:
-        raise BadInput(f"{folder}: its rows differ between processes; give each node the same ones")
-    if is_main:
-        print("".join(f"skipped: {fault}\n" for fault in faults.values()), end="", file=sys.stderr)
+    if accelerator is None or accelerator.is_main_process:
+        for fault in faults.values():
+            print(f"skipped: {fault}", file=sys.stderr)
     for split in SPLITS:
         rows[split] = [row for row in rows[split] if faults.keys().isdisjoint(row_pictures(row))]
         if not rows[split]:
@@ -1003,42 +910,25 @@ def load_rows(
     return rows
 
 
-def read_splits(folder: str | Path) -> tuple[dict[str, list[dict]], dict[str, str]]:
-    """The rows of each split, pictures not opened, and {fault: fault} of what is wrong."""
-    rows = {}
-    faults = []
-    for split in SPLITS:
-        rows[split] = []
-        try:
-            rows[split] = read_rows(folder, split, faults)
-        except BadInput as fault:
-            faults.append(str(fault))
-    return rows, dict(zip(faults, faults, strict=True))
-
-
-def gathered(value: Any, accelerator: Accelerator | None) -> list:
-    """A value of every process, in the order of their ranks."""
+def _header_faults(rows, folder, accelerator):
+    """{path: fault} of the pictures whose headers show one to any process; all get the same."""
     if accelerator is None:
-        return [value]
-    return gather_object([value])
+        _, faults = _look_through(rows, _check_header)
+        return faults
+    mine = rows[accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+    _, found = _look_through(mine, _check_header, accelerator.is_main_process)
+    if len(set(gather_object([fingerprint(rows)]))) > 1:
+        raise BadInput(f"{folder}: its rows differ between processes; give each node the same ones")
+    faults = {}
+    for found_there in gather_object([found]):
+        faults |= found_there
+    return faults
 
 
 def fingerprint(rows: list[dict]) -> str:
     """A hash of what rows hold, the same wherever their folder lies."""
     kept = [[row["id"], row["prompt"], row["image"], row.get("requirement")] for row in rows]
-    return hashlib.sha256(json_line(kept)).hexdigest()
-
-
-def header_faults(paths: list[str], show: bool) -> dict[str, str]:
-    """{path: fault} of the pictures whose headers show one; `show`: with a progress bar."""
-    broken = {}
-    with ThreadPoolExecutor() as pool:  # for disks in the network: they answer late
-        faults = pool.map(header_fault, paths)
-        bar = tqdm(faults, "pictures", len(paths), leave=False, disable=not show)
-        for path, fault in zip(paths, bar, strict=True):
-            if fault:
-                broken[path] = fault
-    return broken
+    return hashlib.sha256(_json_line(kept)).hexdigest()
 
 
 def rows_of_epoch(number: int, rows: int, seed: int, epoch: int) -> Iterator[int]:
@@ -1060,121 +950,77 @@ NEAR = 0.05  # root mean square difference of two thumbnails below which they sh
 class CheckSettings(CheckedSettings):
     """What `data_prep.py check DIR` is told."""
 
-    dataset: str = setting("", "The dataset folder; also the first word after check.")
+    dataset: str = setting(".", "The dataset folder; also the first word after check.")
     against: str = setting("", "A benchmark's folder: its pictures must not be in the dataset.")
 
 
-@dataclass(frozen=True)
-class Look:
-    """What there is to see in a decoded picture; nothing if it has a fault."""
-
-    fault: str = ""
-    size: tuple[int, int] = (0, 0)  # width, height
-    hash: bytes = b""  # of size and pixels
-    thumbnail: np.ndarray | None = None  # (768,) float32 in [0, 1]: 16 x 16 pixels
-
-
-def look_at(picture: str | Path | io.IOBase) -> Look:
-    """Decodes a picture and looks at it."""
-    try:
-        image = load_image(picture)
-        check_side(picture, image)
-    except BadInput as fault:
-        return Look(str(fault))
-    small = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32) / 255
-    content = repr(image.size).encode() + image.tobytes()
-    return Look("", image.size, hashlib.blake2b(content).digest(), small.flatten())
-
-
 def check_dataset(settings: CheckSettings) -> None:
-    """Reads a dataset once and prints every fault on a line of its own; BadInput when there is one.
-
-    Rows that are alike though their files differ are no fault of the data, training takes them:
-    they are notes.
-    """
-    if not settings.dataset:
-        usage = "python data_prep.py check DIR [--against BENCH]"
-        raise BadInput(f"check: no dataset is named; {usage}")
+    """Reads a dataset once and prints each fault on a line; BadInput where there is one."""
     folder = Path(settings.dataset).resolve()
     splits = [split for split in SPLITS if split_file(folder, split)]
     rows = []
     faults = []
     for split in splits or SPLITS:
         rows += read_rows(folder, split, faults)
-    paths = picture_paths(rows)
-    with ThreadPoolExecutor() as pool:
-        bar = tqdm(pool.map(look_at, paths), "pictures", len(paths), leave=False)
-        looks = dict(zip(paths, bar, strict=True))
-    faults += filter(None, (look.fault for look in looks.values()))
-    broken = {path for path, look in looks.items() if look.fault}
-    rows = [row for row in rows if broken.isdisjoint(row_pictures(row))]
-    faults += mask_faults(rows, looks)
+    seen, broken = _look_through(rows, _look_at)
+    faults += broken.values()
+    for row in rows:
+        if "mask" in row and broken.keys().isdisjoint(row_pictures(row)):
+            size, _ = seen[row["images"][0]]
+            mask_size, _ = seen[row["mask"]]
+            if mask_size != size:
+                words = "`mask` has not the size of the row's first picture; resize it"
+                faults.append(f"{row['where']}: {words}")
     if settings.against:
-        faults += copies_of(looks, settings.against)
-    for line in alike_rows(rows, looks) + faults:
-        print(line)
-    counts = f"{len(rows)} good rows in {' and '.join(splits)}, {len(looks)} pictures"
+        faults += _copies(seen, settings.against)
+    for fault in faults:
+        print(fault)
     if faults:
-        raise BadInput(f"{folder}: {len(faults)} faults, one a line above; {counts}")
+        raise BadInput(f"{folder}: {len(faults)} faults, one a line above")
+    counts = f"{len(rows)} rows in {' and '.join(splits)}, {len(seen)} pictures"
     if settings.against:
         counts += f"; nothing of {settings.against}"
     print(f"{folder}: no faults; {counts}")
 
 
-def mask_faults(rows: list[dict], looks: dict[str, Look]) -> list[str]:
-    """A line for each mask that has not the size of its row's first picture; its row is removed."""
+def _look_at(path):
+    """The size of a dataset's picture, decoded as a check of the whole file, and its thumbnail."""
+    _check_header(path)
+    image = load_image(path)
+    return image.size, _thumbnail(image)
+
+
+def _thumbnail(image):
+    """float32 (768,) in [0, 1]: 16 x 16 pixels."""
+    small = image.resize((16, 16), Image.Resampling.BOX)
+    return np.asarray(small, np.float32).flatten() / 255
+
+
+def _copies(seen, folder):
+    """A line for each picture of {path: (size, thumbnail)} that shows one of a benchmark's."""
+    own = np.array([thumbnail for _, thumbnail in seen.values()]).reshape(-1, 768)
     faults = []
-    for row in list(rows):
-        if "mask" in row and looks[row["mask"]].size != looks[row["images"][0]].size:
-            faults.append(
-                f"{row['where']}: `mask` has not the size of the row's first picture; resize it"
-            )
-            rows.remove(row)
+    name = ""
+    for name, picture in _benchmark_pictures(folder):
+        try:
+            theirs = _thumbnail(load_image(picture))
+        except BadInput:
+            continue  # no fault of the dataset
+        distances = np.sqrt(np.square(own - theirs).mean(1))  # (pictures,)
+        for path, distance in zip(seen, distances, strict=True):
+            if distance < NEAR:
+                faults.append(f"{path}: shows {name} of the benchmark; remove its rows")
+    if not name:
+        raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
     return faults
 
 
-def alike_rows(rows: list[dict], looks: dict[str, Look]) -> list[str]:
-    """A line for each row with the prompt and the pixels of an earlier one."""
-    notes = []
-    seen = {}
-    for row in rows:
-        content = (row["prompt"], *(looks[path].hash for path in row["images"]))
-        earlier = seen.setdefault(content, row["id"])
-        if earlier != row["id"]:
-            notes.append(
-                f"note: row {row['id']} has the prompt and the very pictures of row {earlier}"
-            )
-    return notes
-
-
-def copies_of(looks: dict[str, Look], folder: str) -> list[str]:
-    """A line for each fit picture that shows one of a benchmark's, exactly or nearly."""
-    paths = [path for path, look in looks.items() if not look.fault]
-    own = np.array([looks[path].thumbnail for path in paths]).reshape(-1, 768)
-    found = {}
-    theirs = None
-    for name, picture in benchmark_pictures(folder):
-        theirs = look_at(picture)
-        if theirs.fault:
-            continue
-        distance = np.sqrt(np.square(own - theirs.thumbnail).mean(1))  # (paths,)
-        for i in np.flatnonzero(distance < NEAR):
-            path = paths[i]
-            if looks[path].hash == theirs.hash:
-                found[path] = f"an exact copy of {name}"
-            else:
-                found.setdefault(path, f"a near copy of {name} (difference {distance[i]:.3f})")
-    if theirs is None:
-        raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
-    return [f"{path}: {words}; remove its rows" for path, words in found.items()]
-
-
-def benchmark_pictures(folder: str) -> Iterator[tuple[str, Path | io.BytesIO]]:
+def _benchmark_pictures(folder):
     """(name, file) of every picture in a benchmark's folder, its parquet and arrow files too."""
     known = Image.registered_extensions()
     for file in sorted(Path(folder).rglob("*")):
         if file.suffix.lower() in known:
-            yield str(file.relative_to(folder)), file
+            yield file.relative_to(folder), file
     for number, row in enumerate(read_table(folder)):
         for column, value in row.items():
             if isinstance(value, dict) and value.get("bytes"):
@@ -1211,7 +1057,7 @@ def read_table(folder: str | Path) -> Iterator[dict]:
 
 
 def bootstrap(
-    values, groups: list, clusters: list, draws: int = 2000, seed: int = 0
+    values, groups: list, clusters: list, draws: int = 2000
 ) -> tuple[list[str], np.ndarray]:
     """Resamples clusters, each with all its values: the names of the T groups, means (draws, T).
 
@@ -1221,16 +1067,17 @@ def bootstrap(
     names, group = np.unique(np.array(groups, str), return_inverse=True)
     known, cluster = np.unique(np.array(clusters, str), return_inverse=True)
     number = len(known)
-    if number < 2:
-        return names.tolist(), np.full((draws, len(names)), np.nan)
-    totals = np.zeros((number, len(names)))
-    np.add.at(totals, (cluster, group), values)
-    counts = np.zeros((number, len(names)))
-    np.add.at(counts, (cluster, group), 1)
-    random_times = np.random.default_rng(seed)
-    times = random_times.multinomial(number, np.full(number, 1 / number), draws)  # (draws, number)
-    with np.errstate(all="ignore"):
-        return names.tolist(), (times @ totals) / (times @ counts)
+    means = np.full((draws, len(names)), np.nan)  # what stays of a single cluster
+    if number > 1:
+        totals = np.zeros((number, len(names)))
+        counts = np.zeros((number, len(names)))
+        np.add.at(totals, (cluster, group), values)
+        np.add.at(counts, (cluster, group), 1)
+        # how often each draw of `number` clusters takes each of them: (draws, number)
+        times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), draws)
+        with np.errstate(all="ignore"):
+            means = (times @ totals) / (times @ counts)
+    return names.tolist(), means
 
 
 def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]:
@@ -1243,11 +1090,9 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]
     after = np.array([result[key] for result in now], float)
     gains = after - before
     kept = ~np.isnan(gains)
-    rows = np.array([str(result["row"]) for result in base])[kept]
+    rows = np.array([result["row"] for result in base])[kept]
     _, draws = bootstrap(gains[kept], ["all"] * len(rows), rows)
-    low, high = np.nan, np.nan
-    if draws.size:
-        low, high = np.nanquantile(draws, (0.025, 0.975))
+    low, high = np.nanquantile(np.append(draws, np.nan), (0.025, 0.975))  # NaN of no draws
     return {
         "base": np.nanmean(before),
         "now": np.nanmean(after),
@@ -1272,60 +1117,44 @@ def spearman(a: Tensor, b: Tensor) -> float:
 GAP = 4  # pixels between the pictures of a grid
 LINE = 12  # pixels from line to line of its texts
 LETTER = 6  # pixels of a letter's width
+TITLE_LINES = 2  # what is longer is cut
+CAPTION_LINES = 5
 
 
 def picture_grid(
     rows: list[list[Image.Image | None]],
-    captions: list[list[str]] | None = None,
+    captions: list[list[str]],
     title: str = "",
     cell: int = 96,
 ) -> Image.Image:
     """One picture out of rows of pictures (None for a gap), under `title`.
 
-    captions: texts of the same layout, written below the pictures. Pictures smaller than `cell`
-    pixels are enlarged by a whole factor without smoothing.
+    captions: texts of the same layout, written below the pictures. Each picture is enlarged to the
+    size of the largest, at least `cell` pixels.
     """
-    pictures = {}  # by (row, column)
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            if image:
-                pictures[i, j] = enlarged(image, cell)
-    columns = max(map(len, rows))
-    width = max(cell, *(image.width for image in pictures.values()))
-    height = max(image.height for image in pictures.values())
-    texts = {}  # lines, by (row, column)
-    for i, row in enumerate(captions or []):
-        for j, text in enumerate(row):
-            texts[i, j] = wrapped(text, width)
-    deepest = max(map(len, texts.values()), default=0)  # lines below a picture
-    head = wrapped(title, columns * (width + GAP))
-
-    top = GAP + LINE * len(head)
-    across = width + GAP  # from column to column
-    down = height + GAP + LINE * deepest + GAP  # from row to row
-    sheet = Image.new("RGB", (GAP + across * columns, top + GAP + down * len(rows)), "white")
-    for (i, j), image in pictures.items():
-        sheet.paste(image, (GAP + across * j, top + down * i))
+    pictures = filter(None, itertools.chain(*rows))
+    side = max(cell, *(max(picture.size) for picture in pictures))
+    across = GAP + side
+    down = side + LINE * CAPTION_LINES
+    top = LINE * TITLE_LINES
+    size = (across * max(map(len, rows)), top + down * len(rows))
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    draw.multiline_text((GAP, GAP // 2), "\n".join(head), fill="black", spacing=0)
-    for (i, j), lines in texts.items():
-        place = (GAP + across * j, top + down * i + height + 1)
-        draw.multiline_text(place, "\n".join(lines), fill="black", spacing=0)
+
+    def write(text, x, y, width, lines):
+        text = textwrap.fill(text, width // LETTER, max_lines=lines)
+        draw.text((x, y), text, "black", spacing=0)
+
+    write(title, 0, 0, sheet.width, TITLE_LINES)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            x = across * j
+            y = top + down * i
+            if picture:
+                square = ImageOps.pad(picture, (side, side), Image.Resampling.NEAREST, "white")
+                sheet.paste(square, (x, y))
+            write(captions[i][j], x, y + side, side, CAPTION_LINES)
     return sheet
-
-
-def enlarged(image: Image.Image, cell: int) -> Image.Image:
-    """A picture at least `cell` pixels wide or high, by a whole factor, without smoothing."""
-    factor = max(1, math.ceil(cell / max(image.size)))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def wrapped(text: str, pixels: int) -> list[str]:
-    """The lines of a text in a column of that width."""
-    lines = []
-    for line in str(text).splitlines():
-        lines += textwrap.wrap(line, pixels // LETTER)
-    return lines
 
 
 # ---------------------------------------------------------------- the toy world: rows and oracle
@@ -1382,7 +1211,7 @@ class Example(NamedTuple):
 
 
 @functools.cache
-def cell_templates() -> Tensor:
+def _cell_templates():
     """Every picture a cell can show: (80, 3, 16, 16) in [0, 1], an object on a background each."""
     templates = []
     for background, thing in itertools.product(BACKGROUNDS.values(), OBJECTS):
@@ -1397,19 +1226,19 @@ def cell_templates() -> Tensor:
                 draw.rectangle((16, 16, 111, 111), COLOURS[colour])
             else:
                 draw.polygon([(64, 12), (116, 110), (12, 110)], COLOURS[colour])
-        templates.append(to_tensor(big.resize((CELL, CELL), Image.Resampling.BOX)))
+        templates.append(_to_tensor(big.resize((CELL, CELL), Image.Resampling.BOX)))
     return torch.stack(templates)
 
 
-def shown_in(scenes: Tensor) -> Tensor:
+def _shown_in(scenes):
     """The template that each cell of scenes shows: int (B, 5) -> (B, 4)."""
     backgrounds, cells = scenes.split((1, 4), 1)
     return backgrounds * len(OBJECTS) + cells
 
 
-def render(scenes: Tensor) -> Tensor:
+def _render(scenes):
     """Pictures of scenes: int (B, 5) -> float (B, 3, 32, 32) in [0, 1]."""
-    cells = cell_templates()[shown_in(scenes)]  # (B, 4, 3, 16, 16)
+    cells = _cell_templates()[_shown_in(scenes)]  # (B, 4, 3, 16, 16)
     grid = cells.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5)  # (B, 3, row, 16, column, 16)
     return grid.reshape(-1, 3, SIZE, SIZE)
 
@@ -1419,13 +1248,13 @@ def to_pil(picture: Tensor) -> Image.Image:
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def _to_tensor(image):
     """RGB PIL.Image -> float (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 @functools.cache
-def instructions() -> dict[str, Change]:
+def _instructions():
     """What each instruction that there is asks for."""
     changes = {}
     for old, (colour, shape) in enumerate(THINGS, 1):
@@ -1445,28 +1274,28 @@ def instructions() -> dict[str, Change]:
     return changes
 
 
-def texts_of(task: str) -> list[str]:
+def _texts_of(task):
     """The instructions of one task, sorted."""
-    return sorted(text for text, change in instructions().items() if change.task == task)
+    return sorted(text for text, change in _instructions().items() if change.task == task)
 
 
 @functools.cache
-def held_out() -> set[str]:
+def _held_out():
     """An eighth of each task's instructions, never seen in training."""
     held = set()
     for task in TASKS:
-        texts = texts_of(task)
+        texts = _texts_of(task)
         order = torch.randperm(len(texts), generator=seeded("toy held-out instructions", task))
         held.update(texts[i] for i in order[: len(texts) // 8].tolist())
     return held
 
 
-def is_test_scene(scene: Iterable[int]) -> bool:
+def _is_test_scene(scene):
     """An eighth of all scenes is never seen in training, neither as a source nor as a target."""
     return zlib.crc32(bytes(scene)) % 8 == 0
 
 
-def apply_change(scene: Scene, change: Change) -> Scene | None:
+def _apply_change(scene, change):
     """The scene after a change; None where it does not apply (no such object, cell taken)."""
     if change.task == "background":
         if scene.background != change.old:
@@ -1484,12 +1313,12 @@ def apply_change(scene: Scene, change: Change) -> Scene | None:
     return Scene(background, *cells)
 
 
-def toy_examples(number: int, split: str, *key) -> list[Example]:
+def _toy_examples(number, split, *key):
     """Seeded examples of one split; tasks take turns, the objects of a scene are distinct."""
     is_test = split == "test"
-    texts = {task: texts_of(task) for task in TASKS}
+    texts = {}
     for task in TASKS:
-        texts[task] = [text for text in texts[task] if (text in held_out()) == is_test]
+        texts[task] = [text for text in _texts_of(task) if (text in _held_out()) == is_test]
     rng = random.Random(seeded("toy", split, *key).initial_seed())
     examples = []
     while len(examples) < number:
@@ -1499,10 +1328,10 @@ def toy_examples(number: int, split: str, *key) -> list[Example]:
         rng.shuffle(cells)
         source = Scene(rng.randrange(len(BACKGROUNDS)), *cells)
         text = rng.choice(texts[task])
-        target = apply_change(source, instructions()[text])
-        if target is None or is_test_scene(source) != is_test:
+        target = _apply_change(source, _instructions()[text])
+        if target is None or _is_test_scene(source) != is_test:
             continue
-        if is_test or not is_test_scene(target):
+        if is_test or not _is_test_scene(target):
             examples.append(Example(source, target, task, text))
     return examples
 
@@ -1514,7 +1343,7 @@ def scenes_of(examples: list[Example]) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def object_credit() -> Tensor:
+def _object_credit():
     """credit[source, target, seen] in [0, 1] of an object.
 
     1 for the wanted one, 0 for the old one, else 0.3 each for the wanted colour and shape.
@@ -1529,11 +1358,11 @@ def object_credit() -> Tensor:
     return credit
 
 
-def cell_distances(pictures: Tensor) -> Tensor:
+def _cell_distances(pictures):
     """Mean squared error of each cell to each of the 80 templates: (B, 3, 32, 32) -> (B, 4, 80)."""
     cells = pictures.unflatten(3, (2, CELL)).unflatten(2, (2, CELL))  # (B, 3, 2, 16, 2, 16)
     cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(4 * len(pictures), -1)  # (4 B, 768)
-    distances = torch.cdist(cells, cell_templates().flatten(1))  # (4 B, 80)
+    distances = torch.cdist(cells, _cell_templates().flatten(1))  # (4 B, 80)
     return (distances.square() / cells.shape[1]).unflatten(0, (-1, 4))
 
 
@@ -1544,23 +1373,27 @@ def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[T
     mean credit of what should change and of what should not. Success: every cell is nearest to its
     target, and near it.
     """
-    distance = cell_distances(pictures)  # (B, 4, 80)
+    distance = _cell_distances(pictures)  # (B, 4, 80)
+    # how much a cell shows each background and object; 0.001 tells even near colours apart
     seen = (-distance / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))
     old_ground, old_things = sources.split((1, 4), 1)
     new_ground, new_things = targets.split((1, 4), 1)
     index = new_ground.expand(-1, 4).unsqueeze(2)  # (B, 4, 1)
     ground = seen.sum(3).gather(2, index).squeeze(2)  # (B, 4) share of the right background
-    credit = object_credit()[old_things, new_things]  # (B, 4, 16)
+    credit = _object_credit()[old_things, new_things]  # (B, 4, 16)
     thing = (seen.sum(2) * credit).sum(2)  # (B, 4)
 
+    # done: what should change, the one cell or the whole background
     is_changed = old_things != new_things  # (B, 4)
     changed_thing = torch.where(is_changed, thing, 0.0).sum(1)
     is_background = (old_ground != new_ground).squeeze(1)  # (B,) whether that was the task
     done = torch.where(is_background, ground.sum(1) / 4, changed_thing)
+    # kept: the other cells, and the background where it was not the task
     kept = torch.where(is_changed, 0.0, thing).sum(1) / (~is_changed).sum(1)
     kept_ground = torch.where(is_background[:, None], 1.0, ground).mean(1)
 
-    wanted = shown_in(targets)  # (B, 4)
+    # success is strict: a smear may be nearest to its target, but it is not near
+    wanted = _shown_in(targets)  # (B, 4)
     near = distance.gather(2, wanted[..., None]).squeeze(2) < 0.015
     return done * (kept_ground * kept), ((distance.argmin(2) == wanted) & near).all(1)
 
@@ -1569,7 +1402,7 @@ def oracle(row: dict, image: Image.Image) -> tuple[float, bool] | None:
     """(score in [0, 1], success) of an edit of a toy row by program; None for any other row."""
     if "target_scene" not in row:
         return None
-    picture = to_tensor(image.convert("RGB").resize((SIZE, SIZE)))[None]
+    picture = _to_tensor(image.convert("RGB").resize((SIZE, SIZE)))[None]
     source = torch.tensor([row["source_scene"]])
     target = torch.tensor([row["target_scene"]])
     score, success = oracle_scores(picture, source, target)
@@ -1577,17 +1410,6 @@ def oracle(row: dict, image: Image.Image) -> tuple[float, bool] | None:
 
 
 # ---------------------------------------------------------------- building the toy
-
-TOY_FILES = (
-    "train.jsonl",
-    "test.jsonl",
-    "pictures/train-0000-source.png",
-    "editor/model_index.json",
-    "editor/transformer/diffusion_pytorch_model.safetensors",
-    "judge/config.json",
-    "judge/model.safetensors",
-)
-
 
 COUNT = {"at_least": 1, "at_most": 1e6}  # the range of numbers of rows and of steps
 
@@ -1620,34 +1442,32 @@ def build_toy(settings: ToySettings) -> None:
     folder = Path(settings.out)
     recipe = asdict(settings)
     del recipe["out"], recipe["check"]
-    if is_built(folder, recipe):
+    if _is_built(folder, recipe):
         return
     start = time.time()
     say(f"toy: building {folder} once: rows, a tiny editor, a tiny judge; minutes on two cores")
     with whole_folder(folder) as part:
         write_rows(part, settings)
-        train_models(part, settings)
+        _train_models(part, settings)
         (part / "toy.json").write_text(json.dumps(recipe))
     say(f"toy: built in {(time.time() - start) / 60:.1f} min")
 
 
-def is_built(folder: Path, recipe: dict) -> bool:
+def _is_built(folder, recipe):
     """Whether a folder holds the toy of a recipe; BadInput if it holds part of one, or no toy."""
-    made = folder / "toy.json"
-    fix = "move the folder away, or name another with --out"
-    if not made.exists():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise BadInput(f"{folder}: is not empty and holds no toy; {fix}")
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return False
+    fix = "move the folder away, or name another with --out"
     try:
-        found = parse_json_object(made.read_bytes(), str(made))
+        found = parse_json_object((folder / "toy.json").read_bytes(), "")
     except (OSError, BadInput):
-        raise BadInput(f"{made}: is not whole; {fix}") from None
-    for key, value in recipe.items():
-        if found.get(key) != value:
-            say(f"toy: {folder} was built with {key} {found.get(key)}, not {value}")
-            return False
-    for name in TOY_FILES:
+        raise BadInput(f"{folder}: holds no toy.json that is whole; {fix}") from None
+    changes = changed(found, recipe, "")
+    if changes:
+        say(f"toy: {folder} is built anew: {', '.join(changes)}")
+        return False
+    models = ("editor/transformer/diffusion_pytorch_model.safetensors", "judge/model.safetensors")
+    for name in ("train.jsonl", "test.jsonl", *models):
         if not (folder / name).is_file():
             raise BadInput(f"{folder}: has lost {name}; {fix}")
     return True
@@ -1658,15 +1478,19 @@ def write_rows(folder: Path, settings: ToySettings) -> None:
     (folder / "pictures").mkdir(parents=True)
     for split, number in (("train", settings.train_rows), ("test", settings.test_rows)):
         rows = []
-        for i, example in enumerate(toy_examples(number, split, settings.seed, "rows")):
-            row = {"id": f"{split}-{i:04}", "prompt": example.text}
-            for key, kind in (("image", "source"), ("target", "target")):
-                row[key] = f"pictures/{row['id']}-{kind}.png"
-                picture = render(torch.tensor([getattr(example, kind)]))
-                to_pil(picture.squeeze(0)).save(folder / row[key])
-            row["task"] = example.task
-            row["source_scene"] = example.source
-            row["target_scene"] = example.target
+        for i, example in enumerate(_toy_examples(number, split, settings.seed, "rows")):
+            name = f"{split}-{i:04}"
+            row = {
+                "id": name,
+                "prompt": example.text,
+                "image": f"pictures/{name}-source.png",
+                "target": f"pictures/{name}-target.png",
+                "task": example.task,
+                "source_scene": example.source,
+                "target_scene": example.target,
+            }
+            for key, scene in (("image", example.source), ("target", example.target)):
+                to_pil(_render(torch.tensor([scene]))[0]).save(folder / row[key])
             rows.append(row)
         write_json_lines(folder / f"{split}.jsonl", rows)
 
@@ -1676,15 +1500,13 @@ def write_rows(folder: Path, settings: ToySettings) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """python data_prep.py COMMAND ..."""
-    command, *words = (sys.argv[1:] if argv is None else argv) or ["no command"]
+    command, *words = argv or sys.argv[1:] or ["no command"]
     if command == "check":
         if words and not words[0].startswith("-"):
             words = ["--dataset", *words]
-        about = "Lists every fault of a dataset folder."
-        check_dataset(parse_settings(CheckSettings, words, about))
+        check_dataset(parse_settings(CheckSettings, words, "Lists every fault of a dataset."))
     elif command == "toy":
-        about = "Builds the toy world and its two tiny models."
-        build_toy(parse_settings(ToySettings, words, about))
+        build_toy(parse_settings(ToySettings, words, "Builds the toy and its two tiny models."))
     else:
         raise BadInput(
             f"{command}: say what to do: python data_prep.py toy [--out DIR], or check DIR "
@@ -1695,6 +1517,7 @@ def main(argv: list[str] | None = None) -> None:
 # ------------- how the toy's two models were grown: not needed to read the method
 
 TEXT_TOKENS = 10  # the longest instruction has eight words and an end token
+QUESTION_TOKENS = 23  # the longest instruction, two pictures of six tokens, three marks
 DIGITS = "012345"  # the judge's answers
 # the tiny judge knows a few dozen words: it is asked with the instruction alone
 TOY_JUDGE_PROMPT = "{prompt}"
@@ -1706,10 +1529,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_models(folder: Path, settings: ToySettings) -> None:
+def _train_models(folder, settings):
     """Trains the editor here and the judge in a process beside it, and writes both to `folder`."""
     judge = multiprocessing.get_context("spawn").Process(
-        target=build_judge, args=(folder / "judge", settings)
+        target=_build_judge, args=(folder / "judge", settings)
     )
     judge.start()
     threads = torch.get_num_threads()
@@ -1719,37 +1542,36 @@ def train_models(folder: Path, settings: ToySettings) -> None:
             torch.set_num_threads(1)  # one core for each of the two processes
             pipe = new_editor()
             pipe.set_progress_bar_config(disable=True)
-            train_vae(pipe.vae, settings.vae_steps)
-            train_editor(pipe, settings)
+            _train_vae(pipe.vae, settings.vae_steps)
+            _train_editor(pipe, settings)
             pipe.save_pretrained(folder / "editor")
             judge.join()
             if judge.exitcode:
                 raise BadInput("toy: the judge's training failed; its own message stands above")
-            torch.set_num_threads(os.cpu_count())
-            check_toy(pipe, folder / "judge", settings)
+            _check_toy(pipe, folder / "judge", settings)
     finally:
         judge.terminate()
         torch.set_num_threads(threads)
 
 
-def build_judge(folder: Path, settings: ToySettings) -> None:
+def _build_judge(folder, settings):
     """Trains the judge on graded corruptions, in a process of its own that ends with its parent."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
     tokenizer = new_judge_tokenizer()
     model = new_judge(tokenizer)
-    train_judge(model, tokenizer, settings)
+    _train_judge(model, tokenizer, settings)
     save_judge(model, tokenizer, folder)
 
 
-def end_with_parent() -> None:
+def _end_with_parent():
     """Ends this process when the one that started it has ended, killed or not."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def check_toy(pipe, judge: Path, settings: ToySettings) -> None:
+def _check_toy(pipe, judge, settings):
     """Prints the editor's success and the judge's rank correlation with the oracle, held out.
 
     BadInput where either is not what the reinforcement learning needs, if settings.check.
@@ -1757,79 +1579,57 @@ def check_toy(pipe, judge: Path, settings: ToySettings) -> None:
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
     examples = []
-    for example in toy_examples(settings.test_rows, "test", settings.seed, "rows"):
+    for example in _toy_examples(settings.test_rows, "test", settings.seed, "rows"):
         examples += 4 * [example]
     edits = draw_edits(pipe, examples, settings.seed, "check")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(judge)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(judge)
     scores, successes = oracle_scores(edits, *scenes_of(examples))
     success = successes.float().mean().item()
-    agreement = spearman(judge_scores(model, tokenizer, examples, edits), scores)
+    agreement = spearman(_judge_scores(model, tokenizer, examples, edits), scores)
     say(
         f"toy: the base editor succeeds on {success:.1%} of {len(edits)} held-out edits with 6 "
         "steps (wanted 25-60 %); Spearman correlation of judge and oracle on them "
         f"{agreement:.3f} (wanted 0.75)"
     )
-    if settings.check and not 0.25 <= success <= 0.60:
-        raise BadInput(
-            f"toy: the base editor's success {success:.1%} is not in 25-60 %; change --wrong_share"
-        )
-    if settings.check and agreement < 0.75:
-        raise BadInput(
-            f"toy: the judge's correlation {agreement:.3f} is below 0.75; raise --judge_steps"
-        )
+    if settings.check and (success < 0.25 or success > 0.60 or agreement < 0.75):
+        raise BadInput("toy: no good start for RL; change --wrong_share or raise --judge_steps")
 
 
-def toy_words() -> list[str]:
+def _toy_words():
     """All words of the instructions, sorted."""
-    return sorted(set(" ".join(instructions()).split()))
+    return sorted(set(" ".join(_instructions()).split()))
 
 
-def parameters_of(*models: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of all of them."""
-    return list(itertools.chain.from_iterable(model.named_parameters() for model in models))
-
-
-def fit(
-    name: str,
-    parameters: list[tuple[str, torch.nn.Parameter]],
-    loss: Callable[[int], Tensor],
-    steps: int,
-    lr: float,
-    position: int = 0,
-) -> None:
+def _fit(name, models, loss, steps, lr, position=0):
     """Minimises loss(step): Muon for matrices and convolutions, AdamW for the rest, linear decay.
 
     position: the line of the progress bar, which tells the time left.
     """
     wide = []
     rest = []
-    for key, parameter in parameters:
-        if parameter.ndim > 1 and "embed" not in key and "shared" not in key:
-            wide.append(parameter)
-        else:
-            rest.append(parameter)
+    for model in models:
+        for key, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed" not in key and "shared" not in key:
+                wide.append(parameter)
+            else:
+                rest.append(parameter)
     # views: Muon takes two dimensions
     flat = [torch.nn.Parameter(parameter.data.view(len(parameter), -1)) for parameter in wide]
-    muon = torch.optim.Muon(flat, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    optimizers = [muon, torch.optim.AdamW(rest, 2e-3, weight_decay=0.0)]
-
-    def rate(step):
-        return min((step + 1) / 50, 1) * max(1 - step / steps, 0.01)
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    bar = tqdm(range(steps), desc=name, position=position, mininterval=1)
-    for step in bar:
-        value = loss(step)
-        value.backward()
+    muon = torch.optim.Muon(flat, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(rest, weight_decay=0.0)
+    for step in tqdm(range(steps), name, position=position, mininterval=1):
+        loss(step).backward()
         for parameter, view in zip(wide, flat, strict=True):
-            view.grad = parameter.grad.view_as(view)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        for parameter in wide + rest:
-            parameter.grad = None
-        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+            view.grad = parameter.grad.view_as(view)  # the values are shared, gradients are not
+        # 50 steps of warm-up, then linearly down to a hundredth
+        rate = min((step + 1) / 50, 1) * max(1 - step / steps, 0.01)
+        muon.param_groups[0]["lr"] = lr * rate
+        adam.param_groups[0]["lr"] = 2e-3 * rate
+        muon.step()
+        adam.step()
+        for model in models:
+            model.zero_grad()
 
 
 # ------------- its editor: FLUX.1-Kontext in miniature
@@ -1845,7 +1645,7 @@ def new_editor():
     )
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    clip_tokenizer, t5_tokenizer = new_editor_tokenizers()
+    clip_tokenizer, t5_tokenizer = _new_editor_tokenizers()
     clip = CLIPTextConfig(
         vocab_size=len(clip_tokenizer),
         hidden_size=64,
@@ -1866,22 +1666,16 @@ def new_editor():
         num_heads=2,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
     )
     vae = AutoencoderKL(
         down_block_types=4 * ("DownEncoderBlock2D",),
         up_block_types=4 * ("UpDecoderBlock2D",),
         block_out_channels=(16, 32, 64, 64),
-        layers_per_block=1,
         latent_channels=16,
         norm_num_groups=4,
-        sample_size=SIZE,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
-        scaling_factor=1.0,
-        shift_factor=0.0,
     )
     transformer = FluxTransformer2DModel(
         in_channels=4 * vae.config.latent_channels,
@@ -1902,12 +1696,12 @@ def new_editor():
     )
 
 
-def new_editor_tokenizers() -> tuple:
+def _new_editor_tokenizers():
     """A CLIP tokenizer and a T5 one to which each word of an instruction is one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer, T5TokenizerFast
 
-    words = toy_words()
+    words = _toy_words()
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [("▁" + word, -1.0) for word in words]
     t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
@@ -1928,41 +1722,42 @@ def new_editor_tokenizers() -> tuple:
     return clip, t5
 
 
-def train_vae(vae, steps: int) -> None:
+def _train_vae(vae, steps):
     """Reconstruction with a noisy code, then the scale and shift that make the codes standard."""
 
+    # noise on the code makes the decoder forgiving: the editor's latents are never exact
     def loss(step):
-        pictures = render(random_scenes(16)) * 2 - 1
+        pictures = _render(_random_scenes(16)) * 2 - 1
         code = vae.encode(pictures).latent_dist.mean  # (B, 16, 4, 4)
         error = vae.decode(code + 0.4 * torch.randn_like(code)).sample - pictures
         return error.abs().mean() + error.square().mean() + 1e-3 * code.square().mean()
 
-    fit("autoencoder", parameters_of(vae), loss, steps, lr=0.02)
+    _fit("autoencoder", [vae], loss, steps, lr=0.02)
     with torch.no_grad():
-        code = vae.encode(render(random_scenes(256)) * 2 - 1).latent_dist.mean
+        code = vae.encode(_render(_random_scenes(256)) * 2 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / code.std().item(), shift_factor=code.mean().item())
 
 
-def random_scenes(number: int) -> Tensor:
+def _random_scenes(number):
     """Scenes with all four cells drawn freely, none of them a test scene: int (number, 5)."""
     backgrounds = torch.randint(len(BACKGROUNDS), (2 * number, 1))
     cells = torch.randint(len(OBJECTS), (2 * number, 4))
     scenes = torch.cat([backgrounds, cells], 1).tolist()
-    return torch.tensor([scene for scene in scenes if not is_test_scene(scene)][:number])
+    return torch.tensor([scene for scene in scenes if not _is_test_scene(scene)][:number])
 
 
-def spoil(example: Example, rng: random.Random) -> Scene:
+def _spoil(example, rng):
     """A scene that is not the one asked for.
 
     Nothing was done, or another change, or cells moved that should not have.
     """
-    source, target = example.source, example.target
+    source, target, _, _ = example
     kind = rng.random()
     if kind < 0.3:
         return source
     if kind < 0.6:
-        for text in rng.sample(sorted(instructions()), 60):
-            other = apply_change(source, instructions()[text])
+        for text in rng.sample(sorted(_instructions()), 60):
+            other = _apply_change(source, _instructions()[text])
             if other not in (None, target):
                 return other
     scene = list(target if kind < 0.9 else source)
@@ -1973,90 +1768,86 @@ def spoil(example: Example, rng: random.Random) -> Scene:
     return Scene(*scene)
 
 
-def train_editor(pipe, settings: ToySettings) -> None:
+def _train_editor(pipe, settings):
     """Flow matching from the source's and the instruction's side.
 
     The last 30 % sees wrong targets on purpose: a cleanly trained editor draws the same edit every
     time, and a group without spread teaches nothing. The wrong share makes the imperfect base that
     RL starts from.
     """
-    examples = toy_examples(settings.pool, "train", settings.seed, "editor")
+    examples = _toy_examples(settings.pool, "train", settings.seed, "editor")
     rng = random.Random(settings.seed)
-    wrong = torch.tensor([spoil(example, rng) for example in examples])
-    scenes = torch.stack([*scenes_of(examples), wrong])  # (3, n, 5)
-    codes, index = encoded(pipe, scenes)
-    source_of, target_of, wrong_of = index
+    wrong = torch.tensor([_spoil(example, rng) for example in examples])
+    sources, targets = scenes_of(examples)
+    source_codes = _encoded(pipe, sources)  # (n, 4, 64)
+    target_codes = _encoded(pipe, targets)
+    wrong_codes = _encoded(pipe, wrong)
 
-    texts = [example.text for example in examples]
-    fixed = {"padding": "max_length", "return_tensors": "pt"}
-    clip_ids = pipe.tokenizer(texts, max_length=TEXT_TOKENS + 2, **fixed).input_ids
-    t5_ids = pipe.tokenizer_2(texts, max_length=TEXT_TOKENS, **fixed).input_ids
+    # where each token stands: (picture, row, column), the source being picture 1
     places = pipe._prepare_latent_image_ids(1, 2, 2, "cpu", torch.float32)  # (4, 3)
     source_places = places + torch.tensor([1.0, 0.0, 0.0])  # differ in the first number
     places = torch.cat([places, source_places])
 
     def loss(step):
         rows = torch.randint(len(examples), (128,))
-        x_0 = codes[target_of[rows]]  # (B, 4, 64)
-        source = codes[source_of[rows]]  # (B, 4, 64)
+        x_0 = target_codes[rows]  # (B, 4, 64)
+        source = source_codes[rows]  # (B, 4, 64)
         if step > 0.7 * settings.editor_steps:
             is_wrong = torch.rand(len(rows), 1, 1) < settings.wrong_share
-            x_0 = torch.where(is_wrong, codes[wrong_of[rows]], x_0)
+            x_0 = torch.where(is_wrong, wrong_codes[rows], x_0)
         # more noise than not: that is where the edit is decided
         t = 1 - torch.rand(len(rows), 1, 1) ** 2.5
         noise = torch.randn_like(x_0)
         x_t = (1 - t) * x_0 + t * noise
+        texts = [examples[i].text for i in rows]
+        words, pooled, text_ids = pipe.encode_prompt(texts, None, max_sequence_length=TEXT_TOKENS)
         output = pipe.transformer(
             hidden_states=torch.cat([x_t, source], 1),
             timestep=t.flatten(),
             guidance=1 + 3 * torch.rand(len(rows)),
-            pooled_projections=pipe.text_encoder(clip_ids[rows]).pooler_output,
-            encoder_hidden_states=pipe.text_encoder_2(t5_ids[rows]).last_hidden_state,
-            txt_ids=torch.zeros(TEXT_TOKENS, 3),
+            pooled_projections=pooled,
+            encoder_hidden_states=words,
+            txt_ids=text_ids,
             img_ids=places,
         )
-        v = output.sample[:, :4]
+        v = output.sample[:, :4]  # the edit's tokens come first, the source's are not trained
+        # most tokens stay as in the source: those that change count five times
         changes = (x_0 - source).abs().amax(-1, keepdim=True) > 0.3  # (B, 4, 1)
         weight = torch.where(changes, 5.0, 1.0)
         return (weight * (v - (noise - x_0)).square()).mean()
 
-    parameters = parameters_of(pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
-    fit("editor", parameters, loss, settings.editor_steps, lr=0.02)
+    models = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    _fit("editor", models, loss, settings.editor_steps, lr=0.02)
 
 
 @torch.no_grad()
-def encoded(pipe, scenes: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (m, 4, 64) of all different scenes, and where those of scenes (3, n, 5) are: (3, n)."""
-    unique, index = scenes.flatten(0, 1).unique(dim=0, return_inverse=True)
+def _encoded(pipe, scenes):
+    """The editor's tokens of pictures, standardised: int (n, 5) -> float (n, 4, 64)."""
     codes = []
-    for part in unique.split(256):
-        codes.append(pipe.vae.encode(render(part) * 2 - 1).latent_dist.mean)
+    for part in scenes.split(256):
+        codes.append(pipe.vae.encode(_render(part) * 2 - 1).latent_dist.mean)
     codes = (torch.cat(codes) - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-    return pipe._pack_latents(codes, len(codes), *codes.shape[1:]), index.view(3, -1)
+    return pipe._pack_latents(codes, len(codes), *codes.shape[1:])
 
 
 @torch.no_grad()
 def draw_edits(pipe, examples: list[Example], *key) -> Tensor:
     """One edit of each example in 6 Euler steps: float (n, 3, 32, 32) in [0, 1], in 1/255 steps."""
-    pictures = []
-    for first in tqdm(range(0, len(examples), 128), desc="editor's own edits", leave=False):
-        part = examples[first : first + 128]
-        sources, _ = scenes_of(part)
-        output = pipe(
-            image=render(sources),
-            prompt=[example.text for example in part],
-            height=SIZE,
-            width=SIZE,
-            max_area=SIZE * SIZE,
-            _auto_resize=False,
-            num_inference_steps=6,
-            max_sequence_length=TEXT_TOKENS,
-            guidance_scale=2.5,
-            output_type="pt",
-            generator=[seeded(*key, first + i) for i in range(len(part))],
-        )
-        pictures.append(output.images)
-    return (torch.cat(pictures) * 255).round() / 255
+    sources, _ = scenes_of(examples)
+    output = pipe(
+        image=_render(sources),
+        prompt=[example.text for example in examples],
+        height=SIZE,
+        width=SIZE,
+        max_area=SIZE * SIZE,
+        _auto_resize=False,
+        num_inference_steps=6,
+        max_sequence_length=TEXT_TOKENS,
+        guidance_scale=2.5,
+        output_type="pt",
+        generator=[seeded(*key, i) for i in range(len(examples))],
+    )
+    return (output.images * 255).round() / 255
 
 
 # ------------- its judge: Qwen2.5-VL in miniature
@@ -2069,7 +1860,7 @@ def new_judge_tokenizer():
 
     names = "endoftext im_start im_end vision_start vision_end image_pad video_pad"
     special = [f"<|{name}|>" for name in names.split()]
-    vocabulary = {word: i for i, word in enumerate([*special, *DIGITS, *toy_words()])}
+    vocabulary = {word: i for i, word in enumerate([*special, *DIGITS, *_toy_words()])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -2087,9 +1878,8 @@ def new_judge(tokenizer):
     """An untrained Qwen2_5_VLForConditionalGeneration of 0.5 M parameters: a cell is one token."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    def number(name):
-        return tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    image, video, start, end = tokenizer.convert_tokens_to_ids(names)
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -2098,9 +1888,9 @@ def new_judge(tokenizer):
         num_attention_heads=3,
         num_key_value_heads=3,
         max_position_embeddings=256,
-        bos_token_id=number("endoftext"),
-        eos_token_id=number("im_end"),
-        pad_token_id=number("endoftext"),
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
         rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 3.0},
     )
@@ -2110,8 +1900,6 @@ def new_judge(tokenizer):
         intermediate_size=128,
         num_heads=2,
         patch_size=8,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
         window_size=32,
         out_hidden_size=96,
         fullatt_block_indexes=[0],
@@ -2120,10 +1908,10 @@ def new_judge(tokenizer):
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
-        image_token_id=number("image_pad"),
-        video_token_id=number("video_pad"),
-        vision_start_token_id=number("vision_start"),
-        vision_end_token_id=number("vision_end"),
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 
@@ -2136,8 +1924,6 @@ def save_judge(model, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     processor = Qwen2VLImageProcessorPil(
         patch_size=8,
-        merge_size=2,
-        temporal_patch_size=2,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         size={"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024},
@@ -2155,100 +1941,87 @@ def judge_patches(pictures: Tensor) -> Tensor:
     return grid.reshape(-1, 3 * 2 * 8 * 8)
 
 
-def judge_inputs(model, tokenizer) -> Callable[..., dict]:
-    """A function texts, sources, edits (B, 3, 32, 32) -> the model's arguments.
-
-    Token ids, masks and places of every instruction's question are made once.
-    """
-    texts = sorted(instructions())
-    chats = []
-    for text in texts:
-        content = [{"type": "text", "text": text}, {"type": "image"}, {"type": "image"}]
-        chats.append([{"role": "user", "content": content}])
-    written = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    # four cells, four tokens
-    written = [text.replace("<|image_pad|>", 4 * "<|image_pad|>") for text in written]
-    fixed = tokenizer(written, padding=True, return_tensors="pt", add_special_tokens=False)
-    kind = (fixed.input_ids == model.config.image_token_id).int()
-    grids = torch.tensor([[1, 4, 4]]).expand(2 * len(texts), -1)
-    places, _ = model.model.get_rope_index(
-        fixed.input_ids, kind, grids, attention_mask=fixed.attention_mask
+def _judge_inputs(model, tokenizer, examples, edits):
+    """The judge's arguments for the question about each edit (B, 3, 32, 32) and its source."""
+    # as CHAT_TEMPLATE and the processor write it: four cells of a picture, four tokens
+    picture = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
+    questions = []
+    for example in examples:
+        questions.append(f"<|im_start|>{example.text}{picture}{picture}<|im_end|><|im_start|>")
+    tokens = tokenizer(
+        questions, padding="max_length", max_length=QUESTION_TOKENS, return_tensors="pt"
+    )
+    sources, _ = scenes_of(examples)
+    pairs = torch.stack([_render(sources), edits], 1).flatten(0, 1)  # source, edit, source, ...
+    return dict(
+        input_ids=tokens.input_ids,
+        attention_mask=tokens.attention_mask,
+        mm_token_type_ids=(tokens.input_ids == model.config.image_token_id).int(),
+        pixel_values=judge_patches(pairs),
+        image_grid_thw=torch.tensor([[1, 4, 4]]).expand(len(pairs), -1),
+        use_cache=False,
     )
 
-    def arguments(asked, sources, edits):
-        rows = torch.tensor([texts.index(text) for text in asked])
-        pairs = torch.stack([sources, edits], 1).flatten(0, 1)  # source, edit, source, edit ...
-        return dict(
-            input_ids=fixed.input_ids[rows],
-            attention_mask=fixed.attention_mask[rows],
-            mm_token_type_ids=kind[rows],
-            position_ids=places[:, rows],
-            pixel_values=judge_patches(pairs),
-            use_cache=False,
-            image_grid_thw=grids[:1].expand(len(pairs), -1),
-        )
 
-    return arguments
-
-
-def graded_corruptions(examples: list[Example], *key) -> Tensor:
+def _graded_corruptions(examples, *key):
     """Edits of every quality: float (n, 3, 32, 32); a third right, the rest spoiled, many worn."""
     rng = random.Random(repr(key))
     seen = []
     for example in examples:
         is_right = rng.random() < 0.33
-        seen.append(example.target if is_right else spoil(example, rng))
+        seen.append(example.target if is_right else _spoil(example, rng))
     others = [rng.choice((example.source, example.target)) for example in examples]
-    pictures = render(torch.tensor(seen))
-    return worn(pictures, render(torch.tensor(others)), seeded("corruptions", *key))
+    pictures = _render(torch.tensor(seen))
+    return _worn(pictures, _render(torch.tensor(others)), seeded("corruptions", *key))
 
 
-def worn(pictures: Tensor, others: Tensor, rng: torch.Generator) -> Tensor:
+def _worn(pictures, others, rng):
     """Pictures as an imperfect editor leaves them: blended with `others`, blur, noise, tint."""
 
     def share(*shape):
         return torch.rand(len(pictures), *shape, generator=rng)
 
+    def for_half(values):
+        return torch.where(share(1, 1, 1) < 0.5, values, 0.0)
+
+    # in six of ten pictures a quarter of the cells show up to 70 % of the other picture
     amount = 0.7 * share(4)  # (B, 4) how much of the other picture
     chosen = share(4) < 0.25
     chosen = chosen & (share(1) < 0.6)
-    amount = torch.where(chosen, amount, 0.0).view(-1, 1, 2, 1, 2, 1)
-    cells = amount.expand(-1, 1, 2, CELL, 2, CELL).reshape(-1, 1, SIZE, SIZE)
-    pictures = torch.lerp(pictures, others, cells)
+    amount = torch.where(chosen, amount, 0.0).view(-1, 1, 2, 2)
+    pictures = torch.lerp(pictures, others, F.interpolate(amount, scale_factor=CELL))
 
+    # half of the pictures are blurred, from hardly to fully
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    amount = share(1, 1, 1)
-    amount = torch.where(share(1, 1, 1) < 0.5, amount, 0.0)
-    pictures = torch.lerp(pictures, blurred, amount)
+    pictures = torch.lerp(pictures, blurred, for_half(share(1, 1, 1)))
 
+    # all get noise, half of them a tint
     pictures = pictures + 0.06 * share(1, 1, 1) * torch.randn(pictures.shape, generator=rng)
     tint = 0.05 * torch.randn(len(pictures), 3, 1, 1, generator=rng)
-    tint = torch.where(share(1, 1, 1) < 0.5, tint, 0.0)
-    return (pictures + tint).clamp(0, 1)
+    return (pictures + for_half(tint)).clamp(0, 1)
 
 
-def train_judge(model, tokenizer, settings: ToySettings) -> None:
+def _train_judge(model, tokenizer, settings):
     """Teaches the judge the oracle's score as digits, on graded corruptions.
 
     The answer alone is too little signal for a tiny model: side heads, discarded later, ask each
     picture token what its cell should become (source) and what it shows, should show, and whether
     that is right (edit).
     """
-    pool = toy_examples(settings.pool, "train", settings.seed, "judge")
-    arguments = judge_inputs(model, tokenizer)
+    pool = _toy_examples(settings.pool, "train", settings.seed, "judge")
     width = model.config.text_config.hidden_size
-    kinds = len(cell_templates())
-    heads = torch.nn.ModuleDict()
-    for name, size in (("wanted", kinds), ("seen", kinds), ("copied", kinds), ("right", 2)):
-        heads[name] = torch.nn.Linear(width, size)
+    kinds = len(_cell_templates())
+    sizes = {"wanted": kinds, "seen": kinds, "copied": kinds, "right": 2}
+    heads = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(width, size) for name, size in sizes.items()}
+    )
     digits = torch.tensor(tokenizer.convert_tokens_to_ids(list(DIGITS)))
 
     def loss(step):
         examples = random.Random(f"{settings.seed} {step}").sample(pool, 128)
-        edits = graded_corruptions(examples, settings.seed, step)
+        edits = _graded_corruptions(examples, settings.seed, step)
         sources, targets = scenes_of(examples)
-        texts = [example.text for example in examples]
-        inputs = arguments(texts, render(sources), edits)
+        inputs = _judge_inputs(model, tokenizer, examples, edits)
         output = model.model(**inputs, output_hidden_states=True)
         logits = model.lm_head(output.last_hidden_state[:, -1])
         log_p = logits.log_softmax(-1)[:, digits]  # (B, 6)
@@ -2261,40 +2034,35 @@ def train_judge(model, tokenizer, settings: ToySettings) -> None:
 
         def cells_at(layer):
             hidden = model.model.language_model.norm(output.hidden_states[layer])
-            return hidden[is_picture].view(-1, 8, width).chunk(2, 1)  # (B, 4, width) each
+            source, edit = hidden[is_picture].view(-1, 2, 4, width).unbind(1)
+            return source.flatten(0, 1), edit.flatten(0, 1)  # (4 B, width) each
 
+        # the second layer sees what each picture shows, the third compares the two
         early_source, early_edit = cells_at(2)
         _, late_edit = cells_at(3)
-        seen = cell_distances(edits).argmin(2)  # (B, 4)
-        wanted = shown_in(targets)  # (B, 4)
+        seen = _cell_distances(edits).argmin(2).flatten()  # (4 B,)
+        wanted = _shown_in(targets).flatten()  # (4 B,)
         right_ground = seen // len(OBJECTS) == wanted // len(OBJECTS)
         right_thing = seen % len(OBJECTS) == wanted % len(OBJECTS)
-        right = torch.stack([right_ground, right_thing], 2).float()
+        right = torch.stack([right_ground, right_thing], 1).float()
         return (
             answer
-            + F.cross_entropy(heads["wanted"](early_source).flatten(0, 1), wanted.flatten())
-            + F.cross_entropy(heads["seen"](early_edit).flatten(0, 1), seen.flatten())
-            + F.cross_entropy(heads["copied"](late_edit).flatten(0, 1), wanted.flatten())
+            + F.cross_entropy(heads["wanted"](early_source), wanted)
+            + F.cross_entropy(heads["seen"](early_edit), seen)
+            + F.cross_entropy(heads["copied"](late_edit), wanted)
             + F.binary_cross_entropy_with_logits(heads["right"](late_edit), right)
         )
 
-    fit("judge ", parameters_of(model, heads), loss, settings.judge_steps, lr=0.01, position=1)
+    _fit("judge ", [model, heads], loss, settings.judge_steps, lr=0.01, position=1)
 
 
 @torch.no_grad()
-def judge_scores(model, tokenizer, examples: list[Example], edits: Tensor) -> Tensor:
+def _judge_scores(model, tokenizer, examples, edits):
     """The judge's expected score in [0, 1] of each edit, (n,), as reward_mllm.py reads it."""
-    arguments = judge_inputs(model, tokenizer)
     digits = torch.tensor(tokenizer.convert_tokens_to_ids(list(DIGITS)))
-    scores = []
-    for first in range(0, len(edits), 256):
-        part = examples[first : first + 256]
-        sources, _ = scenes_of(part)
-        texts = [example.text for example in part]
-        inputs = arguments(texts, render(sources), edits[first : first + 256])
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1, digits]
-        scores.append(logits.softmax(-1) @ torch.arange(6.0) / 5)
-    return torch.cat(scores)
+    inputs = _judge_inputs(model, tokenizer, examples, edits)
+    logits = model(**inputs, logits_to_keep=1).logits[:, -1, digits]
+    return logits.softmax(-1) @ torch.arange(6.0) / 5
 
 
 if __name__ == "__main__":

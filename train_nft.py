@@ -53,7 +53,6 @@ from data_prep import (
     BadInput,
     Stopped,
     ToySettings,
-    any_rank,
     append_json_line,
     build_toy,
     catch_signals,
@@ -125,8 +124,7 @@ SHOWN = {
     "grad/norm": "grad {:.2g}",
     "update/drift_base": "drift {:.4f}",
     "update/norm_ratio": "norm {:.2f}",
-    "seconds/rollout": "rollout {:.1f} s",
-    "seconds/reward": "reward {:.1f} s",
+    "seconds/rollout": "draws {:.1f} s",
     "seconds/update": "update {:.1f} s",
     "peak_gb/rollout": "rollout {:.1f} GB",
     "peak_gb/update": "update {:.1f} GB",
@@ -260,8 +258,8 @@ def nft_loss(
     v, v_old, x_t, x_0: (B, N, C); t, r: (B,). r in [0, 1] is the edit's optimality. At v = v_old
     the gradient lies along -(2 r - 1) (noise - x_0 - v_old), whatever beta is.
     """
-    assert v.shape == v_old.shape == x_t.shape == x_0.shape, "v, v_old, x_t, x_0 differ in shape"
-    assert t.shape == r.shape == v.shape[:1], "t and r are (B,)"
+    same = v.shape == v_old.shape == x_t.shape == x_0.shape
+    assert same and t.shape == r.shape == v.shape[:1], "v ... x_0 are (B, N, C), t and r (B,)"
     v = v.float()
     v_old = v_old.detach().float()
     t = t.float()[:, None, None]  # (B, 1, 1)
@@ -392,7 +390,7 @@ def draw(
 
 def await_scores(run: Run, verdicts: list[Future], copies: int) -> Scores:
     """The Scores of all ranks' groups, (G, K). A signal or too many failures end the waiting."""
-    edits = len(verdicts) * copies * run.accelerator.num_processes
+    expected = len(verdicts) * run.accelerator.num_processes  # groups
     while True:
         with run.together():
             wait(verdicts, timeout=1.0)
@@ -403,13 +401,13 @@ def await_scores(run: Run, verdicts: list[Future], copies: int) -> Scores:
             failed.update(group.causes)
         del failed[""], failed["bad row"]
         with run.together():
-            if failed.total() > run.settings.max_failed * edits:
-                counts = f"{failed.total()} of {edits} edits ({dict(failed)})"
+            if failed.total() > run.settings.max_failed * expected * copies:
+                counts = f"{failed.total()} of {expected * copies} edits ({dict(failed)})"
                 raise BadInput(
                     f"the judge failed on {counts}; see to {run.settings.judge} and go on with "
                     "--resume auto, or raise --max_failed"
                 )
-        if not any_rank(run.accelerator, len(known) < len(verdicts)):
+        if len(groups) == expected:
             return Scores.stack(groups)
 
 
@@ -446,7 +444,6 @@ def deal_chunks(run: Run, r: Tensor) -> list[Chunk]:
 class Pairs:
     """B noised edits of one group."""
 
-    copy: Tensor  # (B,) which of its edits
     x_0: Tensor  # (B, N, C) clean latents
     noise: Tensor  # (B, N, C)
     t: Tensor  # (B,) flow time
@@ -455,17 +452,18 @@ class Pairs:
 
 def draw_pairs(run: Run, group: Group, chunk: Chunk, r: Tensor, epoch: int) -> Pairs:
     """The tensors of a chunk, on this rank's device; r (K,) is its group's."""
+    T = run.settings.train_timesteps
     noise = []
     t = []
     for copy, pick in chunk.pairs:
         draws = seeded(run.settings.seed, "train", epoch, chunk.number, copy)
         # Only times of the rollout: elsewhere the model may be asked what it never sees in use.
         order = torch.randperm(len(group.sigmas), generator=draws)
-        shape = (run.settings.train_timesteps, *group.x_0.shape[1:])  # (T, N, C)
-        noise.append(torch.randn(shape, generator=draws)[pick])
+        noises = torch.randn(T, *group.x_0.shape[1:], generator=draws)  # (T, N, C)
+        noise.append(noises[pick])
         t.append(group.sigmas[order[pick]])
     copies = torch.tensor([copy for copy, _ in chunk.pairs])
-    tensors = (copies, group.x_0[copies], torch.stack(noise), torch.stack(t), r[copies].float())
+    tensors = (group.x_0[copies], torch.stack(noise), torch.stack(t), r[copies].float())
     return Pairs(*send_to_device(tensors, run.accelerator.device))
 
 
@@ -478,10 +476,11 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict) -> dict[str, Tensor]:
     with torch.no_grad(), policy(editor, "old"):
         v_old = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
     v = velocity(editor, x_t, pairs.t, cond)  # (B, N, C), the new policy's
-    loss = nft_loss(v, v_old, x_t, pairs.x_0, pairs.t, pairs.r, settings.nft_beta)
-    loss = settings.advantage_clip * loss  # (B,)
-    measured = {"copy": pairs.copy, "t": pairs.t}
-    measured["drift_old"] = (v - v_old).square().mean((1, 2))
+    loss = settings.advantage_clip * nft_loss(
+        v, v_old, x_t, pairs.x_0, pairs.t, pairs.r, settings.nft_beta
+    )  # (B,)
+    drift_old = (v - v_old).square().mean((1, 2))  # (B,)
+    measured = {"t": pairs.t, "drift_old": drift_old}
     if settings.kl_weight:  # a fifth of the update's time: not for a weight of 0
         with torch.no_grad(), policy(editor, "base"):
             v_base = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
@@ -518,7 +517,7 @@ def mean_gradient(
                 measured = pair_losses(run, pairs, cond)
                 (chunk.share * measured["loss"].sum() / total).backward()
                 if chunk.share:
-                    measured["group"] = torch.full_like(pairs.copy, chunk.number)
+                    measured["group"] = torch.full_like(pairs.t, chunk.number)
                     parts.append({name: values.detach() for name, values in measured.items()})
 
     parts = gather_object(send_to_device(parts, "cpu"))
@@ -558,13 +557,11 @@ def evaluate(run: Run, name: str) -> list[dict]:
     await_scores(run, verdicts, 1)
     results = []
     for (number, row), group, verdict in zip(mine, groups, verdicts, strict=True):
-        result = {"row": number, "judge": verdict.result().score.item(), "image": None}
-        result |= {"oracle": math.nan, "success": math.nan}
-        if group:
-            truth = oracle(row, group.images[0])  # None for rows that are not the toy's
-            result |= zip(("oracle", "success"), truth or (), strict=False)
-        if group and number < SHOWN_ROWS:
-            result["image"] = group.images[0]
+        edit = group.images[0] if group else None
+        result = {"row": number, "judge": verdict.result().score.item()}
+        result["image"] = edit if number < SHOWN_ROWS else None
+        truth = oracle(row, edit) if edit else None  # None, too, for rows that are not the toy's
+        result["oracle"], result["success"] = truth or (math.nan, math.nan)
         results.append(result)
     every = {result["row"]: result for result in gather_object(results)}
     return list(every.values())
@@ -588,12 +585,11 @@ def comparison_grid(run: Run, base: list[dict], now: list[dict]) -> Image.Image:
     captions = []
     for row, before, after in zip(run.rows["test"], base, now, strict=True):
         if before["image"] and after["image"]:
-            with faults_of(row, run.settings.skips):
-                target = load_image(row["target"]) if "target" in row else None
-                source = load_image(row["images"][0])
-                pictures.append([source, before["image"], after["image"], target])
-                marks = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
-                captions.append([row["prompt"], *marks, "target" if target else ""])
+            target = load_image(row["target"]) if "target" in row else None
+            source = load_image(row["images"][0])
+            pictures.append([source, before["image"], after["image"], target])
+            marks = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
+            captions.append([row["prompt"], *marks, "target" if target else ""])
     return picture_grid(pictures, captions, "source, base, now, with the judge's score")
 
 
@@ -604,10 +600,11 @@ def comparison_grid(run: Run, base: list[dict], now: list[dict]) -> Image.Image:
 def timed(record: dict, phase: str, device: torch.device) -> Iterator[None]:
     """Adds the seconds of a phase to the record, and on a GPU its peak memory in GB."""
     begun = time.time()
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     yield
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize(device)
         record[f"peak_gb/{phase}"] = torch.cuda.max_memory_allocated(device) / 1e9
     record[f"seconds/{phase}"] = time.time() - begun
@@ -637,7 +634,7 @@ def epoch_record(
     for tenth, count in enumerate(torch.histc(r[r.isfinite()], 10, 0, 1).tolist()):
         record[f"r/{tenth}"] = count
     if measured:
-        for name in sorted(measured.keys() - {"group", "copy", "t"}):
+        for name in sorted(measured.keys() - {"group", "t"}):
             record[f"update/{name}"] = measured[name].mean().item()
         for fifth in range(5):  # of flow time; t = 1 belongs to the last
             is_in = (5 * measured["t"]).long().clamp(max=4) == fifth  # (P,)
@@ -662,7 +659,7 @@ def epoch_line(record: dict) -> str:
 # ---------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(run: Run, state: dict) -> None:
+def save_checkpoint(run: Run, state: dict):
     """Writes checkpoint-{epoch}, whole or not at all; then only the newest few and the best stay.
 
     new lies on top, as diffusers reads it, old and ema in folders of their own.
@@ -677,14 +674,12 @@ def save_checkpoint(run: Run, state: dict) -> None:
     prune_folders(folder, run.settings.keep_checkpoints, best=state["best_epoch"])
 
 
-def load_checkpoint(run: Run, state: dict) -> None:
+def load_checkpoint(run: Run, state: dict):
     """Puts back weights and state of the newest whole checkpoint, if there is one."""
     folder = from_main(run.accelerator, run.stop, newest_whole, run.out, "checkpoint")
     if folder is None:
         return
     with run.together():
-        if not folder.exists():
-            raise BadInput(f"{folder}: is not on this node; copy it there")
         stored = json.loads((folder / "state.json").read_text())
         changes = changed(stored["settings"], state["settings"], HARMLESS)
         if changes and not run.settings.force:
@@ -710,11 +705,11 @@ def fresh_state(run: Run) -> dict:
         "best": -1.0,  # held-out score
         "best_epoch": 0,
         "run": secrets.token_hex(11)[:21],  # names it to trackers; swanlab wants 21 characters
-        "settings": asdict(run.settings) | {"rows": fingerprint(run.rows["train"])[:8]},
+        "settings": asdict(run.settings) | {"rows": fingerprint(run.rows["train"])},
     }
 
 
-def open_records(run: Run, state: dict) -> None:
+def open_records(run: Run, state: dict):
     """The run's folder and its trackers as they were after the last epoch that is logged."""
     with run.together():
         if run.is_main:
@@ -800,7 +795,7 @@ def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     return Run(settings, accelerator, stop, rows, editor, judge, optimizer, saved={})
 
 
-def close_epoch(run: Run, state: dict, base: list[dict]) -> None:
+def close_epoch(run: Run, state: dict, base: list[dict]):
     """Evaluates, logs and saves a finished epoch, as far as that is due.
 
     Its record is in the state: a run that is stopped in between makes up for it.
@@ -833,7 +828,7 @@ def close_epoch(run: Run, state: dict, base: list[dict]) -> None:
 
 def refuse_hopeless(
     run: Run, state: dict, record: dict, measured: dict[str, Tensor], drawn: list[dict]
-) -> None:
+):
     """BadInput after three steps in a row that did harm, or many epochs without a kept group."""
     exploded = EXPLODED * run.settings.advantage_clip
     is_bad = (
@@ -845,7 +840,7 @@ def refuse_hopeless(
     state["silent_epochs"] = 0 if record["groups/kept"] else state["silent_epochs"] + 1
     if state["bad_steps"] >= 3:
         pairs = {name: values.tolist() for name, values in measured.items()}
-        pairs["row"] = [drawn[number]["id"] for number in pairs["group"]]
+        pairs["row"] = [drawn[int(number)]["id"] for number in pairs["group"]]
         with whole_file(run.out / "bad-steps.json") as part:
             part.write_text(json.dumps(pairs))
         raise BadInput(
@@ -854,8 +849,7 @@ def refuse_hopeless(
             "or mend those rows, remove the checkpoints since then and go on with --resume auto"
         )
     if state["silent_epochs"] >= HOPELESS:
-        kinds = ("groups/", "judge/failed/")
-        counts = {key: count for key, count in record.items() if key.startswith(kinds)}
+        counts = {key: count for key, count in record.items() if key.startswith("groups/")}
         raise BadInput(
             f"nothing was kept for {HOPELESS} epochs in a row (of the last one: {counts}): all "
             "rows are solved, or the judge tells no edits apart; see to --judge, --filter and "
@@ -866,7 +860,7 @@ def refuse_hopeless(
 # ---------------------------------------------------------------- Algorithm 1
 
 
-def run_epochs(run: Run, state: dict) -> None:
+def run_epochs(run: Run, state: dict):
     """The method: epoch after epoch, from the one that the state names."""
     settings = run.settings
     device = run.accelerator.device
@@ -883,9 +877,8 @@ def run_epochs(run: Run, state: dict) -> None:
         # as if it had never stopped, and N ranks draw what one would.
         numbers = rows_of_epoch(settings.groups, len(run.rows["train"]), settings.seed, epoch)
         drawn = [run.rows["train"][number] for number in numbers]  # G
-        jobs = []
-        for number, row in enumerate(drawn):
-            jobs.append(Job(row, (settings.seed, "rollout", epoch, number)))
+        key = (settings.seed, "rollout", epoch)
+        jobs = [Job(row, (*key, number)) for number, row in enumerate(drawn)]
         with (
             timed(record, "rollout", device),
             policy(run.editor, "old"),
@@ -933,7 +926,7 @@ def run_epochs(run: Run, state: dict) -> None:
             refuse_hopeless(run, state, record, measured, drawn)
 
 
-def train(run: Run) -> None:
+def train(run: Run):
     """A run to its end, or to a stop. Every way out keeps the last finished epoch."""
     settings = run.settings
     state = fresh_state(run)
@@ -959,7 +952,7 @@ def train(run: Run) -> None:
         raise fault
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None):
     stop = catch_signals()
     with TemporaryDirectory() as scratch:
         settings, accelerator = set_up(sys.argv[1:] if argv is None else argv, scratch)
