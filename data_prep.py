@@ -101,7 +101,7 @@ def _fail(message):
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # What all processes meet is told by the first one; their launcher then ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(10)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -4,9 +4,9 @@
     python sample.py --image in.png --prompt "..." --lora RUN/checkpoint-60 --compare --num 4
 
 The diffusers pipeline itself does the rollout, unmodified, and we listen: a forward pre-hook on its
-transformer keeps the keyword arguments of the first call, the scheduler keeps the clean latents.
-Training replays those arguments with another x_t and t. What else a pipeline class needs is a line
-of FAMILIES.
+transformer keeps what each step's call was given, the scheduler keeps the clean latents. Training
+replays the first step's arguments with another x_t and t. What else a pipeline class needs is a
+line of FAMILIES.
 
 Shapes: K copies of one group, B a batch, N tokens of the edit, S tokens of the source pictures,
 C latent channels. t is flow time in [0, 1]: x_t = (1 - t) x_0 + t noise, v = noise - x_0.
@@ -14,17 +14,22 @@ C latent channels. t is flow time in [0, 1]: x_t = (1 - t) x_0 + t noise, v = no
 Departures from the papers (arXiv:2510.16888, arXiv:2509.16117v2) and their released code:
 1. Solver. Theirs, DPM-Solver++ 2M, extrapolates x_0 in log-SNR, which is infinite at t = 1 and
    t = 0: its first two steps and its last are first order. Ours extrapolates the velocity in t:
-   only the first step, which has no history, is first order; and a step above 1.5 times the one
-   before is corrected as if it were 1.5 times as long.
+   only the first step, which has no history, is first order. The correction of its mean velocity
+   is that of a step at most 1.5 times as long as the one before.
 2. Noise level and what the model is told are one number: a group's `sigmas` are the timesteps that
    the transformer was given, rounded to its dtype by the pipeline; training noises with them.
-3. A group's text embeddings and source tokens are made and stored once, not K times.
+3. A group's text embeddings and source tokens are made once a pipeline call, of as many copies as
+   memory allows, and stored once, not K times.
 4. A copy's noise has its own generator: a group is the same however it is cut into calls.
-5. The LoRA's weights are float32 over a base of any dtype; A has deviation 1 / rank and its own
-   seed; on Flux.2 the single blocks have a LoRA too.
-6. A LoRA to start from is not merged: the base stays the released model that the loss pulls to.
+5. The LoRA's weights are float32 over a base of any dtype (theirs loads Kontext in float32). A is
+   gaussian with deviation 1 / rank, as theirs, but from a seed of its own. On Flux.2, which theirs
+   does not train, the single blocks have a LoRA too.
+6. A LoRA to start from gives rank, alpha and layers to all policies; in theirs `old` has rank 32
+   and alpha 64 whatever the file says. As in theirs it is not merged: the base, which the loss
+   pulls to, stays the released model.
 7. A LoRA's file holds its full strength, alpha / rank multiplied into B (see save_lora).
-8. Edits keep their source's aspect ratio, at about resolution^2 pixels.
+8. Edits keep their source's aspect ratio, at about resolution^2 pixels; theirs are square.
+9. Prompts have the pipeline's own limit, 512 tokens on Kontext; theirs trains Kontext with 128.
 """
 
 import functools
@@ -87,48 +92,52 @@ FLUX2_TARGETS = LORA_TARGETS + r"|single_.*\.attn\.(to_qkv_mlp_proj|to_out)"
 
 @dataclass(frozen=True)
 class Family:
-    """What a pipeline class needs beyond the call that all share; the defaults suit most."""
+    """How a pipeline class differs from the others; the defaults suit most."""
 
-    # The argument of its call that holds the guidance, and its value in rollouts and training
-    # (1: no CFG) and in evaluation; None: the pipeline's own.
-    guidance: str = "guidance_scale"
-    rollout: float | None = None
-    evaluation: float | None = None
+    guidance_name: str = "guidance_scale"  # the argument of the pipeline's call that holds it
+    # Its value in rollouts and training (1: no CFG), and in evaluation; None: the pipeline's own.
+    rollout_guidance: float | None = None
+    evaluation_guidance: float | None = None
     negative: str | None = None  # the negative prompt without which there is no true CFG
-    several: bool = False  # takes several source pictures
-    # The function (area, ratio) of its module that sets the sources' size; "": it keeps their size.
-    sizes: str = ""
-    max_pixels: int = 8192**2  # it shrinks sources above these
+    several: bool = False  # the pipeline takes several source pictures
+    # The function of the pipeline's module that chooses a source's size from an area and a ratio
+    # of sides; "": the pipeline has none and leaves a source at the size it comes in.
+    size_function: str = ""
+    max_pixels: int = 8192**2  # the pipeline shrinks sources of more pixels
     # A prompt of too many tokens is "cut", taken "whole", or makes the pipeline "fail".
     long_text: str = "cut"
-    template: int = 0  # tokens that it puts around a prompt, which count where prompts are cut
-    targets: str = LORA_TARGETS  # regular expression of the names of layers
+    template_tokens: int = 0  # what the pipeline puts around a prompt; counts where that is cut
+    targets: str = LORA_TARGETS  # regular expression: the names of the layers that get a LoRA
 
 
 QWEN = Family(
-    guidance="true_cfg_scale",
-    rollout=1.0,
-    evaluation=4.0,
+    guidance_name="true_cfg_scale",
+    rollout_guidance=1.0,
+    evaluation_guidance=4.0,
     negative=" ",
-    sizes="calculate_dimensions",
+    size_function="calculate_dimensions",
     long_text="whole",
 )
-FLUX2 = Family(  # an embedded scale, no CFG
-    rollout=4.0,
-    evaluation=4.0,
+FLUX2 = Family(  # its guidance is an input of the model, no CFG
+    rollout_guidance=4.0,
+    evaluation_guidance=4.0,
     several=True,
     max_pixels=1024**2,
-    template=32,  # the system message; klein, which has none, 12
+    template_tokens=32,  # of its system message and chat format; klein has the format alone
     targets=FLUX2_TARGETS,
 )
 FAMILIES = {
-    "FluxKontextPipeline": Family(rollout=2.5, evaluation=3.5),  # an embedded scale, no CFG
+    # Its guidance is an input of the model, no CFG.
+    "FluxKontextPipeline": Family(rollout_guidance=2.5, evaluation_guidance=3.5),
     "QwenImageEditPipeline": QWEN,
     "QwenImageEditPlusPipeline": replace(QWEN, several=True),
     "Flux2Pipeline": FLUX2,
-    "Flux2KleinPipeline": replace(FLUX2, rollout=1.0, template=12),
+    "Flux2KleinPipeline": replace(FLUX2, rollout_guidance=1.0, template_tokens=12),
     "LongCatImageEditPipeline": Family(
-        rollout=1.0, evaluation=4.5, sizes="calculate_dimensions", long_text="fail"
+        rollout_guidance=1.0,
+        evaluation_guidance=4.5,
+        size_function="calculate_dimensions",
+        long_text="fail",
     ),
 }
 
@@ -143,11 +152,12 @@ def _guess_family(pipe):
     """A Family for a pipeline class that FAMILIES does not know, and a note of what was assumed."""
     family = Family()
     if not pipe.transformer.config.get("guidance_embeds"):
-        family = replace(family, rollout=1.0)  # no CFG
+        family = replace(family, rollout_guidance=1.0)  # no CFG
         if "true_cfg_scale" in _parameters(pipe):
-            family = replace(family, guidance="true_cfg_scale", negative=" ")
-    if hasattr(_module(pipe), QWEN.sizes):
-        family = replace(family, sizes=QWEN.sizes)
+            family = replace(family, guidance_name="true_cfg_scale", negative=" ")
+    # Pipelines copy this function from each other under one name.
+    if hasattr(_module(pipe), QWEN.size_function):
+        family = replace(family, size_function=QWEN.size_function)
     note(f"{type(pipe).__name__} is not in FAMILIES of sample.py; assumed: {family}")
     return family
 
@@ -164,8 +174,9 @@ def _module(pipe):
 
 # ---------------------------------------------------------------- the solver
 
-# Up to so many times the length of the step before, a step gets its whole correction. Kontext and
-# the toy stay below in 6 steps (1.3 and 1.2); FLUX.2's last is more than 3 times as long.
+# A step that is longer than this many times the step before gets only a part of its second-order
+# correction. In 6 steps Kontext and the toy stay below it (1.3 and 1.2), and FLUX.2's last step is
+# more than 3 times as long as the one before.
 MAX_RATIO = 1.5
 
 
@@ -181,11 +192,14 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
 
     solver_order = 2
 
-    def step(self, model_output, timestep, sample, **kwargs):
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs
+    ) -> tuple[Tensor]:
         """From this sigma to the next: v and x of any one shape -> (x,), in v's dtype.
 
-        x(t + h) = x + h v + h^2/2 dv/dt, with dv/dt from this velocity and the last. A tuple, as
-        the pipelines ask for (return_dict=False).
+        x(t + h) = x + h v + h^2/2 dv/dt, with dv/dt from this velocity and the last. The names are
+        diffusers': model_output is v, sample is x, timestep (1000 t) finds only the first sigma.
+        A tuple, as the pipelines ask for (return_dict=False).
         """
         if self.step_index is None:  # the first step of a rollout
             self._init_step_index(timestep)
@@ -198,9 +212,9 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
             h_last = t - self.sigmas[self.step_index - 1]
             slope = (v - self._last_v) / h_last  # dv/dt along the path
             # A slope says little of what lies far beyond its two points: it is trusted no further
-            # than MAX_RATIO times their distance.
+            # than MAX_RATIO times their distance. Both are negative, so the maximum is the shorter.
             reach = torch.maximum(h, MAX_RATIO * h_last)
-            x = x + 0.5 * h * reach * slope
+            x += 0.5 * h * reach * slope  # h^2/2 dv/dt, where reach is h
         self._last_v = v
         self._step_index += 1
         self.last_x = x.to(model_output.dtype)
@@ -249,12 +263,13 @@ def load_editor(
     pipe = _load_pipeline(base, device, dtype, trust_remote_code)
     family = _family(pipe, base)
     resolution = _checked_resolution(pipe, family, base, resolution)
-    # The pipeline's default, or its tokenizer's own limit where that is lower.
-    limit = _parameters(pipe).get("max_sequence_length")
-    max_text = limit.default if limit else 512
+    # The length of a prompt: the default of the pipeline's call, or 512 where the call has no such
+    # argument (LongCat), or the tokenizer's own limit where that is lower.
+    argument = _parameters(pipe).get("max_sequence_length")
+    max_text = argument.default if argument else 512
     max_text = min(max_text, getattr(_tokenizer(pipe), "model_max_length", max_text))
-    if not limit:
-        pipe.tokenizer_max_length = max_text  # LongCat's place for it
+    if not argument:
+        pipe.tokenizer_max_length = max_text  # where LongCat looks
     pipe.scheduler = FlowDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.solver_order = solver_order
     pipe.set_progress_bar_config(disable=True)
@@ -271,6 +286,8 @@ def _load_pipeline(base, device, dtype, trust_remote_code):
         fix = "run python data_prep.py toy first"
     try:
         processors, tokenizers = _processors(base)
+        # The tokenizers' places are left empty (None), since diffusers would refuse their class
+        # there, and filled afterwards.
         pipe = DiffusionPipeline.from_pretrained(
             base,
             dtype=dtype,
@@ -278,7 +295,7 @@ def _load_pipeline(base, device, dtype, trust_remote_code):
             **processors,
             **dict.fromkeys(tokenizers),
         )
-        pipe.register_modules(**tokenizers)  # diffusers would refuse their class above
+        pipe.register_modules(**tokenizers)
         return pipe.to(device)  # where weights are missing, this is what fails
     except (BadInput, torch.OutOfMemoryError):
         raise
@@ -291,12 +308,14 @@ def _load_pipeline(base, device, dtype, trust_remote_code):
 def _processors(base):
     """Where torchvision is missing, a pipeline's processors without videos; else nothing.
 
-    -> ({part: processor}, {part: tokenizer}): Flux.2 has a processor and uses it for text alone.
+    -> ({part: processor}, {part: tokenizer}), part being a name in model_index.json. The second is
+    for Flux.2, which uses its processor for text alone: a tokenizer does.
     """
     processors = {}
     tokenizers = {}
     if is_torchvision_available():
         return processors, tokenizers
+    # {part: [library, class]}, among settings that are no lists.
     for part, made_of in DiffusionPipeline.load_config(base).items():
         kind = made_of[1] if isinstance(made_of, list) else None
         if kind in ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"):
@@ -319,7 +338,7 @@ def _family(pipe, base):
             f"{base} is distilled to few steps and may blur in a long training; its undistilled "
             "base is the safer start"
         )
-        family = replace(family, evaluation=family.rollout)
+        family = replace(family, evaluation_guidance=family.rollout_guidance)
     return family
 
 
@@ -328,6 +347,7 @@ def _checked_resolution(pipe, family, base, resolution):
     resolution = resolution or pipe.vae.config.get("sample_size") or 1024
     multiple = 2 * pipe.vae_scale_factor  # latent pixels are packed 2 x 2
     most = math.isqrt(family.max_pixels)
+    # The nearest multiple, and where that is 0 the first one.
     nearest = round(min(resolution, most) / multiple) * multiple or multiple
     if resolution != nearest:
         raise BadInput(
@@ -362,15 +382,16 @@ def add_policies(
     `start`, a LoRA as read_lora takes it, new = old = that LoRA, and rank, alpha and layers are its
     own. BadInput when no module has such a name, or the LoRA is for another editor.
     """
-    targets = targets or editor.family.targets
+    targets = targets or editor.family.targets  # peft takes names' endings or one expression
     config = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
     if start:
         config = read_lora(start, editor.pipe).config
     transformer = editor.transformer
+    # peft warns of a second adapter, which here is meant.
     warnings.filterwarnings("ignore", "Already found a `peft_config`")
     with torch.random.fork_rng(devices=[]):  # peft draws A, too
         try:
-            for name in (*averages, "new"):
+            for name in (*averages, "new"):  # the last one added is the active one
                 transformer.add_adapter(LoraConfig(**config, init_lora_weights="gaussian"), name)
         except ValueError as error:
             raise BadInput(
@@ -388,13 +409,13 @@ def add_policies(
             parameter.data = parameter.data.float()
             # All ranks and all policies begin with the same A, whatever else draws numbers.
             if "lora_A" in key:
-                draw = torch.randn(parameter.shape, generator=seeded(seed, "lora", key))
-                parameter.data.copy_(draw / parameter.shape[0])
+                gaussian = torch.randn(parameter.shape, generator=seeded(seed, "lora", key))
+                parameter.data.copy_(gaussian / len(parameter))  # (rank, in), so len is the rank
             parameter.requires_grad_(name == "new")
     if start:
         load_lora(editor, start, "new")
         for average in averages:
-            soft_update(editor, 0.0, average)  # a copy
+            soft_update(editor, 0.0, average)  # decay 0 copies `new`
 
 
 @contextmanager
@@ -426,9 +447,10 @@ def _activate(editor, name):
 
 
 def lora_parameters(editor: Editor, name: str) -> dict[str, nn.Parameter]:
-    """{LAYER.lora_A.weight (rank, in) or LAYER.lora_B.weight (out, rank): Parameter}, sorted.
+    """The parameters of one adapter by their names, sorted.
 
-    The keys are without the adapter's name: the same for new and old.
+    Of each layer, LAYER.lora_A.weight (rank, in) and LAYER.lora_B.weight (out, rank). The names are
+    without the adapter's, which peft puts before `.weight`: the same for new and old.
     """
     found = {}
     for key, parameter in editor.transformer.named_parameters():
@@ -439,7 +461,10 @@ def lora_parameters(editor: Editor, name: str) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def soft_update(editor: Editor, decay: float, average: str = "old") -> None:
-    """old <- decay * old + (1 - decay) * new, in place (Alg. 1 line 14 of arXiv:2509.16117v2)."""
+    """old <- decay * old + (1 - decay) * new, in place (Alg. 1 line 14 of arXiv:2509.16117v2).
+
+    decay: in [0, 1]; 0 copies. average: the adapter that takes the place of old.
+    """
     new = lora_parameters(editor, "new")
     for key, old in lora_parameters(editor, average).items():
         old.lerp_(new[key], 1 - decay)
@@ -481,9 +506,9 @@ def save_lora(editor: Editor, folder: str | Path, name: str = "new") -> None:
     for key, weight in lora_parameters(editor, name).items():
         full[f"transformer.{key}"] = weight.to(dtype) * strengths[key]
     config = editor.transformer.peft_config[name]
-    config = {key: getattr(config, key) for key in LORA_CONFIG}
-    with whole_file(Path(folder, LORA_FILE)) as part:
-        save_file(full, part, {"format": "pt", "lora_config": json.dumps(config)})
+    settings = {key: getattr(config, key) for key in LORA_CONFIG}
+    with whole_file(Path(folder, LORA_FILE)) as temporary:
+        save_file(full, temporary, {"format": "pt", "lora_config": json.dumps(settings)})
 
 
 def _strengths(editor, name):
@@ -514,7 +539,7 @@ def load_lora(editor: Editor, folder: str | Path, name: str) -> None:
         )
     for key, strength in _strengths(editor, name).items():
         if not lora.is_full_strength:
-            strength = 1.0  # B is as it was trained, to be multiplied by this adapter
+            strength = 1.0  # the file's B is without it, like the adapter's: nothing to undo
         own[key].copy_(lora.weights[key] / strength)
 
 
@@ -531,6 +556,7 @@ def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata() or {}
         weights = _plain_names(tensors)
+        # Another program's names: diffusers' converter may know them.
         if pipe and not _has_layers(pipe, weights):
             with suppress(Exception):  # what the converter raises on other names has no end
                 weights = _plain_names(pipe.lora_state_dict(tensors))
@@ -559,13 +585,15 @@ def _plain_names(tensors):
     """A LoRA's tensors by the names that lora_parameters gives; `.alpha` multiplied into B."""
     weights = {}
     for key, tensor in tensors.items():
-        # PEFT's prefix and that of ComfyUI, diffusers'; PEFT's adapter; kohya's down and up.
+        # Before the layer: PEFT's, ComfyUI's and diffusers' prefix. Then kohya's names for A and B,
+        # and the name of the adapter in PEFT's.
         key = re.sub(r"^(base_model\.model\.|diffusion_model\.|transformer\.)+", "", key)
         key = key.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
         weights[key.replace(".default.", ".")] = tensor
     for key in sorted(weights):
         if key.endswith(".alpha"):
-            layer = key.removesuffix("alpha")
+            layer = key.removesuffix("alpha")  # ends in a dot
+            # alpha / rank, with the rank as the length of A (rank, in)
             strength = weights.pop(key).item() / len(weights[f"{layer}lora_A.weight"])
             weights[f"{layer}lora_B.weight"] = weights[f"{layer}lora_B.weight"].float() * strength
     return weights
@@ -583,16 +611,19 @@ def _lora_config(file, metadata, weights):
     Where there are no settings, alpha is the rank, as in diffusers.
     """
     layers = sorted({key.split(".lora_")[0] for key in weights})
-    # save_lora's, or diffusers'
+    # The settings, as JSON: in save_lora's metadata, in diffusers' metadata, or in PEFT's own file.
     settings = metadata.get("lora_config") or metadata.get("lora_adapter_metadata")
-    beside = Path(file.parent, "adapter_config.json")
-    if file.name == PEFT_FILE and beside.is_file():
-        settings = beside.read_text()
+    settings_file = Path(file.parent, "adapter_config.json")
+    if file.name == PEFT_FILE and settings_file.is_file():
+        settings = settings_file.read_text()
     if settings:
         config = dict(json.loads(settings))
     else:
+        # {regular expression of a layer: rank, the length of its A}; diffusers cuts the key at
+        # ".lora_B." where layers differ in rank, and the rest is peft's rank_pattern.
         ranks = {f"^{layer}.lora_B.": len(weights[f"{layer}.lora_A.weight"]) for layer in layers}
         config = get_peft_kwargs(ranks, None, weights)
+    # diffusers' metadata has the name of the part before each key.
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     known = {key: config[key] for key in LORA_CONFIG if key in config}
     return known | {"target_modules": layers}
@@ -607,8 +638,8 @@ class Group:
 
     images: Pictures  # K
     x_0: Tensor  # (K, N, C) float32, clean packed latents
-    # Keyword arguments of the transformer for a batch of 1; hidden_states are the sources' tokens,
-    # (1, S, C).
+    # The conditioning: the transformer's keyword arguments for a batch of 1, without its times;
+    # `hidden_states` are the sources' tokens alone, (1, S, C).
     cond: dict
     sigmas: Tensor  # (steps,) float32 on the CPU, flow times as the transformer was given them
 
@@ -629,45 +660,47 @@ def rollout(
 ) -> Group:
     """Draws K = len(generators) edits of one row with the active policy.
 
-    images: the row's. Copy j's noise comes from generators[j] alone. guidance: of the family's
-    kind; None: the family's own for rollouts, or with `evaluation` for evaluation. rollout_batch:
-    edits a pipeline call; None: all. BadInput when the editor cannot take these pictures or this
-    prompt, or cannot be trained as it takes them.
+    images: the row's source pictures. Copy j's noise comes from generators[j] alone. guidance:
+    embedded or true CFG, as the family has it; None: the family's value for rollouts, or with
+    `evaluation` for evaluation. rollout_batch: edits a pipeline call; None: all. BadInput when the
+    editor cannot take these pictures or this prompt, or cannot be trained as it takes them.
     """
     fault = row_fault(editor, {"images": images, "prompt": prompt})
     if fault:
         raise BadInput(fault)
     if guidance is None:
-        guidance = editor.family.evaluation if evaluation else editor.family.rollout
+        guidance = editor.family.rollout_guidance
+        if evaluation:
+            guidance = editor.family.evaluation_guidance
     # All copies in as few calls as memory allows; each call encodes text and sources once.
     batch = rollout_batch or len(generators)
     groups = []
     for first in range(0, len(generators), batch):
-        some = generators[first : first + batch]
+        some = generators[first : first + batch]  # those of one call
         groups.append(_call_pipeline(editor, images, prompt, some, steps, guidance))
-    edits = sum([group.images for group in groups], [])
+    edits = sum([group.images for group in groups], [])  # the calls' lists in one
     x_0 = torch.cat([group.x_0 for group in groups])  # (K, N, C)
-    # What the model is told of the row is the same in every call.
-    return Group(edits, x_0, groups[0].cond, groups[0].sigmas)
+    # Conditioning and times are the same in every call: the first call's stand for all.
+    return replace(groups[0], images=edits, x_0=x_0)
 
 
 def _call_pipeline(editor, images, prompt, generators, steps, guidance):
-    """One call of the diffusers pipeline, with an ear on it; BadInput for what it refuses."""
+    """One call of the diffusers pipeline, listened to: a Group. BadInput for what it refuses."""
     pipe = editor.pipe
     # Pipelines resize by rules of their own: what has its final size already, they leave alone.
-    images = [
-        image.resize(working_size(editor, image), Image.Resampling.LANCZOS) for image in images
-    ]
-    told = []  # the transformer's keyword arguments, step by step
+    images = [image.resize(working_size(editor, image), Image.LANCZOS) for image in images]
+    calls = []  # the transformer's keyword arguments, one entry a step
 
     def listen(module, args, kwargs):
-        # With true CFG a step's second call is the unconditional one, and not for us.
-        if len(told) == (pipe.scheduler.step_index or 0):
-            told.append(kwargs)
+        # With true CFG a step has a second call, the unconditional one, which is not for us: by
+        # then there is one entry more than there are finished steps (None before the first).
+        if len(calls) == (pipe.scheduler.step_index or 0):
+            calls.append(kwargs)
 
-    ear = pipe.transformer.register_forward_pre_hook(listen, with_kwargs=True)
+    hook = pipe.transformer.register_forward_pre_hook(listen, with_kwargs=True)
     try:
-        with ear, _sources_keep_their_size(editor, images):
+        # Leaving the block takes the hook away.
+        with hook, _sources_keep_their_size(editor, images):
             edits = pipe(
                 image=images[0] if len(images) == 1 else images,
                 prompt=prompt,
@@ -679,12 +712,12 @@ def _call_pipeline(editor, images, prompt, generators, steps, guidance):
             ).images
     except ValueError as error:
         raise BadInput(f"{editor.kind} refuses a row: {one_line(error)}; remove it") from error
-    # The latents that were decoded; and the times as the transformer was told them, which in bf16
-    # are not the scheduler's sigmas.
-    x_0 = pipe.scheduler.last_x.float()  # (B, N, C)
-    sigmas = torch.stack([arguments["timestep"][0] for arguments in told]).float().cpu()
-    _check_call(editor, told[0]["hidden_states"], x_0, sigmas)
-    return Group(edits, x_0, _conditioning(told[0], x_0.shape[1]), sigmas)
+    x_0 = pipe.scheduler.last_x.float()  # (B, N, C), the latents that were decoded
+    # The times as the transformer was told them, (B,) a step, all equal: in bf16 they are not the
+    # scheduler's sigmas.
+    sigmas = torch.stack([arguments["timestep"][0] for arguments in calls]).float().cpu()
+    _check_call(editor, calls[0]["hidden_states"], x_0, sigmas)
+    return Group(edits, x_0, _conditioning(calls[0], x_0.shape[1]), sigmas)
 
 
 def _call_options(editor, size, guidance):
@@ -693,12 +726,13 @@ def _call_options(editor, size, guidance):
     options = {
         "height": height,
         "width": width,
-        "max_area": height * width,  # Kontext would work at a megapixel,
-        "_auto_resize": False,  # and resize its sources to sizes it was trained on
+        "max_area": height * width,  # otherwise Kontext works at a megapixel
+        "_auto_resize": False,  # otherwise Kontext resizes sources to the sizes of its training
         "max_sequence_length": editor.max_text,
-        editor.family.guidance: guidance,
+        editor.family.guidance_name: guidance,
     }
-    # True CFG needs both: a scale above 1 and a negative prompt. One alone, the pipeline warns of.
+    # True CFG needs a scale above 1 (None: the pipeline's own may be) and a negative prompt.
+    # With one of them alone the pipeline warns.
     if guidance is None or guidance > 1:
         options["negative_prompt"] = editor.family.negative
     taken = _parameters(editor.pipe)
@@ -708,10 +742,10 @@ def _call_options(editor, size, guidance):
 def working_size(editor: Editor, image: Image.Image) -> tuple[int, int]:
     """(width, height) at which a picture is edited: about resolution^2 pixels in its own ratio."""
     multiple = 2 * editor.pipe.vae_scale_factor  # pixels of a token's side
-    scale = editor.resolution / (image.width * image.height) ** 0.5
+    scale = editor.resolution / math.prod(image.size) ** 0.5
     sides = [max(multiple, round(side * scale / multiple) * multiple) for side in image.size]
     # Above max_pixels the pipeline would shrink the source and break the size of the edit.
-    while sides[0] * sides[1] > editor.family.max_pixels:
+    while math.prod(sides) > editor.family.max_pixels:
         sides[sides.index(max(sides))] -= multiple
     return tuple(sides)
 
@@ -723,36 +757,42 @@ def _sources_keep_their_size(editor, images):
     The small picture that Qwen-Image-Edit-Plus shows its text encoder stays the pipeline's own, if
     it is not above ours.
     """
-    name = editor.family.sizes
+    name = editor.family.size_function
     if not name:
         yield
         return
     module = _module(editor.pipe)
-    pipelines_own = getattr(module, name)
-    sizes = {image.width / image.height: image.size for image in images}
+    original = getattr(module, name)
+    # The pipeline asks with a source's ratio of sides alone, computed as here, so the ratio is the
+    # key; sources of equal ratio have one working size.
+    size_by_ratio = {image.width / image.height: image.size for image in images}
 
-    def own_size(area, ratio):
+    def size_function(area, ratio):
         # (width, height), and in some pipelines a third value, which stays.
-        width_height_more = pipelines_own(min(area, editor.resolution**2), ratio)
-        if area < 1024**2:  # the text encoder's picture; the VAE's area is a megapixel
-            return width_height_more
-        return (*sizes[ratio], *width_height_more[2:])
+        size = original(min(area, editor.resolution**2), ratio)
+        if area < 1024**2:  # asked for the text encoder; for the VAE the area is a megapixel
+            return size
+        return (*size_by_ratio[ratio], *size[2:])
 
-    setattr(module, name, own_size)
+    setattr(module, name, size_function)
     try:
         yield
     finally:
-        setattr(module, name, pipelines_own)
+        setattr(module, name, original)
 
 
 def _conditioning(arguments, N):
-    """A Group's cond out of a call's arguments: no times, no edits, and one copy of the rest."""
+    """A Group's cond out of a call's arguments: no times, no edits, and one copy of the rest.
+
+    N: the tokens of an edit, which come before the sources' in hidden_states.
+    """
     cond = {name: value for name, value in arguments.items() if name != "timestep"}
-    cond["hidden_states"] = cond["hidden_states"][:, N:]  # (B, S, C), the edits' tokens come first
+    cond["hidden_states"] = cond["hidden_states"][:, N:]  # (B, S, C)
     for name, value in cond.items():
         if _has_batch(name, value):
-            same = torch.equal(value, value[:1].expand_as(value))
-            assert same, f"{name} differs between copies of one group"
+            # What a group stores once must be equal in all its copies.
+            is_same = torch.equal(value, value[:1].expand_as(value))
+            assert is_same, f"{name} differs between copies of one group"
             cond[name] = value[:1].clone()  # a slice would keep all copies in memory
     return cond
 
@@ -764,7 +804,7 @@ def _has_batch(name, value):
 
 
 def _check_call(editor, tokens, x_0, sigmas):
-    """BadInput unless what was overheard is what `velocity` replays."""
+    """BadInput unless the first call's hidden_states, `tokens`, are laid out as in `velocity`."""
     if tokens.shape[1] <= x_0.shape[1]:  # N + S of (B, N + S, C), N of (B, N, C)
         raise BadInput(
             f"{editor.kind} does not see the source picture as tokens beside the edit's; take "
@@ -774,7 +814,8 @@ def _check_call(editor, tokens, x_0, sigmas):
         raise BadInput(
             f"{editor.kind} runs its guidance in one batch with the edits; give a guidance of 1"
         )
-    # A model that is told other times than t in [0, 1] could not be trained at x_t by them.
+    # Training reads the noise level of x_t off these times, so they must be the scheduler's t, but
+    # for the rounding to bf16 (at most 0.002).
     wanted = editor.pipe.scheduler.sigmas[: len(sigmas)].cpu()
     are_flow_times = torch.allclose(sigmas, wanted, atol=0.01)
     assert are_flow_times, f"{editor.kind} tells its transformer {sigmas}, not flow times {wanted}"
@@ -792,11 +833,12 @@ def velocity(editor: Editor, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
     """
     B, N, _ = x_t.shape
     source = cond["hidden_states"]  # (1, S, C)
-    # In bf16 the model would hear 0.7004 as 0.6992 while x_t has the noise of 0.7004.
+    # In bf16 the model would be told 0.6992 for 0.7004, while x_t has the noise of 0.7004.
     t_told = t.to(source.device, source.dtype)  # (B,)
     is_exact = torch.equal(t_told.float(), t.to(source.device))
     assert is_exact, f"t is not a time that can be told in {source.dtype}"
-    # The row's conditioning, B times; contiguous, as the pipeline gives it, for equal bits.
+    # The row's conditioning, B times. Contiguous, as the pipeline gives it: kernels choose by the
+    # layout, and training is to see the bits of the rollout.
     arguments = dict(cond)
     for name, value in cond.items():
         if _has_batch(name, value):
@@ -805,16 +847,17 @@ def velocity(editor: Editor, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
     arguments["hidden_states"] = torch.cat(tokens, dim=1)  # (B, N + S, C)
     # The tokens of the edit and of its source attend to each other.
     v = editor.transformer(timestep=t_told, **arguments)[0]  # (B, N + S, C)
-    return v[:, :N].float()  # what it says of the source's tokens means nothing
+    return v[:, :N].float()  # the outputs at the source's tokens mean nothing
 
 
 # ---------------------------------------------------------------- checks
 
 
 def row_fault(editor: Editor, row: dict) -> str:
-    """Why this editor cannot take a row, found without drawing; "" if nothing speaks against it.
+    """Why this editor cannot take a row, found without drawing; "" if it can.
 
-    row: looked at are the number of its `images` and its `prompt`; one that will be cut is a note.
+    row: its `images`, of which only the number counts, and its `prompt`; a prompt that the pipeline
+    will cut is no fault but a note.
     """
     family = editor.family
     pictures = len(row["images"])
@@ -826,7 +869,7 @@ def row_fault(editor: Editor, row: dict) -> str:
     prompt = row["prompt"]
     if family.long_text == "whole":
         return ""
-    if _text_tokens(editor.pipe, prompt) + family.template <= editor.max_text:
+    if _text_tokens(editor.pipe, prompt) + family.template_tokens <= editor.max_text:
         return ""
     fault = (
         f"a prompt has more than the {editor.max_text} tokens that {editor.kind} takes: "
@@ -843,12 +886,13 @@ def _text_tokens(pipe, prompt):
     tokenizer = _tokenizer(pipe)
     if tokenizer is None:
         return 0
-    parts = [prompt]
-    if hasattr(_module(pipe), "split_quotation"):  # LongCat reads quoted text by the letter
-        parts = []
-        for part, is_quoted in _module(pipe).split_quotation(prompt):
-            parts += list(part) if is_quoted else [part]
-    return sum(len(tokenizer(part, verbose=False).input_ids) for part in parts)
+    pieces = [prompt]
+    # LongCat tokenizes what stands in quotes letter by letter.
+    if hasattr(_module(pipe), "split_quotation"):
+        pieces = []
+        for piece, is_quoted in _module(pipe).split_quotation(prompt):
+            pieces += list(piece) if is_quoted else [piece]
+    return sum(len(tokenizer(piece, verbose=False).input_ids) for piece in pieces)
 
 
 def check_editor(
@@ -866,6 +910,7 @@ def check_editor(
     sources = [load_image(path) for path in row["images"]]
     inverted = [ImageOps.invert(source) for source in sources]
     try:
+        # One edit in one step of each; the same noise.
         seen, other = [
             rollout(editor, images, row["prompt"], [seeded("check")], 1, guidance)
             for images in (sources, inverted)
@@ -882,12 +927,12 @@ def check_editor(
             f"{editor.kind}: another source picture changes nothing; take an editor that sees it"
         )
     # 2. The policies are equal at the start.
-    equals = editor.policies if started else ("base", *editor.policies)
-    for name in equals:
+    same = editor.policies if started else ("base", *editor.policies)
+    for name in same:
         with policy(editor, name):
             is_same = torch.equal(v, velocity(editor, x_t, t, seen.cond))
         assert is_same, f"policies new and {name} differ at the start"
-    # 3. The LoRA gets a gradient.
+    # 3. The LoRA gets a gradient: that of any loss will do.
     v.square().mean().backward()
     gradients = [parameter.grad for parameter in lora_parameters(editor, "new").values()]
     if not any(gradient is not None and gradient.any() for gradient in gradients):
@@ -908,7 +953,7 @@ def parked(editor: Editor, park: bool = True) -> Iterator[None]:
     parts = []
     for name, part in editor.pipe.components.items():
         if park and isinstance(part, nn.Module) and name != "transformer":
-            parts.append(part.to("cpu"))
+            parts.append(part.to("cpu"))  # moves it in place, and returns it
     try:
         yield
     finally:
@@ -917,8 +962,11 @@ def parked(editor: Editor, park: bool = True) -> Iterator[None]:
 
 
 def compile_blocks(editor: Editor) -> None:
-    """Compiles the transformer's blocks, each class once for policy, gradient mode and batch."""
-    # The default of 8 recompilations would fall back to eager in silence.
+    """Compiles the transformer's blocks: once for each class, policy, gradient mode and batch size.
+
+    The first forward of each takes the time.
+    """
+    # Those are more than the default of 8 variants, after which torch goes on uncompiled.
     torch._dynamo.config.recompile_limit = 64
     editor.transformer.compile_repeated_blocks()
 
@@ -938,10 +986,13 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
         ignored_modules=adapters,
     )
     fsdp2_prepare_model(accelerator, editor.transformer)
-    spread = [part for part in editor.transformer.parameters() if hasattr(part, "to_local")]
-    whole = sum(part.numel() for part in spread)
-    here = sum(part.to_local().numel() for part in spread)
-    accelerator.print(f"the base's {whole:,} numbers are spread out, {here:,} on this rank")
+    # DTensors: numel counts the numbers of all ranks, to_local gives this rank's.
+    sharded = [
+        parameter for parameter in editor.transformer.parameters() if hasattr(parameter, "to_local")
+    ]
+    total = sum(parameter.numel() for parameter in sharded)
+    local = sum(parameter.to_local().numel() for parameter in sharded)
+    accelerator.print(f"the base's {total:,} numbers are spread out, {local:,} on this rank")
     editor.pipe.to(accelerator.device)
 
 
@@ -985,6 +1036,7 @@ class Settings(CheckedSettings):
                 "--compare has nothing to compare with the base; add --lora RUN/checkpoint-N"
             )
         ending = Path(self.out).suffix.lower()
+        # Pillow knows this ending, and can write its format as well as read it.
         if Image.registered_extensions().get(ending) not in Image.SAVE:
             raise BadInput(f"--out {self.out}: not a picture's name; end it in .png")
 
@@ -1013,24 +1065,25 @@ def _draw(editor, args, images, names):
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command: draws the edits of one picture and writes them as one grid."""
     args = parse_settings(Settings, argv, description=__doc__.splitlines()[0])
     images = [load_image(path) for path in args.image]
     names = ["base"]
     if args.lora:
-        read_lora(args.lora)
+        read_lora(args.lora)  # a bad name fails here, before minutes of loading
         names = ["base", "new"] if args.compare else ["new"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with whole_file(args.out) as part:
+    with whole_file(args.out) as temporary:
         # A disk that refuses is better known now than after minutes of work.
-        part.touch()
-        part.unlink()
+        temporary.touch()
+        temporary.unlink()
         editor = load_editor(
             args.base, device, dtype, args.resolution, trust_remote_code=args.trust_remote_code
         )
         if args.lora:
             add_policies(editor, averages=(), start=args.lora)
-        _draw(editor, args, images, names).save(part)
+        _draw(editor, args, images, names).save(temporary)
     say(f"wrote {args.out}: {args.num} edits with {' and '.join(names)}")
 
 

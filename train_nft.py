@@ -52,7 +52,6 @@ from data_prep import (
     BadInput,
     Stopped,
     ToySettings,
-    any_rank,
     append_json_line,
     build_toy,
     catch_signals,
@@ -127,8 +126,7 @@ SHOWN = {
     "grad/norm": "grad {:.2g}",
     "update/drift_base": "drift {:.4f}",
     "update/norm_ratio": "norm {:.2f}",
-    "seconds/rollout": "rollout {:.1f} s",
-    "seconds/reward": "reward {:.1f} s",
+    "seconds/rollout": "draws {:.1f} s",
     "seconds/update": "update {:.1f} s",
     "peak_gb/rollout": "rollout {:.1f} GB",
     "peak_gb/update": "update {:.1f} GB",
@@ -258,8 +256,8 @@ def nft_loss(
     v, v_old, x_t, x_0: (B, N, C); t, r: (B,). r in [0, 1] is the edit's optimality. At v = v_old
     the gradient lies along -(2 r - 1) (noise - x_0 - v_old), whatever beta is.
     """
-    assert v.shape == v_old.shape == x_t.shape == x_0.shape, "v, v_old, x_t, x_0 differ in shape"
-    assert t.shape == r.shape == v.shape[:1], "t and r are (B,)"
+    same = v.shape == v_old.shape == x_t.shape == x_0.shape
+    assert same and t.shape == r.shape == v.shape[:1], "v ... x_0 are (B, N, C), t and r (B,)"
     v = v.float()
     v_old = v_old.detach().float()
     t = t.float()[:, None, None]  # (B, 1, 1)
@@ -390,7 +388,7 @@ def draw(
 
 def await_scores(run: Run, verdicts: list[Future], copies: int) -> Scores:
     """The Scores of all ranks' groups, (G, K). A signal or too many failures end the waiting."""
-    edits = len(verdicts) * copies * run.accelerator.num_processes
+    expected = len(verdicts) * run.accelerator.num_processes  # groups
     while True:
         with run.together():
             wait(verdicts, timeout=1.0)
@@ -401,13 +399,13 @@ def await_scores(run: Run, verdicts: list[Future], copies: int) -> Scores:
             failed.update(group.causes)
         del failed[""], failed["bad row"]
         with run.together():
-            if failed.total() > run.settings.max_failed * edits:
-                counts = f"{failed.total()} of {edits} edits ({dict(failed)})"
+            if failed.total() > run.settings.max_failed * expected * copies:
+                counts = f"{failed.total()} of {expected * copies} edits ({dict(failed)})"
                 raise BadInput(
                     f"the judge failed on {counts}; see to {run.settings.judge} and go on with "
                     "--resume auto, or raise --max_failed"
                 )
-        if not any_rank(run.accelerator, len(known) < len(verdicts)):
+        if len(groups) == expected:
             return Scores.stack(groups)
 
 
@@ -453,14 +451,15 @@ class Pairs:
 
 def draw_pairs(run: Run, group: Group, chunk: Chunk, r: Tensor, epoch: int) -> Pairs:
     """The tensors of a chunk, on this rank's device; r (K,) is its group's."""
+    T = run.settings.train_timesteps
     noise = []
     t = []
     for copy, pick in chunk.pairs:
         draws = seeded(run.settings.seed, "train", epoch, chunk.number, copy)
         # Only times of the rollout: elsewhere the model may be asked what it never sees in use.
         order = torch.randperm(len(group.sigmas), generator=draws)
-        shape = (run.settings.train_timesteps, *group.x_0.shape[1:])  # (T, N, C)
-        noise.append(torch.randn(shape, generator=draws)[pick])
+        noises = torch.randn(T, *group.x_0.shape[1:], generator=draws)  # (T, N, C)
+        noise.append(noises[pick])
         t.append(group.sigmas[order[pick]])
     copies = torch.tensor([copy for copy, _ in chunk.pairs])
     tensors = (copies, group.x_0[copies], torch.stack(noise), torch.stack(t), r[copies].float())
@@ -476,9 +475,10 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict) -> dict[str, Tensor]:
     with torch.no_grad(), policy(editor, "old"):
         v_old = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
     v = velocity(editor, x_t, pairs.t, cond)  # (B, N, C), the new policy's
-    loss = nft_loss(v, v_old, x_t, pairs.x_0, pairs.t, pairs.r, settings.nft_beta)
-    loss = settings.advantage_clip * loss  # (B,)
-    drift_old = (v - v_old).square().mean((1, 2))
+    loss = settings.advantage_clip * nft_loss(
+        v, v_old, x_t, pairs.x_0, pairs.t, pairs.r, settings.nft_beta
+    )  # (B,)
+    drift_old = (v - v_old).square().mean((1, 2))  # (B,)
     measured = {"copy": pairs.copy, "t": pairs.t, "drift_old": drift_old}
     if settings.kl_weight:  # a fifth of the update's time: not for a weight of 0
         with torch.no_grad(), policy(editor, "base"):
@@ -556,13 +556,11 @@ def evaluate(run: Run, name: str) -> list[dict]:
     await_scores(run, verdicts, 1)
     results = []
     for (number, row), group, verdict in zip(mine, groups, verdicts, strict=True):
-        result = {"row": number, "judge": verdict.result().score.item(), "image": None}
-        result |= {"oracle": math.nan, "success": math.nan}
-        if group:
-            truth = oracle(row, group.images[0])  # None for rows that are not the toy's
-            result |= zip(("oracle", "success"), truth or (), strict=False)
-        if group and number < SHOWN_ROWS:
-            result["image"] = group.images[0]
+        edit = group.images[0] if group else None
+        result = {"row": number, "judge": verdict.result().score.item()}
+        result["image"] = edit if number < SHOWN_ROWS else None
+        truth = oracle(row, edit) if edit else None  # None, too, for rows that are not the toy's
+        result["oracle"], result["success"] = truth or (math.nan, math.nan)
         results.append(result)
     every = {result["row"]: result for result in gather_object(results)}
     return list(every.values())
@@ -602,10 +600,11 @@ def comparison_grid(run: Run, base: list[dict], now: list[dict]) -> Image.Image:
 def timed(record: dict, phase: str, device: torch.device) -> Iterator[None]:
     """Adds the seconds of a phase to the record, and on a GPU its peak memory in GB."""
     begun = time.time()
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     yield
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize(device)
         record[f"peak_gb/{phase}"] = torch.cuda.max_memory_allocated(device) / 1e9
     record[f"seconds/{phase}"] = time.time() - begun
@@ -660,7 +659,7 @@ def epoch_line(record: dict) -> str:
 # ---------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(run: Run, state: dict) -> None:
+def save_checkpoint(run: Run, state: dict):
     """Writes checkpoint-{epoch}, whole or not at all; then only the newest few and the best stay.
 
     new lies on top, as diffusers reads it, old and ema in folders of their own.
@@ -675,7 +674,7 @@ def save_checkpoint(run: Run, state: dict) -> None:
     prune_folders(folder, run.settings.keep_checkpoints, state["best_epoch"])
 
 
-def load_checkpoint(run: Run, state: dict) -> None:
+def load_checkpoint(run: Run, state: dict):
     """Puts back weights and state of the newest whole checkpoint, if there is one."""
     folder = from_main(run.accelerator, run.stop, newest_whole, run.out, "checkpoint")
     if folder is None:
@@ -708,11 +707,11 @@ def fresh_state(run: Run) -> dict:
         "best": -1.0,  # held-out score
         "best_epoch": 0,
         "run": secrets.token_hex(11)[:21],  # names it to trackers; swanlab wants 21 characters
-        "settings": asdict(run.settings) | {"rows": fingerprint(run.rows["train"])[:8]},
+        "settings": asdict(run.settings) | {"rows": fingerprint(run.rows["train"])},
     }
 
 
-def open_records(run: Run, state: dict) -> None:
+def open_records(run: Run, state: dict):
     """The run's folder and its trackers as they were after the last epoch that is logged."""
     with run.together():
         if run.is_main:
@@ -799,7 +798,7 @@ def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     return Run(settings, accelerator, stop, rows, editor, judge, optimizer, saved={})
 
 
-def close_epoch(run: Run, state: dict, base: list[dict]) -> None:
+def close_epoch(run: Run, state: dict, base: list[dict]):
     """Evaluates, logs and saves a finished epoch, as far as that is due.
 
     Its record is in the state: a run that is stopped in between makes up for it.
@@ -832,7 +831,7 @@ def close_epoch(run: Run, state: dict, base: list[dict]) -> None:
 
 def refuse_hopeless(
     run: Run, state: dict, record: dict, measured: dict[str, Tensor], drawn: list[dict]
-) -> None:
+):
     """BadInput after three steps in a row that did harm, or many epochs without a kept group."""
     exploded = EXPLODED * run.settings.advantage_clip
     is_bad = (
@@ -864,7 +863,7 @@ def refuse_hopeless(
 # ---------------------------------------------------------------- Algorithm 1
 
 
-def run_epochs(run: Run, state: dict) -> None:
+def run_epochs(run: Run, state: dict):
     """The method: epoch after epoch, from the one that the state names."""
     settings = run.settings
     device = run.accelerator.device
@@ -931,7 +930,7 @@ def run_epochs(run: Run, state: dict) -> None:
             refuse_hopeless(run, state, record, measured, drawn)
 
 
-def train(run: Run) -> None:
+def train(run: Run):
     """A run to its end, or to a stop. Every way out keeps the last finished epoch."""
     settings = run.settings
     state = fresh_state(run)
@@ -956,7 +955,7 @@ def train(run: Run) -> None:
         raise fault
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None):
     stop = catch_signals()
     with TemporaryDirectory() as scratch:
         settings, accelerator = set_up(sys.argv[1:] if argv is None else argv, scratch)

@@ -230,7 +230,7 @@ def test_a_family_has_its_own_guidance_in_rollouts_and_in_evaluation(
     keys = given.keys() & {"guidance_scale", "true_cfg_scale", "negative_prompt"}
     assert {key: given[key] for key in keys} == wanted
     draw(editor, K=1, steps=1, evaluation=evaluation, guidance=1.5)
-    assert given[editor.family.guidance] == 1.5
+    assert given[editor.family.guidance_name] == 1.5
 
 
 @pytest.mark.parametrize("name", EDITORS)
@@ -275,7 +275,7 @@ def test_a_pipeline_that_the_table_does_not_know_is_tried_and_what_was_assumed_i
     assert "several=False" in said
     assert pixels(draw(editor, guidance=1.0).images) == pixels(known.images)
     sample.add_policies(editor, rank=4, alpha=8)
-    assert editor.family.rollout == (None if name == KONTEXT else 1.0)
+    assert editor.family.rollout_guidance == (None if name == KONTEXT else 1.0)
 
 
 def test_guidance_that_shares_a_batch_with_the_edits_is_refused(load, monkeypatch):

@@ -217,11 +217,11 @@ def test_work_that_takes_long_is_left_within_seconds(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_second_signal_ends_the_run_at_once_only_if_it_is_ctrl_c(server, words, tmp_path, number):
-    server.start(words(train_batch=1), fault="slow update")
+    server.start(words(train_batch=1), fault="long update")
     server.wait_for("epoch 1 ")
     time.sleep(0.5)
     server.send(number)
-    time.sleep(0.05)
+    time.sleep(0.1)
     server.send(number)
     if number == signal.SIGINT:
         assert server.codes() == [-signal.SIGINT]
