@@ -8,9 +8,9 @@
     python evaluate.py curves RUN [RUN ...]          # training runs as curves.png (matplotlib)
 
 Three stages, each resumable, each alone with --stage: `sample` draws the edits in the benchmark's
-own layout, `judge` appends every call as a JSON line, `score` adds those up. `accelerate launch`
-splits the rows over processes. A subject is whose edits are scored: trained (with --lora), base,
-edits (--edits, made by anything), source (nothing done).
+own layout, `judge` appends every finished call as a JSON line, `score` adds those up. `accelerate
+launch` splits the rows of the first two over processes. A *subject* is one source of edits: trained
+(the model with --lora), base (without), edits (a folder, made by anything), source (nothing done).
 
 Nothing stale counts: an edit is drawn again when its weights, source, prompt or settings are not
 those whose hash is written in its PNG file; an answer counts for the very edit, sources, text and
@@ -18,12 +18,14 @@ judge that it was given for, and of several the newest.
 
 Departures from the benchmarks' own scripts, the first three undone by --mode official:
 1. Every sensible spelling of a score is understood, and its range is checked.
-2. An answer without a score, a failed call and a missing edit count at the floor (1 or 0).
+2. An answer without a score, a failed call and a missing edit count at the floor, 1 in ImgEdit and
+   0 elsewhere.
 3. Means are not rounded on the way.
-4. Edits travel as PNG; GEdit's are shown as its scorer shows them (size, JPEG), at temperature 0.
-5. PSNR and SSIM to the source stand beside every score.
-Never reproduced: random scores for answers that cannot be read, endless retries, rows that count
-twice, a draft in an unfinished <think> taken for the answer.
+4. Edits are stored as PNG. GEdit's are still shown at the size and through the JPEG of its scorer,
+   but the judge answers at temperature 0, unless its server takes none or --judge_draws is over 1.
+5. PSNR and SSIM to the source stand beside the scores of every subject but the source itself.
+Never reproduced, in no mode: random scores for answers that cannot be read, endless retries, rows
+that count twice, and scores out of thoughts (<think>) or out of a reply cut by its token limit.
 """
 
 import ast
@@ -92,12 +94,12 @@ METRICS = {  # the main one first
     "gedit": ("O", "SC", "PQ"),
     "heldout": ("judge", "oracle", "success"),
 }
-KEPT = ("psnr", "ssim")  # how much of the source is kept
+KEPT = ("psnr", "ssim")  # how much of the source an edit keeps, beside each benchmark's METRICS
 CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG")  # of pictures, ours first
-MADE_FROM = "made from"  # the PNG's text that says what an edit was drawn from
-MISSING = "no edit"  # the failure of an edit that is not there
-ALL_DIGITS = 99  # rounding to so many leaves a number as it is
+MADE_FROM = "made from"  # the key of the PNG text with the hash of what an edit was drawn from
+MISSING = "no edit"  # what stands in place of an answer where there is no edit
+ALL_DIGITS = 99  # round() to so many leaves a float as it is; to None it would make an int
 Rows = list[dict]
 
 # ---------------------------------------------------------------- settings
@@ -135,10 +137,11 @@ class Settings(JudgeSettings):
                 raise BadInput(f"--baselines {name}: not a baseline; there are source and base")
 
 
-DRAWN_WITH = ("steps", "seed", "guidance", "resolution")  # what an edit is made with
-# what all edits in one --out share
-DRAWN = ("benchmark", "bench", "base", "lora", "edits", "language", *DRAWN_WITH)
-HOW_ASKED = (  # the judge's settings that a held-out score depends on
+# A drawn edit depends on the first of these settings, and one --out holds edits and calls for one
+# value of each of the second: mixed, they would look like one model on one benchmark.
+SAMPLING_FLAGS = ("steps", "seed", "guidance", "resolution")
+OUT_FLAGS = ("benchmark", "bench", "base", "lora", "edits", "language", *SAMPLING_FLAGS)
+JUDGE_FLAGS = (  # what a held-out score depends on; a benchmark's prompts are its own
     "judge_strategy",
     "judge_think",
     "judge_aspects",
@@ -169,13 +172,15 @@ def _read_json(file, fix):
 
 # ---------------------------------------------------------------- reading an answer
 
-LINE = r"(?m:^)"
-WITHIN = r"(?m:^|[,;{(|.])"  # at the start of a line, or after punctuation
-LABEL = r"\W*?(?:\d+[.)]\s*)?([^\W\d][\w &/()'’-]{1,60}?)"
+# A labelled score is a start, LABEL, SEPARATOR, value and VALUE_END: "2) Detail Fidelity: 4.5,".
+LINE_START = r"(?m:^)"
+PHRASE_START = r"(?m:^|[,;{(|.])"  # a line's or after punctuation, for several scores in one line
+LABEL = r"\W*?(?:\d+[.)]\s*)?([^\W\d][\w &/()'’-]{1,60}?)"  # bullets, perhaps "2)", then words
 SEPARATOR = r"(?:\s*[:=|]+|\s+[-–—]|\s+is\b)\s*"
-NUMBER = r"(\d+(?:\.\d+)?)(?!\.?\d)"
-END = r"(?=\s*(?:[,;.|(){}\n]|$)|\s+[-–—]\s)"
-ONE_COLON = r"(?:(?!: ).)*: (\d{1,9})"  # followed by a number
+NUMBER = r"(\d+(?:\.\d+)?)(?!\.?\d)"  # whole: not the 4.5 of 4.56
+VALUE_END = r"(?=\s*(?:[,;.|(){}\n]|$)|\s+[-–—]\s)"  # else "4 objects" or "3-4" would be scores
+OFFICIAL_LINE = r"(?:(?!: ).)*: (\d{1,9})"  # one ": " and only digits behind it
+# labels of what is no score of its own: taken for one, it would stand in for a missing one
 UNWANTED = re.compile(r"(?i)reason|overall|average|total|\bsum\b|final|expla|analysis|rationale")
 EASTERN = str.maketrans("。、【】「」", ".,[][]")  # what NFKC leaves as it is
 
@@ -191,52 +196,62 @@ def _final_answer(reply):
 
 
 def labels_of(prompt: str) -> list[str]:
-    """The three labels that a prompt of ImgEdit's judge asks for; [] where it is unlike."""
+    """The three labels that a prompt of ImgEdit's judge asks for, lower case; [] where it does not
+    ask in ImgEdit's way."""
+    # lines such as "Prompt Compliance: A number from 1 to 5."
     found = re.findall(r"(?m)^\W*([^\W\d][^:\n]*?)\W*:\W*[Aa] number\b", prompt)
     return [_plain_label(label) for label in found] if len(found) == 3 else []
 
 
 def _plain_label(label):
+    """A label in the one spelling in which labels are compared."""
     return label.strip().lower().replace("_", " ").replace("&", "and")
 
 
-def parse_imgedit(reply: str, mode: str = "strict", labels: list = ()) -> list[float] | None:
-    """The list of scores in an answer of ImgEdit's judge; None where there are none.
+def parse_imgedit(
+    reply: str, mode: str = "strict", labels: list | tuple = ()
+) -> list[float] | None:
+    """The list of scores in an answer of ImgEdit's judge; None where it cannot be read.
 
-    strict: three differently labelled ones, from 1 to 5, those of `labels` if the prompt names its
-    three. official: what is digits alone after a line's one ": ".
+    strict: exactly three, from 1 to 5, differently labelled; with `labels` (of labels_of) under
+    those. official: of each line with one ": " the whole number behind it, in any number and of any
+    size, as ImgEdit's own script splits lines.
     """
     if mode == "official":
-        lines = [re.fullmatch(ONE_COLON, line.strip()) for line in reply.splitlines()]
-        return [int(line[1]) for line in lines if line] or None
+        matches = [re.fullmatch(OFFICIAL_LINE, line.strip()) for line in reply.splitlines()]
+        return [int(match[1]) for match in matches if match] or None
     text = _final_answer(reply)
-    scores = _labelled_scores(text, LINE, 5, labels)
+    # Lines first: the reasoning may hold "..., seams: 2". Only then several scores in one line.
+    scores = _labelled_scores(text, LINE_START, 5, labels)
     if len(scores) != 3:
-        scores = _labelled_scores(text, WITHIN, 5, labels)
-    return _if_fit(scores, 3, 1, 5)
+        scores = _labelled_scores(text, PHRASE_START, 5, labels)
+    return _if_valid(scores, 3, 1, 5)
 
 
-def _if_fit(scores, number, low, high):
-    """The scores, None unless they are so many and within their range."""
-    fit = len(scores) == number and all(low <= score <= high for score in scores)
-    return scores if fit else None
+def _if_valid(scores, count, low, high):
+    """The scores; None unless there are `count`, each from `low` to `high`, which NaN is not."""
+    valid = len(scores) == count and all(low <= score <= high for score in scores)
+    return scores if valid else None
 
 
 def _labelled_scores(text, start, top, labels=()):
     """The values of `label: 4`, `**Label** - 4/5`, `| label | [4.0] |` ..., the last of each label.
 
-    start: where a label may begin; top: what may stand after a slash. With `labels`, only theirs.
+    start: LINE_START or PHRASE_START; top: the best score, the only one that may stand behind a
+    slash. With `labels` only the values of labels that contain one of those.
     """
+    # 4, 4/5, 4 out of 5, 4 points; a "4/10" on a scale to 5 is no value
     value = NUMBER + rf"\s*(?:/\s*{top}(?!\d)|(?:out )?of {top}(?!\d))?\s*(?:points?|stars?|分)?"
-    text = re.sub(r"[*`\"“”]", "", text)
+    text = re.sub(r"[*`\"“”]", "", text)  # emphasis and quotes
     text = re.sub(rf"([:=|]\s*)\[\s*({value})\s*\]", r"\1\2", text)  # label: [4]
     text += "\n" + _columns_as_lines(text)
     # a value alone on the line below its label
     text = re.sub(rf"(?m)^([^\n\d:=|]{{2,60}}?)\s*\n\s*({value})\s*$", r"\1: \2", text)
-    found = {}
-    for label, number in re.findall(start + LABEL + SEPARATOR + value + END, text):
+    found = {}  # by label: a later value is the judge's second thought
+    for label, number in re.findall(start + LABEL + SEPARATOR + value + VALUE_END, text):
         name = _plain_label(label)
         wanted = next((known for known in labels if known in name), "")
+        # without known labels every label counts that is not plainly something else
         if wanted or not (labels or UNWANTED.search(name)):
             found[wanted or name] = float(number)
     return list(found.values())
@@ -244,35 +259,36 @@ def _labelled_scores(text, start, top, labels=()):
 
 def _columns_as_lines(text):
     """A table of two rows, labels above values, as lines `label | value`; "" for any other."""
-    rows = re.findall(r"(?m)^(?=.*\|)(?=.*\w).*$", text)  # but for |---|---|
+    rows = re.findall(r"(?m)^(?=.*\|)(?=.*\w).*$", text)  # lines with | and a word: not |---|---|
     if len(rows) != 2:
         return ""
+    # zip(*rows) turns the table: each column becomes (label, value)
     columns = zip(*(row.strip(" |").split("|") for row in rows), strict=False)
     return "\n".join(map(" | ".join, columns))
 
 
 def parse_gedit(reply: str, mode: str = "strict") -> list[float] | None:
-    """The list of scores in an answer of GEdit's judge (VIEScore); None where there are none.
+    """The list of scores in an answer of GEdit's judge (VIEScore); None where it cannot be read.
 
-    strict: two from 0 to 10, out of JSON or what nearly is, or labelled. official: what the
-    official parser reads, any number of them and of any size, but None where it would draw a
-    random score.
+    strict: exactly two, from 0 to 10, out of JSON or what nearly is, or labelled. official: what
+    VIEScore's parser reads, in any number and of any size, but None where it would draw a random
+    score.
     """
     if mode == "official":
         return _official_gedit(reply)
     text = _final_answer(reply)
     found = _json_scores(text) or _listed_scores(text)
     if found:
-        scores = [_score_of_ten(value) for value in found[-1]]
+        scores = [_score_of_ten(value) for value in found[-1]]  # the judge's last word
     else:
-        scores = _labelled_scores(text, WITHIN, 10)
-    return _if_fit(scores, 2, 0, 10)
+        scores = _labelled_scores(text, PHRASE_START, 10)
+    return _if_valid(scores, 2, 0, 10)
 
 
 def _json_scores(text):
-    """The values of every `score` or `scores` that is a list or an object in JSON anywhere."""
+    """A list for each JSON object in the text whose `score` or `scores` is a list or an object."""
     found = []
-    for brace in re.finditer("{", text):
+    for brace in re.finditer("{", text):  # each may begin an object, which is a dict
         with suppress(ValueError, RecursionError):
             value, _ = json.JSONDecoder(strict=False).raw_decode(text, brace.start())
             scores = value.get("score") or value.get("scores")
@@ -284,7 +300,9 @@ def _json_scores(text):
 
 
 def _listed_scores(text):
-    """Lists after `score`, or alone: for quotes in the reasoning, or an answer cut short."""
+    """Lists after `score`, or alone, as texts: for what is no JSON because of quotes in the
+    reasoning or an end cut off."""
+    # score: [8, 7], "scores" = (8, 7) ...; or else 8, 7 as the whole answer
     found = re.findall(r"(?i)scores?[\"']?\s*[:=]\s*[\"']?[\[(]([^\])]*)[\])]", text)
     found = found or re.findall(r"^\s*\[?((?:[\d./\s]+,)+[\d./\s]+)\]?\s*$", text)
     return [values.split(",") for values in found]
@@ -298,7 +316,7 @@ def _score_of_ten(value):
 
 def _official_gedit(reply):
     """What VIEScore's parser reads: JSON between its delimiters or the outer braces; or else two
-    numbers in brackets, or nothing but a number from 0 to 10."""
+    numbers in brackets, or nothing but a number from 0 to 10. None where it draws at random."""
     fenced = reply.split("||V^=^V||")
     bare = re.fullmatch(r"[^\[]*(\[\d+, ?\d+\])[^\]]*|\s*(\d|10)\s*", reply)
     if len(fenced) == 3:
@@ -309,12 +327,13 @@ def _official_gedit(reply):
         text = f'{{"score": {bare[1] or bare[2]}}}'
     else:
         return None
-    text = text.strip().replace("\n", "")
+    text = text.strip().replace("\n", "")  # JSON has no line ends within a text
     return _official_scores(text) or _official_scores(_repaired(text))
 
 
 def _official_scores(text):
-    """`score` of a JSON text: a list of finite numbers, or one."""
+    """`score` of a JSON text, a list of numbers or one, as a list; None when it is neither, or when
+    the least, which is what counts, is not finite."""
     try:
         scores = json.loads(text)["score"]
         if not isinstance(scores, list):
@@ -327,81 +346,87 @@ def _official_scores(text):
 def _repaired(text):
     """Quotes round bare keys and values, brackets round lone numbers, as VIEScore repairs JSON."""
 
-    def pair(found):
+    def repaired_pair(found):
         key, value, end = found.groups()
         is_number = re.fullmatch(r"-?\d+(?:\.\d+)?", value)
         return f"{key}: [{value}]{end}" if is_number else f'{key}: "{value}"{end}'
 
-    quoted = re.sub(r"(\w+)(?=:)", r'"\1"', text)
-    return re.sub(r'("[^\n]*?"):\s*([^\n]*?)\s*([,}])', pair, quoted)
+    quoted = re.sub(r"(\w+)(?=:)", r'"\1"', text)  # {score: 8} -> {"score": 8}
+    return re.sub(r'("[^\n]*?"):\s*([^\n]*?)\s*([,}])', repaired_pair, quoted)  # "key": value,
 
 
 # ---------------------------------------------------------------- adding up
 
 
 def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
-    """A benchmark's result from the judge's calls: {"rows": [a dict a row], "groups": {"all" or a
-    language: what tabulate gives}}.
+    """A benchmark's result from the judge's calls.
 
-    records: of each row one for each of its CALLS, in their order: dicts with `row`, `task`,
-    `source`, `reply` or `failure`, perhaps `psnr` and `ssim`; ImgEdit's `labels`, GEdit's
-    `language` and `intersection`; in a held-out set the judge's own score in `scores`, and the
-    oracle's of a toy row (that has a `target_scene`) in `truth`.
-    What has no value counts at the floor, ImgEdit's 1 or else 0; official: then no metric of the
-    row has any, NaN, and ImgEdit's rows and the means of its tasks are rounded to 2 digits.
+    Returns {"rows": one dict for each row of the benchmark, "groups": {"all" or a language: what
+    tabulate gives}}. A row's dict is its first record with METRICS, `answered` and `said` (text).
+
+    records: row after row, each with one record for each of its CALLS, in their order. A record has
+    `row`, `task`, `source`, and `reply` or `failure`; it may have `psnr` (dB) and `ssim`, ImgEdit's
+    `labels`, GEdit's `language` and `intersection`. In a held-out set `scores` is [the judge's own
+    score], and `truth` the oracle's of a toy row, which is one with a `target_scene`.
+
+    strict: a metric without a value counts at the floor, ImgEdit's 1 or else 0. official: a row
+    that lacks one has none (NaN), and ImgEdit's rows and tasks are rounded to 2 digits.
     """
     is_imgedit = benchmark == "imgedit"
     digits = 2 if is_imgedit and mode == "official" else ALL_DIGITS
-    number = len(CALLS[benchmark])
+    calls_per_row = len(CALLS[benchmark])
     rows = []
-    for start in range(0, len(records), number):
-        calls = records[start : start + number]
-        metrics = MEASURES[benchmark](calls, mode)
-        silent = [name for name, value in metrics.items() if math.isnan(value)]
-        if silent and mode == "official":
+    for start in range(0, len(records), calls_per_row):
+        calls = records[start : start + calls_per_row]
+        metrics = MEASURED_BY[benchmark](calls, mode)
+        missing = [name for name, value in metrics.items() if math.isnan(value)]
+        if missing and mode == "official":
             metrics = dict.fromkeys(metrics, math.nan)
-        elif silent:
-            metrics |= dict.fromkeys(silent, 1.0 if is_imgedit else 0.0)
+        elif missing:
+            metrics |= dict.fromkeys(missing, 1.0 if is_imgedit else 0.0)
         said = [record.get("reply") or record.get("failure", "") for record in calls]
-        told = {"answered": not silent, "said": "\n".join(said).strip()}
-        rows.append(calls[0] | metrics | told)
+        outcome = {"answered": not missing, "said": "\n".join(said).strip()}
+        rows.append(calls[0] | metrics | outcome)
     return {"rows": rows, "groups": _grouped(rows, METRICS[benchmark], digits)}
 
 
 def _imgedit_metrics(calls, mode):
-    """The mean of the three scores."""
+    """The mean of the three scores, in [1, 5]; NaN without any."""
     (record,) = calls
     scores = parse_imgedit(record.get("reply", ""), mode, record.get("labels", ()))
     return {"score": _average(scores or [math.nan], 2 if mode == "official" else ALL_DIGITS)}
 
 
 def _gedit_metrics(calls, mode):
-    """SC and PQ, the lower of their two scores, and O, the square root of their product."""
+    """SC (semantic consistency) and PQ (perceptual quality), each the lower of its two scores, and
+    O, the square root of their product; in [0, 10]."""
     scores = [parse_gedit(record.get("reply", ""), mode) for record in calls]
     sc, pq = (min(values or [math.nan]) for values in scores)
+    # false for NaN, and for what official reading lets through: a negative score
     overall = math.sqrt(sc * pq) if sc * pq >= 0 else math.nan
     return {"O": overall, "SC": sc, "PQ": pq}
 
 
 def _heldout_metrics(calls, mode):
-    """The judge's score, and for a toy row the oracle's."""
+    """The judge's score in [0, 1], and for a toy row the oracle's score and success."""
     (record,) = calls
     truth = record.get("truth", {})
-    if not truth and "target_scene" in record:  # without an edit
+    if not truth and "target_scene" in record:  # a toy row without an edit
         truth = dict.fromkeys(METRICS["heldout"][1:], math.nan)
     return {"judge": record.get("scores", [math.nan])[0], **truth}
 
 
-MEASURES = {"imgedit": _imgedit_metrics, "gedit": _gedit_metrics, "heldout": _heldout_metrics}
+MEASURED_BY = {"imgedit": _imgedit_metrics, "gedit": _gedit_metrics, "heldout": _heldout_metrics}
 
 
 def _average(values, digits=ALL_DIGITS):
+    """The mean of a list that is not empty, rounded."""
     return round(sum(values) / len(values), digits)
 
 
 def _grouped(rows, metrics, digits=ALL_DIGITS):
-    """The tables of the rows of each language and of its intersection subset; else of all rows.
-    What is kept of the source stands beside the metrics."""
+    """{group: its table}. GEdit's groups are the languages and the intersection subset of each, for
+    other rows there is one, "all". KEPT stands beside the metrics."""
     groups = {}
     for row in rows:
         name = row.get("language", "all")
@@ -413,13 +438,16 @@ def _grouped(rows, metrics, digits=ALL_DIGITS):
 
 
 def tabulate(rows: Rows, metrics: tuple, digits: int = ALL_DIGITS) -> dict:
-    """Means with 95 % intervals: {"rows", "answered", metric: {"macro": [mean, low, high],
-    "micro": ..., task: ...}}.
+    """Means with 95 % intervals.
+
+    Returns {"rows": how many, "answered": how many, metric: {"macro": [mean, low, high], "micro":
+    ..., task: ...}}. macro is the mean of the tasks' means, micro that of the rows. [None] * 3
+    stands where no row has a value, [mean, None, None] where there is but one source picture.
 
     rows: dicts with `task`, `source`, `answered` and the metrics, NaN or none where there is no
-    value; of metrics that no row has only the first is shown. macro is the mean of the tasks'
-    means, micro that of the rows. digits: to which the tasks' means are rounded. Intervals are
-    bootstrapped over source pictures, each with all its rows.
+    value; of metrics that no row has only the first is shown. digits: of the tasks' means.
+    Intervals are bootstrapped over source pictures, each with all its rows: edits of one picture
+    are alike.
     """
     table = {"rows": len(rows), "answered": sum(row["answered"] for row in rows)}
     for metric in metrics:
@@ -428,28 +456,37 @@ def tabulate(rows: Rows, metrics: tuple, digits: int = ALL_DIGITS) -> dict:
             continue
         values = [row[metric] for row in known]
         sources = [row["source"] for row in known]
-        tasks, draws = bootstrap(values, [row["task"] for row in known], sources)  # (D, T)
+        tasks, draws = bootstrap(values, [row["task"] for row in known], sources)  # (D draws, T)
         _, overall = bootstrap(values, ["all"] * len(known), sources)  # (D, 1)
-        macro = np.ma.masked_invalid(draws).mean(1).filled(np.nan)  # (D,) over the drawn tasks
+        # a draw may hold no picture of a rare task, NaN: its mean is over the tasks that it holds
+        macro = np.ma.masked_invalid(draws).mean(1).filled(np.nan)  # (D,)
         by_task = {}
         for task, of_task in zip(tasks, draws.T, strict=True):
             mean = _average([row[metric] for row in known if row["task"] == task], digits)
             by_task[task] = _interval([mean], of_task)
         means = [mean for mean, _, _ in by_task.values()]
-        table[metric] = {"macro": _interval(means, macro), "micro": _interval(values, overall)}
-        table[metric] |= by_task
+        table[metric] = {
+            "macro": _interval(means, macro),
+            "micro": _interval(values, overall),
+            **by_task,
+        }
     return table
 
 
 def _interval(values, draws):
-    """[mean of the values, 2.5 % and 97.5 % quantile of the draws]; None where there are none."""
+    """[mean of the values, 2.5 % and 97.5 % quantile of the draws (D,) or (D, 1)]; None in place of
+    a mean of nothing, and of both quantiles when all draws are NaN."""
     draws = draws[~np.isnan(draws)]
     ends = np.quantile(draws, (0.025, 0.975)).tolist() if len(draws) else [None, None]
     return [_average(values) if values else None, *ends]
 
 
 def paired_differences(a: Rows, b: Rows, metrics: tuple) -> dict[str, dict]:
-    """The tables of a - b, two results of the same rows in one order, resampled together."""
+    """{group: the table of a - b}, for two results of the same rows in one order.
+
+    Each row's difference is one value, so that a drawn picture brings both of its edits: what is
+    hard about it cancels. ValueError when one has more rows.
+    """
     pairs = []
     for row, other in zip(a, b, strict=True):
         pair = row | {"answered": row["answered"] and other["answered"]}
@@ -459,8 +496,9 @@ def paired_differences(a: Rows, b: Rows, metrics: tuple) -> dict[str, dict]:
     return _grouped(pairs, metrics)
 
 
-def _verdict(difference, a, b, kept=None):
-    """A mean difference [mean, low, high] of a and b in words, and that of their PSNR."""
+def _verdict(difference, a, b, psnr=None):
+    """A difference [mean, low, high] of the subjects (or runs) a and b in words, and that of their
+    PSNR in dB: a gain may be paid for with the source picture."""
     mean, low, high = difference
     if low is None:
         return f"too few source pictures to tell {a} from {b}"
@@ -468,8 +506,8 @@ def _verdict(difference, a, b, kept=None):
     if low > 0 or high < 0:
         words = f"{a} is {'better' if mean > 0 else 'worse'} than {b}"
     words += f": {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
-    if kept and kept[1] is not None:
-        mean, low, high = kept
+    if psnr and psnr[1] is not None:
+        mean, low, high = psnr
         words += (
             f"; {a} keeps {abs(mean):.1f} dB {'more' if mean > 0 else 'less'} of the source "
             f"({low:+.1f} to {high:+.1f} dB)"
@@ -481,35 +519,38 @@ def _verdict(difference, a, b, kept=None):
 
 
 def _read_heldout(folder, settings):
-    """The test split of a dataset folder. An edit's file is named by the row's id."""
+    """The test split of a dataset folder, which has no prompts: the judge brings its own."""
     rows = read_rows(folder, "test")
     for row in rows:
         row["row"] = row["id"]
         row.setdefault("task", "all")
         row["source"] = row["images"][0]
-        row["files"] = [row["id"]]
-        inside(folder, f"{row['id']}.png", row["where"])
+        row["files"] = [row["id"]]  # an edit is called by its row's id
+        inside(folder, f"{row['id']}.png", row["where"])  # only the check: an id may hold ".."
     return rows, {}
 
 
 def _read_imgedit(folder, settings):
-    """ImgEdit-Bench, single turn; {key: {id, prompt, edit_type}}, a row's picture is its id."""
+    """ImgEdit-Bench, single turn: a file {key: {id, prompt, edit_type}}, where id is the picture's
+    path, and a file {edit_type: the judge's prompt}. Its archive and its repository name both
+    differently."""
     fix = "take the benchmark's own file"
     file = _find_file((folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"))
-    places = (file.parent, file.parent.parent)
-    asked = _find_file(places, ("judge_prompt.json", "prompts.json"))
-    texts = _read_json(asked, fix)
+    folders = (file.parent, file.parent.parent)
+    prompt_file = _find_file(folders, ("judge_prompt.json", "prompts.json"))
+    texts = _read_json(prompt_file, fix)
+    # two versions circulate, one of which says alter for adjust
     prompts = {kind.replace("alter", "adjust"): text for kind, text in texts.items()}
     rows = []
     for key, entry in _read_json(file, fix).items():
         where = f"{file}: row {key}"
         _check_entry(entry, ("id", "prompt", "edit_type"), where)
         inside(folder, f"{key}.png", where)
-        task = entry["edit_type"].replace("alter", "adjust")  # two versions circulate
+        task = entry["edit_type"].replace("alter", "adjust")
         if not isinstance(prompts.get(task), str):
             raise BadInput(
-                f"{asked}: has no prompt for the task {task!r} of row {key}; take both files of "
-                "one version"
+                f"{prompt_file}: has no prompt for the task {task!r} of row {key}; take both files "
+                "of one version"
             )
         row = {"row": key, "prompt": entry["prompt"], "task": task, "source": entry["id"]}
         row["images"] = [inside(file.parent, entry["id"], where)]
@@ -520,7 +561,7 @@ def _read_imgedit(folder, settings):
 
 
 def _check_entry(entry, keys, where):
-    """BadInput for an entry of a benchmark that lacks one of these texts."""
+    """BadInput for an entry of a benchmark that has not a text under each of these keys."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
         raise BadInput(f"{where} lacks {' or '.join(keys)}; take the benchmark's own metadata")
 
@@ -528,23 +569,24 @@ def _check_entry(entry, keys, where):
 def _read_gedit(folder, settings):
     """GEdit-Bench: parquet or arrow files, whose pictures are written into --out, or metadata.jsonl
     with `file_name` beside pictures; and vie_prompts.py."""
-    places = (folder, folder / "viescore", folder.parent / "viescore")
-    prompts = _read_vie_prompts(_find_file(places, ("vie_prompts.py",)))
+    folders = (folder, folder / "viescore", folder.parent / "viescore")
+    prompts = _read_vie_prompts(_find_file(folders, ("vie_prompts.py",)))
     listed = folder / "metadata.jsonl"
     entries = read_table(folder)
     if listed.is_file():
         entries = [entry for _, entry in read_json_lines(listed)]
     rows = []
-    times = Counter()
+    times = Counter()  # how often each place has come so far
     for number, entry in enumerate(entries, 1):
         where = f"{folder}: row {number}"
         _check_entry(entry, ("key", "task_type", "instruction_language", "instruction"), where)
         if settings.language in (entry["instruction_language"], "both"):
             place = "{task_type}/{instruction_language}/{key}".format(**entry)
             times[place] += 1
-            name = place if times[place] == 1 else f"{place}-{times[place]}"  # a few keys repeat
+            # a few keys repeat, for rows of their own
+            name = place if times[place] == 1 else f"{place}-{times[place]}"
             rows.append(_gedit_row(entry, name, folder, Path(settings.out).resolve(), where))
-            # the last is how the authors of the method write them
+            # with and without fullset/; the short one is what the method's authors write
             short = "{task_type}/{key}".format(**entry)
             rows[-1]["files"] = [f"fullset/{name}", f"fullset/{place}", name, place, short]
     if not rows:
@@ -556,7 +598,8 @@ def _read_gedit(folder, settings):
 
 
 def _gedit_row(entry, name, folder, out, where):
-    """A checked row of GEdit-Bench; pictures that are stored in it are written below `out`."""
+    """A checked row of GEdit-Bench; pictures that are stored in it are written below `out`. The raw
+    one is edited, the one shown to the judge is resized; either stands in for the other."""
     inside(out, f"{name}.png", where)
     raw = _stored_picture(entry.get("input_image_raw"), out / f"sources/{name}.png")
     shown = _stored_picture(entry.get("input_image"), out / f"sources/{name}_shown.png")
@@ -585,7 +628,7 @@ def _stored_picture(value, path):
     return str(path)
 
 
-VIE_TEXTS = {  # what VIEScore puts together
+VIE_TEXTS = {  # the constants of vie_prompts.py that VIEScore joins for each call
     "SC": (
         "_context_no_delimit",
         "_prompts_0shot_two_image_edit_rule",
@@ -602,6 +645,7 @@ def _read_vie_prompts(file):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
                 texts[ast.unparse(node.targets[0])] = node.value.value
+        # a constant that is not there is None, which join refuses: TypeError
         return {call: "\n".join(map(texts.get, names)) for call, names in VIE_TEXTS.items()}
     except (OSError, ValueError, SyntaxError, TypeError) as error:
         raise BadInput(
@@ -610,7 +654,7 @@ def _read_vie_prompts(file):
 
 
 def _find_file(folders, names):
-    """The first of `names` in `folders`."""
+    """The first of `names` in the first of `folders` that has one; BadInput when none has."""
     found = _first_file(folder / name for folder, name in itertools.product(folders, names))
     if found is None:
         raise BadInput(f"{folders[0]}: holds no {' or '.join(names)}; put the benchmark's there")
@@ -618,6 +662,7 @@ def _find_file(folders, names):
 
 
 def _first_file(paths):
+    """The first path that is a file; None without one."""
     return next(filter(os.path.isfile, paths), None)
 
 
@@ -625,12 +670,13 @@ READERS = {"imgedit": _read_imgedit, "gedit": _read_gedit, "heldout": _read_held
 
 
 def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
-    """(rows, the judge's prompts by task or call); BadInput when it is not as it should be.
+    """(rows, the judge's prompts by task for ImgEdit, by call for GEdit, none for a held-out set).
 
-    rows: dicts with `row` (its name), `prompt`, `images` (paths), `task`, `source` (whose picture
-    it is), `files` (where its edit may lie in a subject's folder, without ending; the first is
-    ours), `hash` (of all that is asked for), ImgEdit's `labels`, GEdit's `language`,
-    `intersection` and `shown` (the source as its judge sees it).
+    rows: dicts with `row` (its name), `prompt`, `images` (paths of its sources), `task`, `source`
+    (the same for all rows on one picture), `files` (where its edit may lie in a subject's folder,
+    without ending; the first is ours), `hash` (of prompt and pictures), ImgEdit's `labels`, GEdit's
+    `language`, `intersection` and `shown` (the path of the source as its judge sees it).
+    BadInput when a file or picture is missing or not as the benchmark has it.
     """
     folder = Path(settings.bench).resolve()
     if not settings.bench or not folder.is_dir():
@@ -645,7 +691,7 @@ def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
                     "beside the metadata"
                 )
             hashes.append(_hash_of(path))
-        row.setdefault("source", hashes[0])
+        row.setdefault("source", hashes[0])  # GEdit does not say which rows share a picture
         row["hash"] = _hash_of([row["row"], row["prompt"], hashes])
     return rows, prompts
 
@@ -661,33 +707,36 @@ class Job:
     accelerator: Accelerator
     stop: threading.Event  # set by a signal
     rows: Rows  # as load_benchmark tells
-    prompts: dict[str, str]
+    prompts: dict[str, str]  # of the judge, by task or by call
 
     @property
-    def mine(self):
-        """This process's share of the rows."""
+    def mine(self) -> Rows:
+        """This process's share of the rows: every n-th where there are n."""
         return self.rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
+        """The precision of editor and local judge: few CPUs are fast in bfloat16."""
         return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
 
-    def refuse_when_stopped(self):
+    def refuse_when_stopped(self) -> None:
+        """Raises Stopped once a signal came."""
         if self.stop.is_set():
             raise Stopped
 
-    def warn(self, text):
+    def warn(self, text: str) -> None:
         """Says something once, whatever the number of processes."""
         if self.accelerator.is_main_process:
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
-    def bar(self, work, name, total=None):
-        """A progress bar, shown by one process."""
+    def bar(self, work, name: str, total: int | None = None) -> tqdm:
+        """An iterable with a progress bar, shown by one process. total: its length, if unknown."""
         return tqdm(work, name, total, disable=not self.accelerator.is_main_process)
 
 
 def _subjects_of(settings):
-    """Whose edits are scored, the one in question first."""
+    """The names of the subjects, first the one in question, then the baselines. Without any setting
+    it is base, so that the missing --base is told."""
     names = sorted(settings.baselines)
     if settings.edits:
         names.insert(0, "edits")
@@ -695,26 +744,27 @@ def _subjects_of(settings):
         names.insert(0, "trained")
     elif settings.base or not names:
         names.insert(0, "base")
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(names))  # base may be both
 
 
 def _find_picture(folder, stems):
-    """The first picture of these names, without their endings, in a folder; None without any."""
+    """The first of `stems` (paths without ending) that is a picture in a folder; None without."""
     names = itertools.product(stems, ENDINGS)
     return _first_file(Path(folder, stem + ending) for stem, ending in names)
 
 
 def _find_edit(settings, row, subject):
-    """Where a row's edit lies, None where there is none."""
+    """The path of a subject's edit of a row; None where there is none."""
     if subject == "source":
         return Path(row["images"][0])
     if subject == "edits":
         return _find_picture(settings.edits, row["files"])
-    return _find_picture(Path(settings.out, subject), row["files"][:1])
+    return _find_picture(Path(settings.out, subject), row["files"][:1])  # only what we wrote
 
 
 def _check_folder(job, flag):
-    """BadInput when a folder of --edits or --masks is for no row."""
+    """BadInput when a folder of --edits or --masks holds nothing for any row: a wrong folder would
+    read as a bad editor."""
     folder = getattr(job.settings, flag)
     if folder and not any(_find_picture(folder, row["files"]) for row in job.rows):
         raise BadInput(
@@ -727,9 +777,10 @@ def _check_folder(job, flag):
 
 
 def _weights_hash(place):
-    """A hash of the names, sizes and first megabytes of a model's or LoRA's files; a hub id is its
-    own."""
+    """A hash of the names, sizes and first megabytes of a model's or LoRA's files, as all of them
+    would take minutes; of a hub id, that of its name."""
     known = []
+    # `place` itself first: it may be a file, of which rglob finds nothing
     for file in [Path(place), *sorted(Path(place).rglob("*"))]:
         if file.is_file():
             with open(file, "rb") as stored:
@@ -743,7 +794,7 @@ def _is_current(path, recipe):
         with Image.open(path) as image:
             image.load()
             return image.info.get(MADE_FROM) == recipe
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError):  # not there, cut, broken: what Pillow raises
         return False
 
 
@@ -757,13 +808,14 @@ class Undrawn(NamedTuple):
 
 
 def _find_undrawn(job):
-    """What is not there as it should be of this process's share of the edits."""
+    """Which edits of this process's share are not there or not current."""
     settings = job.settings
     todo = []
+    # only these are ours to draw; sorted, as the order of a set differs from run to run
     for subject in sorted({*_subjects_of(settings)} & {"trained", "base"}):
         if not settings.base:
             raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
-        made_from = [getattr(settings, name) for name in DRAWN_WITH]
+        made_from = [getattr(settings, name) for name in SAMPLING_FLAGS]
         made_from.append(_weights_hash(settings.base))
         if subject == "trained":
             made_from.append(_weights_hash(settings.lora))
@@ -776,7 +828,12 @@ def _find_undrawn(job):
 
 
 def draw_edits(job: Job) -> None:
-    """Draws what has to be; an edit's noise comes from its seed alone."""
+    """Draws this process's missing and stale edits as PNG into --out/SUBJECT. BadInput when the
+    editor cannot be loaded or cannot take a row, Stopped after a signal.
+
+    Every row has the same seed and its own generator: an edit does not depend on which others are
+    drawn before it.
+    """
     settings = job.settings
     todo = _find_undrawn(job)
     if not todo:
@@ -793,11 +850,18 @@ def draw_edits(job: Job) -> None:
     for edit in job.bar(todo, "edits"):
         job.refuse_when_stopped()
         sources = [load_image(path) for path in edit.row["images"]]
-        noise = [torch.Generator().manual_seed(settings.seed)]
-        asked = (edit.row["prompt"], noise, settings.steps, settings.guidance)
+        generator = torch.Generator().manual_seed(settings.seed)
         with policy(editor, "new" if edit.subject == "trained" else "base"):
-            group = rollout(editor, sources, *asked, evaluation=True)
-        if settings.benchmark == "gedit":  # its layout has the source beside
+            group = rollout(
+                editor,
+                sources,
+                edit.row["prompt"],
+                [generator],
+                settings.steps,
+                settings.guidance,
+                evaluation=True,
+            )
+        if settings.benchmark == "gedit":  # whose layout has the source beside
             with whole_file(edit.path.with_name(f"{edit.path.stem}_SRCIMG.png")) as part:
                 load_image(edit.row["shown"]).save(part, "PNG")
         info = PngImagePlugin.PngInfo()
@@ -809,46 +873,49 @@ def draw_edits(job: Job) -> None:
 # ---------------------------------------------------------------- judge: the calls
 
 
-# what a record tells of its row
+# what a record repeats of its row, so that a file of calls can be read alone
 ROW_KEYS = ("row", "task", "source", "language", "intersection", "labels", "target_scene")
 
 
 class Call(NamedTuple):
     """One question about one edit."""
 
-    record: dict  # `subject`, `call`, `key`: a hash of what an answer must be for; ROW_KEYS
+    record: dict  # ROW_KEYS, `subject`, `call` (of CALLS), `key`: a hash of what the answer is for
     row: dict
-    text: str
+    text: str  # what the judge is asked
     path: Path | None  # of the edit
 
 
 def _find_calls(job, rows):
-    """The questions about every edit of these rows, also about those that are missing."""
+    """A Call for each question on each edit of these rows, missing ones too, subject by subject."""
     calls = []
     for subject in _subjects_of(job.settings):
         for row in rows:
             path = _find_edit(job.settings, row, subject)
-            edit = _hash_of(path) if path else ""
+            edit_hash = _hash_of(path) if path else ""
             for name in CALLS[job.settings.benchmark]:
                 text = _question(job, row, name)
                 record = {key: row[key] for key in ROW_KEYS if key in row}
                 record |= {"subject": subject, "call": name}
-                record["key"] = _hash_of([name, text, row["hash"], edit])
+                record["key"] = _hash_of([name, text, row["hash"], edit_hash])
                 calls.append(Call(record, row, text, path))
     return calls
 
 
 def _question(job, row, call):
-    """What the judge is asked: the prompt with the instruction in its place."""
+    """What the judge is asked: the prompt with the instruction in its place. A held-out set's judge
+    words its own question; the text then only says in the key what it is about."""
     if job.settings.benchmark == "heldout":
         return f"{row['prompt']}\n{requirement_of(row)}"
     text = job.prompts.get(call) or job.prompts[row["task"]]
-    # one pass: an instruction may itself hold such words
+    # A function, as a backslash in a replacement text has a meaning; one pass for both names, as an
+    # instruction may itself hold the other.
     return re.sub("<edit_prompt>|<instruction>", lambda place: row["prompt"], text)
 
 
 def _read_answers(job, label):
-    """{key: its newest record} of all processes' files of a judge; what cannot be read is none."""
+    """{key: its newest record} of all processes' files of a judge; a line that cannot be
+    read, such as one cut short by a crash, does not count."""
     records = []
     faults = []
     for file in Path(job.settings.out).glob(f"calls-{label}-*.jsonl"):
@@ -856,19 +923,22 @@ def _read_answers(job, label):
         records += [record for record in found if isinstance(record.get("time"), float)]
     if faults:
         job.warn(f"{len(faults)} calls do not count, such as {faults[0]}")
-    records.sort(key=itemgetter("time"))
+    records.sort(key=itemgetter("time"))  # in a dict the last of a key stays
     return {str(record.get("key")): record for record in records}
 
 
 def _label_of(job, judge):
-    """The judge's name and a hash of how it is asked: results of two labels never mix."""
-    asked = job.prompts or [judge.prompts, *(getattr(job.settings, name) for name in HOW_ASKED)]
+    """The judge's name, fit for a file's, and a hash of how it is asked: two labels never mix."""
+    asked = job.prompts or [judge.prompts, *(getattr(job.settings, name) for name in JUDGE_FLAGS)]
     return "-".join([*re.findall(r"[\w.]+", judge.name), _hash_of([judge.name, asked])])
 
 
 def judge_edits(job: Job) -> None:
-    """Asks the judge what has no good answer yet, several calls at a time, and appends each as one
-    line as it comes."""
+    """Asks the judge what has no answer yet, several calls at a time, and appends each to
+    calls-LABEL-PROCESS.jsonl as it comes. Failures are asked again in the next run.
+
+    BadInput when the judge cannot be loaded or its first 8 calls all fail.
+    """
     settings = job.settings
     judge = load_judge(settings, job.accelerator.device, job.dtype, stop=job.stop)
     _warn_of_own_judge(job, judge)
@@ -877,15 +947,16 @@ def judge_edits(job: Job) -> None:
     calls = [call for call in _find_calls(job, job.mine) if call.path]
     todo = [call for call in calls if call.record["key"] not in done]
     file = Path(settings.out, f"calls-{label}-{job.accelerator.process_index}.jsonl")
+    # so many at each server; several are named with commas
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
-    calls = {pool.submit(_answer, job, judge, call): call for call in todo}
+    call_of = {pool.submit(_answer, job, judge, call): call for call in todo}
     failures = []
     try:
-        for future in job.bar(as_completed(calls), "judge", len(todo)):
+        for future in job.bar(as_completed(call_of), "judge", len(todo)):
             record = future.result()
             if job.stop.is_set() and "failure" in record:
-                continue  # given up, not answered
-            append_json_line(file, calls[future].record | record | {"time": time.time()})
+                continue  # given up because of the stop, no failure of the judge
+            append_json_line(file, call_of[future].record | record | {"time": time.time()})
             failures.append(record.get("failure"))
             if len(failures) == 8 and all(failures):
                 raise BadInput(
@@ -899,7 +970,7 @@ def judge_edits(job: Job) -> None:
 
 def _warn_of_own_judge(job, judge):
     """A warning when the LoRA was trained with this very judge."""
-    lora = job.settings.lora
+    lora = job.settings.lora  # RUN/checkpoint-N
     config = Path(lora).parent / "config.json"
     if lora and config.is_file():
         trained = _read_json(config, "take a run's own folder")
@@ -911,7 +982,7 @@ def _warn_of_own_judge(job, judge):
 
 
 def _answer(job, judge, call):
-    """The record of a call: its answer, or the cause of its failure."""
+    """What a call adds to its record: its answer, or the cause of its failure."""
     if job.stop.is_set():
         return {"failure": "stopped"}
     try:
@@ -920,7 +991,7 @@ def _answer(job, judge, call):
             return _heldout_answer(judge, call.row, sources, edit)
         if job.settings.benchmark == "gedit":
             source, edit = _as_gedit_shows(load_image(call.row["shown"]), edit)
-            # quality is judged without the source
+            # VIEScore judges quality without the source
             sources = [] if call.record["call"] == "PQ" else [source]
         return {"reply": judge.ask(call.text, [*sources, edit], job.settings.reply_tokens)}
     except (JudgeFailure, BadInput) as failure:
@@ -928,7 +999,8 @@ def _answer(job, judge, call):
 
 
 def _heldout_answer(judge, row, sources, edit):
-    """The judge's own score of an edit, and the oracle's where there is one."""
+    """The judge's own score of an edit, and the oracle's where there is one: it needs no judge, so
+    that it stands beside a failure too."""
     scores = judge.score(row, sources, [edit])
     record = {"scores": scores.score.tolist(), "reply": "".join(scores.words)}
     if scores.score.isnan():
@@ -940,11 +1012,11 @@ def _heldout_answer(judge, row, sources, edit):
 
 
 def _as_gedit_shows(source, edit):
-    """Source and edit as GEdit's scorer shows them: at the size of the stored source, whose sides
+    """[source, edit] as GEdit's scorer shows them: at the size of the stored source, whose sides
     are multiples of 32 at about 512 x 512 pixels, and through JPEG."""
     size = source.size
-    if size[0] % 32 or size[1] % 32:  # not the stored one
-        scale = 512 / math.sqrt(size[0] * size[1])
+    if any(side % 32 for side in size):  # a raw picture, for want of the stored one
+        scale = 512 / math.sqrt(math.prod(size))
         size = [max(32, 32 * round(side * scale / 32)) for side in size]
     shown = []
     for picture in (source, edit):
@@ -958,7 +1030,8 @@ def _as_gedit_shows(source, edit):
 
 
 def _kept_of_source(job, call):
-    """PSNR and SSIM of an edit to its first source, outside the mask if there is one."""
+    """PSNR in dB and SSIM of an edit to its first source, outside the mask if there is one; {} for
+    no edit, for one that cannot be opened, and for the source itself (it would be perfect)."""
     job.refuse_when_stopped()
     if call.path is None or call.record["subject"] == "source":
         return {}
@@ -966,7 +1039,8 @@ def _kept_of_source(job, call):
     if job.settings.masks:
         mask = _find_picture(job.settings.masks, call.row["files"])
     try:
-        source, edit = load_image(call.row["images"][0]), load_image(call.path)
+        source = load_image(call.row["images"][0])
+        edit = load_image(call.path)
         mask = load_image(mask) if mask else None
     except BadInput:
         return {}
@@ -978,42 +1052,51 @@ def _ssim(source, edit, mask=None):
     """Structural similarity of two pictures' luminance, in [-1, 1], at the edit's size: the mean
     over what is not white in the mask, NaN where all is.
 
-    7 x 7 windows, sample covariance, as scikit-image's default (Wang et al., 2004).
+    SSIM of Wang et al. (2004) in 7 x 7 windows with the sample covariance, as scikit-image's
+    default.
     """
 
-    def plane(picture):
+    def luminance(picture):
         grey = picture.convert("L").resize(edit.size, Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(grey, np.float64) / 255)  # (H, W)
 
-    x, y = plane(source), plane(edit)
-    moments = torch.stack([x, y, x * x + y * y, x * y])
+    x, y = luminance(source), luminance(edit)
+    moments = torch.stack([x, y, x * x + y * y, x * y])  # (4, H, W)
+    # E[x], E[y], E[x^2 + y^2] and E[x y] of each window
     mean_x, mean_y, squares, product = F.avg_pool2d(moments, 7, stride=1)  # (H - 6, W - 6) each
     means = mean_x**2 + mean_y**2
-    variances = 49 / 48 * (squares - means)
+    # n / (n - 1) of the n = 49 pixels of a window makes sample moments of them
+    variances = 49 / 48 * (squares - means)  # of x and y, added
     covariance = 49 / 48 * (product - mean_x * mean_y)
-    # the paper's 0.01^2 and 0.03^2 keep dark and flat places stable
-    alike = (2 * mean_x * mean_y + 1e-4) / (means + 1e-4)
-    alike = alike * (2 * covariance + 9e-4) / (variances + 9e-4)
+    # Eq. 13, brightness times structure; the paper's 0.01^2 and 0.03^2 keep dark and flat places
+    # stable
+    ssim = (2 * mean_x * mean_y + 1e-4) / (means + 1e-4)
+    ssim = ssim * (2 * covariance + 9e-4) / (variances + 9e-4)
     if mask is not None:
-        alike = alike[plane(mask)[3:-3, 3:-3] < 0.5]
-    return alike.mean().item()
+        ssim = ssim[luminance(mask)[3:-3, 3:-3] < 0.5]  # by the middle pixel of each window
+    return ssim.mean().item()
 
 
 # ---------------------------------------------------------------- score: tables and report
 
 
 def score_calls(job: Job) -> Rows:
-    """Adds up each judge's calls into scores-JUDGE-MODE.json and returns what was written.
+    """Adds up each judge's calls into scores-LABEL-MODE.json and returns what was written, a dict
+    for each judge.
 
-    What lay there before goes: calls of other edits or other questions do not count.
+    Scores that lay there before go: they were of other edits or questions, or in the other mode.
+    BadInput when no judge has answered anything on the edits as they are now.
     """
     out = Path(job.settings.out)
-    benchmark, mode = job.settings.benchmark, job.settings.mode
+    benchmark = job.settings.benchmark
+    mode = job.settings.mode
     calls = _find_calls(job, job.rows)
     kept = [_kept_of_source(job, call) for call in job.bar(calls, "kept of the source")]
     results = {}
-    names = (file.stem.removeprefix("calls-") for file in out.glob("calls-*.jsonl"))
-    for label in sorted({name.rpartition("-")[0] for name in names}):  # of all processes
+    labels = {  # of calls-LABEL-PROCESS.jsonl
+        file.stem.removeprefix("calls-").rpartition("-")[0] for file in out.glob("calls-*.jsonl")
+    }
+    for label in sorted(labels):
         answers = _read_answers(job, label)
         if answers.keys() & {call.record["key"] for call in calls}:
             records = _records_of(calls, kept, answers)
@@ -1035,7 +1118,7 @@ def score_calls(job: Job) -> Rows:
 
 
 def _records_of(calls, kept, answers):
-    """{subject: a record of each of its calls, answered or not}."""
+    """{subject: a record of each of its calls, answered or not, in the order of the calls}."""
     records = {}
     for call, values in zip(calls, kept, strict=True):
         empty = {"failure": "not judged" if call.path else MISSING}
@@ -1044,7 +1127,7 @@ def _records_of(calls, kept, answers):
     return records
 
 
-def _shown(mean, form=".3f"):
+def _interval_text(mean, form=".3f"):
     """A mean with its interval as text."""
     value, low, high = mean
     if value is None:
@@ -1062,27 +1145,29 @@ def _as_text(groups, title):
         names = _metrics_in(table)
         lines.append(f"{title}, {group}: {table['answered']} of {table['rows']} rows answered")
         lines.append(_line("", names))
-        for task in table[names[0]]:
-            means = [_shown(table[name].get(task, [None] * 3)) for name in names]
+        for task in table[names[0]]:  # macro and micro, then the tasks
+            means = [_interval_text(table[name].get(task, [None] * 3)) for name in names]
             lines.append(_line(task, means))
     return "\n".join(lines)
 
 
 def _line(first, cells):
+    """A line of a table, in columns wide enough for a mean with its interval."""
     return f"  {first:16} " + " ".join(f"{cell:26}" for cell in cells).rstrip()
 
 
 def _metrics_in(table):
+    """The metrics that a table of tabulate shows."""
     return [name for name in table if name not in ("rows", "answered")]
 
 
 def _differences(a, b, benchmark, names):
-    """The paired differences of two lists of row results as tables and in words."""
+    """The paired differences of two lists of scored rows, as tables and in words."""
     groups = paired_differences(a, b, METRICS[benchmark])
     lines = [_as_text(groups, " - ".join(names))]
     for group, table in groups.items():
-        kept = table.get("psnr", {}).get("macro")
-        lines.append(f"{group}: " + _verdict(table[METRICS[benchmark][0]]["macro"], *names, kept))
+        psnr = table.get("psnr", {}).get("macro")
+        lines.append(f"{group}: " + _verdict(table[METRICS[benchmark][0]]["macro"], *names, psnr))
     return "\n".join(lines)
 
 
@@ -1097,32 +1182,33 @@ def _describe(settings, result):
     ]
     for subject, content in result["subjects"].items():
         lines.append(_as_text(content["groups"], subject))
-        silent = [row["said"] for row in content["rows"] if not row["answered"]]
-        if silent:
-            missing = sum(MISSING in said for said in silent)
+        unanswered = [row["said"] for row in content["rows"] if not row["answered"]]
+        if unanswered:
+            missing = sum(MISSING in said for said in unanswered)
             lines.append(
-                f"warning: {subject}: {missing} edits missing, {len(silent) - missing} without a "
-                "score"
+                f"warning: {subject}: {missing} edits missing, {len(unanswered) - missing} without "
+                "a score"
             )
     for other in others:
         lines.append(_differences(rows[first], rows[other], settings.benchmark, (first, other)))
-    return "\n".join([*lines, *_pasted_row(settings, result, first)])
+    return "\n".join([*lines, *_markdown_row(settings, result, first)])
 
 
-def _pasted_row(settings, result, subject):
-    """A subject as a row of a Markdown table, with its header."""
+def _markdown_row(settings, result, subject):
+    """The lines of a Markdown table with one row, a subject, to be pasted beside published ones."""
     name = settings.edits or settings.base or subject
     if subject == "trained":
         name += f" + {settings.lora}"
     cells = {"model": name, "judge": result["judge"], "mode": result["mode"]}
     for group, table in result["subjects"][subject]["groups"].items():
         for metric in _metrics_in(table):
-            cells[f"{group} {metric}"] = _shown(table[metric]["macro"])
+            cells[f"{group} {metric}"] = _interval_text(table[metric]["macro"])
         cells[f"{group} rows answered"] = f"{table['answered']} of {table['rows']}"
     lines = (cells, ["---"] * len(cells), cells.values())
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+# The report is one page without any library: rows are filtered by task and failure, and ordered.
 PAGE = """<!doctype html><meta charset="utf-8"><title>edit-nft: evaluation</title><style>
 body {font: 14px system-ui, sans-serif; margin: 1.5em; color: #222}
 pre {background: #f4f4f4; padding: .8em; overflow: auto}
@@ -1167,21 +1253,22 @@ FIGURE = """<figure><figcaption>{caption}</figcaption>
 
 
 def write_report(job: Job, results: Rows, summary: str) -> None:
-    """report.html with small pictures beside it, and grid.png: of each task the row with the median
-    score."""
+    """Writes report.html, small pictures beside it, and grid.png: of each task the row with the
+    median score. results: as score_calls returns them; the first one's judge orders the rows.
+    """
     out = Path(job.settings.out)
     main_metric = METRICS[job.settings.benchmark][0]
     subjects = _subjects_of(job.settings)
-    first = results[0]["subjects"][subjects[0]]["rows"]  # of the subject in question
+    ranking = results[0]["subjects"][subjects[0]]["rows"]  # of the subject in question
     articles = ""
     by_task = {}
     for number, row in enumerate(job.bar(job.rows, "report")):
         job.refuse_when_stopped()
         names = dict.fromkeys(["source", *reversed(subjects)])  # source, base, trained
         edits = [_show_edit(job, results, number, name) for name in names]
-        rank = np.nan_to_num(first[number][main_metric], nan=-1.0)
+        rank = np.nan_to_num(ranking[number][main_metric], nan=-1.0)  # below the worst
         texts = {key: escape(row[key]) for key in ("task", "prompt", "row")}
-        kinds = [row.get("language", ""), "" if first[number]["answered"] else "failed"]
+        kinds = [row.get("language", ""), "" if ranking[number]["answered"] else "failed"]
         figures = "".join(figure for _, _, figure in edits)
         articles += ARTICLE.format(**texts, kinds=" ".join(kinds), score=rank, figures=figures)
         by_task.setdefault(row["task"], []).append((rank, number, edits))
@@ -1190,8 +1277,9 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
         part.write_text(page, encoding="utf-8")
     pictures = []
     captions = []
-    for _, found in sorted(by_task.items()):
-        _, _, edits = sorted(found)[len(found) // 2]
+    for task in sorted(by_task):
+        ranked = sorted(by_task[task])  # no two have one number, so that edits are never compared
+        _, _, edits = ranked[len(ranked) // 2]
         pictures.append([picture for picture, _, _ in edits])
         captions.append([caption for _, caption, _ in edits])
     with whole_file(out / "grid.png") as part:
@@ -1199,8 +1287,9 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
 
 
 def _show_edit(job, results, number, name):
-    """(picture, caption, html) of a row's edit, with its scores under each judge and what was said
-    of it; the picture, small, is written."""
+    """(picture, caption, html) of a subject's edit of a row, with its scores under each judge and
+    what was said of it; None for a picture that is not there. The picture is written, small.
+    """
     row = job.rows[number]
     caption = f"source: {row['prompt']}" if name == "source" else name
     said = ""
@@ -1211,7 +1300,8 @@ def _show_edit(job, results, number, name):
             values = " ".join(f"{key} {scored[key]:.2f}" for key in metrics)
             caption += f" {values.replace('nan', 'missing')} by {result['judge']};"
             said += f"{scored['said']}\n"
-    picture, link = None, ""
+    picture = None
+    link = ""
     with suppress(BadInput):
         picture = load_image(_find_edit(job.settings, row, name) or MISSING)
     if picture:
@@ -1226,13 +1316,13 @@ def _show_edit(job, results, number, name):
 # ---------------------------------------------------------------- two runs
 
 
-def compare(places: list[str]) -> None:
-    """Prints the paired differences of two runs' first subjects under each judge and reading that
-    both have."""
-    if len(places) != 2:
+def compare(runs: list[str]) -> None:
+    """Prints the paired differences of the first subjects of two --out folders, under each judge
+    and mode that both have. BadInput when they have none in common, or not the same rows."""
+    if len(runs) != 2:
         raise BadInput("compare: name two runs, python evaluate.py compare RUN_A RUN_B")
-    first, second = map(_read_results, places)
-    both = " and ".join(places)
+    first, second = map(_read_results, runs)
+    both = " and ".join(runs)
     shared = first.keys() & second.keys()
     if not shared:
         raise BadInput(f"{both}: no result under one judge, prompts and reading; score both alike")
@@ -1242,15 +1332,15 @@ def compare(places: list[str]) -> None:
             raise BadInput(f"{both}: another version of the benchmark in each; score both on one")
         print(f"judge and prompts {a['judge']}, {a['mode']} reading")
         rows = [next(iter(result["subjects"].values()))["rows"] for result in (a, b)]
-        print(_differences(*rows, a["benchmark"], places))
+        print(_differences(*rows, a["benchmark"], runs))
 
 
-def _read_results(place):
+def _read_results(run):
     """{file name: result} of an --out folder; BadInput for none, or for one that is no JSON."""
-    files = Path(place).glob("scores-*.json")
+    files = Path(run).glob("scores-*.json")
     results = {file.name: _read_json(file, "run --stage score again") for file in files}
     if not results:
-        raise BadInput(f"{place}: holds no scores; name an --out folder of evaluate.py")
+        raise BadInput(f"{run}: holds no scores; name an --out folder of evaluate.py")
     return results
 
 
@@ -1258,7 +1348,8 @@ def _read_results(place):
 
 
 def read_ratings(file: Path) -> Rows:
-    """The rows of a file of rated edits, with `sources` and `edits` (pictures) and `labels`.
+    """The rows of a JSON lines file of edits that people rated, with `sources` and `edits`, lists
+    of pictures, and `labels`, a float for each edit. BadInput for a row without them.
 
     A line has `prompt`, `image`, `edits` and `scores`, a number for each edit, the higher the
     better; for two edits also `preference` in place of scores: 0 the first is better, 1 the
@@ -1282,9 +1373,10 @@ def read_ratings(file: Path) -> Rows:
 
 
 def _ordered_pairs(scores, labels):
-    """Of each pair of edits that labels tell apart: 1 if the scores order them alike, 0 if not,
-    0.5 if they tie. Pairs with a score that is NaN are left out."""
+    """For each pair of a row's edits that labels tell apart: 1 if the scores order it alike, 0 if
+    not, 0.5 if they tie. Pairs with a score that is NaN are left out."""
     outcomes = []
+    # scores a and b, labels x and y
     for (a, x), (b, y) in itertools.combinations(zip(scores, labels, strict=True), 2):
         if x == y or math.isnan(a - b):
             continue
@@ -1294,26 +1386,26 @@ def _ordered_pairs(scores, labels):
 
 
 def agree(words: list[str]) -> None:
-    """Prints how far the judge orders edits as people do."""
+    """Prints how far the judge orders edits as people do."""  # also what --help says
     if not words or not words[0].endswith(".jsonl"):
         raise BadInput("agree: names no file; write evaluate.py agree FILE.jsonl --judge ...")
     settings = parse_settings(JudgeSettings, words[1:], agree.__doc__, judge=TOY)
     rows = read_ratings(Path(words[0]))
     judge = load_judge(settings, stop=catch_signals())
     outcomes = []
-    places = []  # the row of each pair
+    row_of_pair = []  # its number: pairs of a row are resampled together
     scores = []
     labels = []
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         found = judge.score(row, row["sources"], row["edits"]).score.tolist()
         pairs = _ordered_pairs(found, row["labels"])
         outcomes += pairs
-        places += [place] * len(pairs)
+        row_of_pair += [number] * len(pairs)
         scores += found
         labels += row["labels"]
     judge.close()
-    _, draws = bootstrap(outcomes, ["all"] * len(outcomes), places)
-    right = _shown(_interval(outcomes, draws), ".1%")
+    _, draws = bootstrap(outcomes, ["all"] * len(outcomes), row_of_pair)
+    right = _interval_text(_interval(outcomes, draws), ".1%")
     ties = outcomes.count(0.5) / max(len(outcomes), 1)
     scores, labels = torch.tensor([scores, labels])  # (all edits,) each
     known = ~scores.isnan()
@@ -1327,7 +1419,7 @@ def agree(words: list[str]) -> None:
 
 # ---------------------------------------------------------------- training runs as curves
 
-CURVES = (
+CURVES = (  # keys of log.jsonl, one for each of 2 x 4 axes
     "reward/mean",
     "heldout/new/judge",
     "heldout/new/oracle",
@@ -1354,6 +1446,7 @@ def curves(words: list[str]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise BadInput("curves: needs matplotlib; pip install matplotlib") from None
+    # with a list for faults, a last line that a crash cut short is passed over
     logs = [read_json_lines(Path(run, "log.jsonl"), faults=[]) for run in settings.runs]
     figure = Figure((14, 7), layout="constrained")
     for axes, name in zip(figure.subplots(2, 4).flat, CURVES, strict=True):
@@ -1375,11 +1468,11 @@ def curves(words: list[str]) -> None:
 
 
 def _begin(settings, accelerator, stop):
-    """What is to be done, checked; parts of it are written into --out. BadInput when edits of other
-    settings lie there."""
+    """The Job, checked; config.json and GEdit's stored pictures are written into --out. BadInput
+    when it was begun with other OUT_FLAGS."""
     file = Path(settings.out, "config.json")
     before = _read_json(file, "give another --out") if file.is_file() else asdict(settings)
-    for name in DRAWN:
+    for name in OUT_FLAGS:
         value = before.get(name)
         if value != getattr(settings, name):
             raise BadInput(
@@ -1399,7 +1492,7 @@ def _run_stages(settings, accelerator, stop):
     job = None
     with ExitStack() as held:
         with together(accelerator, stop):
-            if accelerator.is_main_process:  # first: it writes
+            if accelerator.is_main_process:  # alone at first: it writes what the others read
                 held.enter_context(locked(settings.out))
                 job = _begin(settings, accelerator, stop)
         with together(accelerator, stop):
@@ -1416,6 +1509,8 @@ def _run_stages(settings, accelerator, stop):
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command. argv: its words, None for those of the command line. BadInput for wrong ones;
+    after a signal it exits with 1, and the same command goes on."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else "no command"
     others = {"compare": compare, "agree": agree, "curves": curves}
@@ -1431,6 +1526,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _run_stages(settings, accelerator, stop)
     except Stopped as stopped:
+        # the process that failed says why; the others only stop with it
         if stopped.__cause__ and not isinstance(stopped.__cause__, Stopped):
             raise stopped.__cause__ from None
         if accelerator.is_main_process:

@@ -24,12 +24,11 @@ Departures from the authors' released code:
 """
 
 import base64
-import contextlib
+import inspect
 import io
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import re
@@ -38,17 +37,17 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import numpy as np
-import requests
 import torch
 import urllib3
 from PIL import Image, ImageOps
+from torch.utils.data import default_collate
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -59,6 +58,7 @@ from data_prep import (
     CheckedSettings,
     load_image,
     load_processor,
+    locked,
     parse_settings,
     read_json_lines,
     read_rows,
@@ -97,7 +97,7 @@ YES_NO = "Is it so, completely? Answer yes or no, nothing else."
 WRITTEN = """Say in a few sentences what changed and what should have stayed. Then write a last line
 like this one, with a number from {low:g} (not at all) to {high:g} (completely):
 score: {high:g}"""
-DIGITS = {"0": 0.0, "1": 0.2, "2": 0.4, "3": 0.6, "4": 0.8, "5": 1.0}
+DIGITS = {str(digit): digit / 5 for digit in range(6)}
 WORDS = {"yes": 1.0, "Yes": 1.0, "no": 0.0, "No": 0.0}
 
 
@@ -153,15 +153,9 @@ REQUIREMENTS = {  # what a good edit must show, by the kind of its task
 }
 ANY_EDIT = "the change that was asked for, complete and natural, and no other change."
 OTHER_NAMES = {  # that ImgEdit, GEdit and training sets give to these tasks
-    "subject_add": "add",
-    "subject_remove": "remove",
-    "subject_replace": "replace",
     "alter": "adjust",
     "recolour": "color_alter",
-    "background_change": "background",
-    "style_change": "style",
-    "motion_change": "action",
-    "text_change": "text",
+    "motion": "action",
     "compose": "hybrid",
 }
 
@@ -169,14 +163,16 @@ OTHER_NAMES = {  # that ImgEdit, GEdit and training sets give to these tasks
 def requirement_of(row: dict) -> str:
     """What a good edit of a row must show: its `requirement`, or the text for its `task`."""
     task = re.sub("[- ]", "_", str(row.get("task")).strip().lower())
+    task = task.removeprefix("subject_").removesuffix("_change")  # as in GEdit's subject-add
     usual = REQUIREMENTS.get(OTHER_NAMES.get(task, task), ANY_EDIT)
     return row.get("requirement") or usual
 
 
 # ---------------------------------------------------------------- settings
 
-
-ADDRESS = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s@]*)?"
+IS_SERVED = ("http://", "https://")
+# a host's name or [IPv6], perhaps a port and a path; no login, for it would be shown and saved
+ADDRESS = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s@,]*)?"
 
 
 @dataclass(frozen=True)
@@ -219,7 +215,6 @@ class JudgeSettings(CheckedSettings):
     judge_in_flight: int = setting(
         16, "Requests at a time to each server, of all processes of a run.", at_least=1
     )
-    judge_logprobs: int = setting(20, "Likeliest words that a server is asked for.", at_least=1)
     judge_timeout: float = setting(
         60.0, "Seconds in which a server must have answered.", above=0, at_most=86400
     )
@@ -229,24 +224,24 @@ class JudgeSettings(CheckedSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        ends = self.judge_range
-        if len(ends) != 2 or not 0 < ends[1] - ends[0] < math.inf:
-            raise BadInput(f"--judge_range {ends}: give the worst and the best score, 0 10")
-        groups = 0
-        with contextlib.suppress(re.error, RecursionError, OverflowError):
-            groups = re.compile(self.judge_reply).groups
-        if not groups:
+        if len(self.judge_range) != 2 or self.judge_range[0] >= self.judge_range[1]:
+            fix = "give the worst and the best score, 0 10"
+            raise BadInput(f"--judge_range {self.judge_range}: {fix}")
+        try:
+            has_group = re.compile(self.judge_reply).groups > 0
+        except (re.error, RecursionError, OverflowError):
+            has_group = False
+        if not has_group:
             fix = "write a regular expression with a (group) around the number"
             raise BadInput(f"--judge_reply {self.judge_reply}: {fix}")
-        is_served = self.judge.startswith(("http://", "https://"))
-        if is_served and not all(re.fullmatch(ADDRESS, url) for url in self.judge.split(",")):
+        is_served = self.judge.startswith(IS_SERVED)
+        if is_served and not re.fullmatch(f"{ADDRESS}(,{ADDRESS})*", self.judge):
             fix = "http://HOST:PORT/v1[,...] without a password; JUDGE_API_KEY holds a key"
             raise BadInput(f"--judge: not of the form {fix}")
 
 
-def read_prompts(settings: JudgeSettings) -> dict[str, str]:
-    """Every aspect's prompt: ours, a local judge's own judge_prompt.txt for execution, or the
-    files of --judge_prompt. BadInput when a file cannot be read or has no {prompt}."""
+def _read_prompts(settings):
+    """{aspect: prompt}: ours, a local judge's own judge_prompt.txt, the files of --judge_prompt."""
     entries = settings.judge_prompt
     own = Path(settings.judge.removeprefix("local:"), "judge_prompt.txt")
     if os.path.isfile(own):
@@ -255,31 +250,29 @@ def read_prompts(settings: JudgeSettings) -> dict[str, str]:
     for entry in entries:
         if "=" not in entry:
             entry = f"execution={entry}"
-        name, _, file = entry.partition("=")
+        aspect, _, file = entry.partition("=")
         if not os.path.isfile(file):
             raise BadInput(f"--judge_prompt {file}: no such file; name a text file")
         try:
-            prompts[name] = Path(file).read_text(encoding="utf-8-sig")
+            prompts[aspect] = Path(file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"--judge_prompt {file}: no text ({error}); save it as utf-8") from None
-        if "{prompt}" not in prompts[name]:
+        if "{prompt}" not in prompts[aspect]:
             raise BadInput(f"{file}: has no {{prompt}}; write it where the instruction goes")
     return prompts
 
 
-def read_weights(entries: list[str], names: set[str]) -> dict[str, float]:
-    """ASPECT=WEIGHT entries as a dict; BadInput for an aspect that is none, or a bad weight."""
+def _read_weights(entries, aspects):
+    """{aspect: weight} from the ASPECT=WEIGHT entries of --judge_aspects."""
     weights = {}
     for entry in entries:
-        name, _, number = entry.partition("=")
-        if name not in names:
+        aspect, _, number = entry.partition("=")
+        if aspect not in aspects or not re.fullmatch(r"[01](\.0*)?|0?\.\d+", number):
             raise BadInput(
-                f"--judge_aspects {name}: is none of {', '.join(sorted(names))}; "
-                f"add --judge_prompt {name}=FILE"
+                f"--judge_aspects {entry}: give ASPECT=WEIGHT, a weight from 0 to 1 of one of "
+                f"{', '.join(sorted(aspects))}, or add --judge_prompt {aspect}=FILE"
             )
-        if not re.fullmatch(r"0|1|0?\.\d+|[01]\.0*", number):
-            raise BadInput(f"--judge_aspects {entry}: give a weight from 0 to 1, {name}=0.4")
-        weights[name] = float(number)
+        weights[aspect] = float(number)
     return weights
 
 
@@ -298,32 +291,38 @@ def plain_terms(
     brightness_drift: the edit's mean brightness minus the source's, in [-1, 1].
     sharpness_drift: (edit - source) / (edit + source) of the mean absolute Laplacian; -1: blurred.
     """
-    terms = {name: [] for name in PLAIN_TERMS}
-    for edit in edits:
-        before = pixels_of(source, edit.size)
-        after = pixels_of(edit, edit.size)
-        error = (after - before).square().mean(2)  # (H, W)
-        if mask:
-            white = mask.convert("L").resize(edit.size, Image.Resampling.NEAREST)
-            error = error[torch.tensor(np.array(white) < 128)]
-        dull = sharpness(before)
-        sharp = sharpness(after)
-        terms["psnr"].append(-10 * error.mean().clamp(min=1e-6).log10())
-        terms["pixel_distance"].append((after - before).abs().mean())
-        terms["brightness_drift"].append(after.mean() - before.mean())
-        terms["sharpness_drift"].append((sharp - dull) / (sharp + dull))
-    return {name: torch.tensor(values) for name, values in terms.items()}
+    return default_collate([_differences(source, edit, mask) for edit in edits])
 
 
-def pixels_of(picture, size):
-    """A picture's pixels (H, W, 3) in [0, 1]."""
+def _differences(source, edit, mask):
+    """The plain terms of one edit: name -> a tensor of one number."""
+    before = _pixels_of(source, edit.size)  # (H, W, 3)
+    after = _pixels_of(edit, edit.size)
+    change = after - before
+    error = change.square().mean(2)  # (H, W)
+    if mask:
+        must_stay = _pixels_of(mask, edit.size).mean(2) < 0.5
+        error = error[must_stay]  # (pixels,)
+    dull = _sharpness(before)
+    sharp = _sharpness(after)
+    return {
+        "psnr": -10 * error.mean().clamp(min=1e-6).log10(),
+        "pixel_distance": change.abs().mean(),
+        "brightness_drift": change.mean(),
+        "sharpness_drift": (sharp - dull) / (sharp + dull),
+    }
+
+
+def _pixels_of(picture, size):
+    """A picture's pixels (H, W, 3) in [0, 1], at the size (W, H)."""
     picture = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     return torch.tensor(np.array(picture)) / 255
 
 
-def sharpness(pixels):
-    """The mean absolute Laplacian of the brightness, above 0."""
+def _sharpness(pixels):
+    """The mean absolute Laplacian of the brightness, above 0, of pixels (H, W, 3)."""
     light = pixels.mean(2)
+    # second differences along both sides, of the pixels that have four neighbours
     bend = light.diff(2, dim=0)[:, 1:-1] + light.diff(2, dim=1)[1:-1]
     return bend.abs().mean() + 1e-6
 
@@ -339,7 +338,6 @@ class Scores(NamedTuple):
     terms: dict = {}  # name -> (n,): each aspect's score, and the plain terms
     causes: list = ()  # n strings: why there is no score; "" where there is one
     words: list = ()  # n strings: the judge's likeliest first words, or what it wrote
-    shares: list = ()  # n tuples: probability of each word that counts, among those words
 
     @staticmethod
     def missing(n: int, cause: str) -> "Scores":
@@ -349,26 +347,27 @@ class Scores(NamedTuple):
 
     @staticmethod
     def stack(groups: list["Scores"]) -> "Scores":
-        """G groups' Scores as one, (G, n) each; causes and words are those of all G n edits."""
-        nothing = torch.full_like(groups[0].score, torch.nan)
-        terms = {}
-        for name in max((group.terms for group in groups), key=len):  # missing Scores have none
-            terms[name] = torch.stack([group.terms.get(name, nothing) for group in groups])
+        """G groups' Scores as one, (G, n) each, terms without the groups that have none; causes and
+        words are those of all G n edits."""
         score = torch.stack([group.score for group in groups])
         mass = torch.stack([group.mass for group in groups])
-        causes = list(itertools.chain.from_iterable(group.causes for group in groups))
-        words = list(itertools.chain.from_iterable(group.words for group in groups))
+        terms = default_collate([group.terms for group in groups if group.terms] or [{}])
+        causes = []
+        words = []
+        for group in groups:
+            causes += group.causes
+            words += group.words
         return Scores(score, mass, terms, causes, words)
 
 
 class Verdict(NamedTuple):
-    """What came of one question about one edit; the fields are those of Scores."""
+    """What came of one question about one edit."""
 
     score: float = torch.nan
     mass: float = torch.nan
     cause: str = ""
     words: str = ""
-    shares: tuple = ()
+    shares: dict = {}  # each word that counts, and its probability among those words
 
 
 def combine(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
@@ -376,11 +375,11 @@ def combine(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.
     that an untouched source, which is perfectly consistent, earns nothing."""
     reward = terms["execution"]
     for name, weight in weights.items():
-        reward = reward * (1 - weight + weight * as_factor(name, terms[name]))
+        reward = reward * (1 - weight + weight * _as_factor(name, terms[name]))
     return reward
 
 
-def as_factor(name: str, values: torch.Tensor) -> torch.Tensor:
+def _as_factor(name, values):
     """A term as a factor of the reward: a plain one is 1 for what did not change, 0 at worst."""
     if name == "psnr":  # over 40 dB, as in CoCoEdit; where all may change, nothing can be lost
         return (values / 40).nan_to_num(1.0).clamp(0, 1)
@@ -397,13 +396,12 @@ def expected_score(p: dict[str, float], worth: dict[str, float] = DIGITS) -> Ver
     """
     likeliest = sorted(p, key=p.get, reverse=True)[:5]
     words = ", ".join(f"{word[:20]!r} {p[word]:.0%}" for word in likeliest)
-    answers = [p.get(word, 0.0) for word in worth]
-    mass = sum(answers)
+    mass = sum(p.get(word, 0.0) for word in worth)
     if not 0 < mass < math.inf:
         return Verdict(torch.nan, mass, "no finite probability of the answers", words)
-    shares = tuple(value / mass for value in answers)
-    score = sum(map(operator.mul, shares, worth.values()))
-    return Verdict(min(score, 1.0), min(mass, 1.0), "", words, shares)
+    shares = {word: p.get(word, 0.0) / mass for word in worth}
+    score = sum(share * worth[word] for word, share in shares.items())
+    return Verdict(min(score, 1.0), min(mass, 1.0), "", words, shares)  # rounding may exceed 1
 
 
 class JudgeFailure(Exception):
@@ -412,6 +410,12 @@ class JudgeFailure(Exception):
 
 class Unavailable(JudgeFailure):
     """No answer for now: to ask again may help."""
+
+
+def _cause_of(error):
+    """What an exception says, in one line that is not long."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, JudgeFailure) else f"{type(error).__name__}: {text}"
 
 
 class Reply(NamedTuple):
@@ -430,8 +434,8 @@ class Reply(NamedTuple):
         return said
 
 
-def written_score(text: str, settings: JudgeSettings) -> float:
-    """The score in [0, 1] that a text holds; JudgeFailure without one, or with one out of range.
+def _written_score(text, settings):
+    """The score in [0, 1] that a text holds; JudgeFailure without one.
 
     The mean of all that --judge_reply finds; of several groups of one find, the least counts.
     """
@@ -439,34 +443,34 @@ def written_score(text: str, settings: JudgeSettings) -> float:
     scores = []
     for found in re.finditer(settings.judge_reply, text):
         try:
-            scores.append(min(map(float, filter(None, found.groups()))))
+            score = min(float(group) for group in found.groups() if group)
         except ValueError:
             raise JudgeFailure("no number where the score should be") from None
+        if not low <= score <= high:
+            raise JudgeFailure(f"a score out of the range {low:g} to {high:g}")
+        scores.append(score)
     if not scores:
         raise JudgeFailure("no score in the reply")
-    if not all(low <= score <= high for score in scores):
-        raise JudgeFailure(f"a score out of the range {low:g} to {high:g}")
-    return (sum(scores) / len(scores) - low) / (high - low)
+    return (fmean(scores) - low) / (high - low)
 
 
-def read_written(replies: list[Reply], settings: JudgeSettings) -> Verdict:
-    """The Verdict in one or more replies about an edit: the mean of those that hold a score."""
+def _read_written(replies, settings):
+    """The Verdict in several Replies about one edit: the mean of those that hold a score."""
     scores = []
     cause = ""
     for reply in replies:
         try:
-            scores.append(written_score(reply.said(), settings))
+            scores.append(_written_score(reply.said(), settings))
         except JudgeFailure as failure:
             cause = str(failure)
-    if scores:
-        return Verdict(sum(scores) / len(scores), words=reply.text[-200:])
-    return Verdict(cause=cause, words=reply.text[-200:])
+    words = reply.text[-200:]
+    return Verdict(fmean(scores), words=words) if scores else Verdict(cause=cause, words=words)
 
 
 # ---------------------------------------------------------------- what all judges share
 
 
-def background(function: Callable, *args) -> Future:
+def _background(function, *args):
     """The Future of function(*args), which runs in a daemon thread of its own: unlike those of
     ThreadPoolExecutor it does not hold up the end of the process, whatever it waits for."""
     future = Future()
@@ -481,17 +485,12 @@ def background(function: Callable, *args) -> Future:
     return future
 
 
-def message(role: str, *parts: str | dict) -> dict:
-    """A chat message of texts, and of pictures as a judge's `part` makes them."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else part for part in parts if part
-    ]
+def _message(role, *parts):
+    """A chat message of texts, and of pictures as a judge's `part` makes them; "" is left out."""
+    content = []
+    for part in filter(None, parts):
+        content.append({"type": "text", "text": part} if isinstance(part, str) else part)
     return {"role": role, "content": content}
-
-
-def column(verdicts, name):
-    """One field of n Verdicts as a tensor (n,)."""
-    return torch.tensor([getattr(verdict, name) for verdict in verdicts])
 
 
 class Judge:
@@ -505,15 +504,15 @@ class Judge:
     batch = 1  # chats in one call of write or weigh
     noise = 0.0  # how far a score moves by the judge's own arithmetic; check_judge measures it
 
-    def __init__(self, settings: JudgeSettings, stop: threading.Event | None):
+    def __init__(self, settings, stop=None):
         self.settings = settings
         self.stop = stop or threading.Event()
         self.is_closed = False
         self.lock = threading.Lock()  # held by who uses the model, or calls the function
         self.name = settings.judge.removeprefix("local:")
-        self.prompts = read_prompts(settings)
+        self.prompts = _read_prompts(settings)
         known = self.prompts.keys() | set(PLAIN_TERMS)
-        self.weights = read_weights(settings.judge_aspects, known - {"execution"})
+        self.weights = _read_weights(settings.judge_aspects, known - {"execution"})
         self.aspects = ["execution", *(name for name in self.weights if name in self.prompts)]
 
     def use(self, strategy: str):
@@ -521,92 +520,12 @@ class Judge:
         self.strategy = STRATEGIES[strategy]
         low, high = self.settings.judge_range
         self.ending = self.strategy.ending.format(low=low, high=high)
-        for aspect in self.aspects:
-            if self.ending == YES_NO and "{answer}" not in self.prompts[aspect]:
-                raise BadInput(f"{aspect}'s prompt: has no {{answer}} for {strategy}; write one")
 
-    def is_stopped(self) -> bool:
-        return self.is_closed or self.stop.is_set()
+    # ------------------------------------------------ from a group of edits to its Scores
 
-    def check_stop(self):
-        if self.is_stopped():
-            raise JudgeFailure("stopped")
-
-    def finished(self, future: Future, seconds: float = math.inf):
-        """What a Future brings; JudgeFailure once the run is stopped, or the seconds are over."""
-        deadline = time.monotonic() + seconds
-        while not future.done():
-            self.check_stop()
-            if time.monotonic() > deadline:
-                raise Unavailable("timeout")
-            wait([future], 0.2)
-        return future.result()
-
-    def question(self, row: dict, aspect: str = "execution") -> tuple[str, str]:
-        """An aspect's question about a row, and how to answer it, which stands last."""
-        filled = {
-            "{prompt}": row["prompt"],
-            "{requirement}": requirement_of(row),
-            "{answer}": THINK if self.strategy.thinks else self.ending,
-        }
-
-        def fill(text):  # in one go: braces in an instruction stay as they are
-            return re.sub("|".join(filled), lambda found: filled[found[0]], text)
-
-        question, answer, rest = self.prompts[aspect].partition("{answer}")
-        return fill(question), fill(answer + rest)
-
-    def examine(self, row: dict, aspect: str, sources: list, edits: list) -> list[Verdict]:
-        """One question about n edits: n Verdicts."""
-        if not edits:
-            return []
-        question, ending = self.question(row, aspect)
-        shown = [self.part(shrunk(source, edits[0])) for source in sources]
-        chats = []
-        for edit in edits:
-            parts = [question, *shown, self.part(edit)]
-            if self.settings.judge_order == "pictures_first":
-                parts = parts[1:] + parts[:1]
-            chats.append([message("user", *parts, ending)])
-        starts = range(0, len(chats), self.batch)
-        batches = [background(self.answer, chats[i : i + self.batch]) for i in starts]
-        verdicts = list(itertools.chain.from_iterable(map(Future.result, batches)))
-        if self.strategy.draws:
-            return [self.drawn(verdicts[i], edits[i]) for i in range(len(edits))]
-        return verdicts
-
-    def drawn(self, verdict: Verdict, edit: Image.Image) -> Verdict:
-        """One answer drawn in place of their mean: the edit's own, whenever it is asked."""
-        if verdict.cause:
-            return verdict
-        worth = list(self.strategy.worth.values())
-        (score,) = random.Random(edit.tobytes()).choices(worth, verdict.shares)
-        return verdict._replace(score=score)
-
-    def answer(self, chats: list) -> list[Verdict]:
-        """A Verdict on each chat. A batch that is refused is tried again one by one."""
-        try:
-            return self.finished(background(self.converse, chats))
-        except Exception as error:  # one edit's trouble must not end a run
-            if len(chats) > 1:
-                return [self.answer([chat])[0] for chat in chats]
-            return [Verdict(cause=cause_of(error))]
-
-    def converse(self, chats: list) -> list[Verdict]:
-        """What the strategy asks in turn."""
-        tokens = self.settings.judge_think
-        if self.strategy.thinks:
-            thoughts = self.write(chats, tokens)
-            ending = message("user", self.ending)
-            chats = [
-                [*chat, message("assistant", thought.text), ending]
-                for chat, thought in zip(chats, thoughts, strict=True)
-            ]
-        if self.strategy.worth:
-            return self.weigh(chats)
-        draws = range(self.settings.judge_draws)
-        written = [self.write(chats, tokens, draw) for draw in draws]  # draws x chats
-        return [read_written(replies, self.settings) for replies in zip(*written, strict=True)]
+    def submit(self, row: dict, sources: list, edits: list) -> Future:
+        """The Future of score(...): the judge works while the caller goes on."""
+        return _background(self.score, row, sources, edits)
 
     def score(self, row: dict, sources: list, edits: list) -> Scores:
         """Judges the n edits of one row.
@@ -614,43 +533,106 @@ class Judge:
         row: `prompt`, and perhaps `requirement`, `task` and `mask`, the path of a picture whose
         white is the region to edit; sources, edits: PIL.Images. Returns Scores on the CPU.
         """
-        found = [self.examine(row, aspect, sources, edits) for aspect in self.aspects]
-        scores = [column(verdicts, "score") for verdicts in found]
-        mass = torch.stack([column(verdicts, "mass") for verdicts in found]).amin(0)
-        mask = load_image(row["mask"]) if row.get("mask") else None
-        terms = dict(zip(self.aspects, scores, strict=True))
-        terms |= plain_terms(sources[0], edits, mask)
-        score = combine(terms, self.weights)
-        causes = []
-        for i, verdicts in enumerate(zip(*found, strict=True)):
-            cause = next((verdict.cause for verdict in verdicts if verdict.cause), "")
-            if not cause and not 0 <= score[i] <= 1:
-                cause = f"a reward of {score[i]:.3g}, not in [0, 1]"
-            if cause:
-                score[i] = torch.nan
-            causes.append(cause)
-        words = [verdict.words for verdict in found[0]]
-        shares = [verdict.shares for verdict in found[0]]
-        return Scores(score, mass, terms, causes, words, shares)
+        try:
+            return self.unless_stopped(self.examine_all, row, sources, edits)
+        except (Exception, SystemExit) as error:  # one group's trouble must not end a run
+            return Scores.missing(len(edits), _cause_of(error))
 
-    def submit(self, row: dict, sources: list, edits: list) -> Future:
-        """The Future of score(...): the judge works while the caller goes on."""
-        return background(self.score, row, sources, edits)
+    def examine_all(self, row, sources, edits):
+        """The Scores of n edits under all aspects."""
+        found = {name: self.examine(row, name, sources, edits) for name in self.aspects}
+        mask = load_image(row["mask"]) if row.get("mask") else None
+        terms = plain_terms(sources[0], edits, mask)
+        for aspect, verdicts in found.items():
+            terms[aspect] = torch.tensor([verdict.score for verdict in verdicts])  # (n,)
+        score = combine(terms, self.weights)
+        masses = []
+        causes = []
+        for i, verdicts in enumerate(zip(*found.values(), strict=True)):  # an edit's, by aspect
+            masses.append(min(verdict.mass for verdict in verdicts))
+            faults = [verdict.cause for verdict in verdicts]
+            faults += [_range_fault(terms["execution"][i]), _range_fault(score[i])]
+            causes.append(next(filter(None, faults), ""))  # the first
+            if causes[i]:
+                score[i] = torch.nan
+        words = [verdict.words for verdict in found["execution"]]
+        return Scores(score, torch.tensor(masses), terms, causes, words)
+
+    def examine(self, row, aspect, sources, edits):
+        """One question about n edits: n Verdicts."""
+        question, ending = self.question(row, aspect)
+        sources = [self.part(_shrunk(source, edits[0])) for source in sources]
+        chats = []
+        for edit in edits:
+            parts = [question, *sources, self.part(edit)]
+            if self.settings.judge_order == "pictures_first":
+                parts = [*sources, self.part(edit), question]
+            chats.append([_message("user", *parts, ending)])
+        # Servers are asked side by side; a local judge's batches take their turn at its lock.
+        starts = range(0, len(chats), self.batch)
+        batches = [_background(self.answer, chats[i : i + self.batch]) for i in starts]
+        verdicts = []
+        for batch in batches:
+            verdicts += batch.result()
+        if self.strategy.draws:
+            return list(map(self.drawn, verdicts, edits))
+        return verdicts
+
+    def drawn(self, verdict, edit):
+        """One answer drawn in place of their mean: the edit's own, whenever it is asked."""
+        if verdict.cause:
+            return verdict
+        draw = random.Random(edit.tobytes())
+        (word,) = draw.choices(list(verdict.shares), verdict.shares.values())
+        return verdict._replace(score=self.strategy.worth[word])
+
+    def question(self, row, aspect="execution"):
+        """An aspect's question about a row, and how to answer it, which stands last."""
+        ending = THINK if self.strategy.thinks else self.ending
+
+        def fill(text):
+            text = text.replace("{answer}", ending).replace("{requirement}", requirement_of(row))
+            return text.replace("{prompt}", row["prompt"])  # last: its own braces stay as they are
+
+        question, answer, rest = self.prompts[aspect].partition("{answer}")
+        return fill(question), fill(answer + rest)
+
+    def answer(self, chats):
+        """A Verdict on each chat. A batch that is refused is tried again one by one."""
+        try:
+            return self.converse(chats)
+        except Exception as error:
+            if len(chats) > 1:
+                return [self.answer([chat])[0] for chat in chats]
+            return [Verdict(cause=_cause_of(error))]
+
+    def converse(self, chats):
+        """What the strategy asks in turn."""
+        tokens = self.settings.judge_think
+        if self.strategy.thinks:
+            thoughts = self.write(chats, tokens)
+            ending = _message("user", self.ending)
+            chats = [
+                [*chat, _message("assistant", thought.text), ending]
+                for chat, thought in zip(chats, thoughts, strict=True)
+            ]
+        if self.strategy.worth:
+            return self.weigh(chats)
+        draws = range(self.settings.judge_draws)
+        written = [self.write(chats, tokens, draw) for draw in draws]  # draws x chats
+        by_chat = zip(*written, strict=True)  # chats x draws
+        return [_read_written(replies, self.settings) for replies in by_chat]
+
+    # ------------------------------------------------ other words with a judge, and its end
 
     def ask(self, text: str, pictures: list, max_tokens: int = 1024) -> str:
         """The reply to a text and PIL.Images, at temperature 0; JudgeFailure if there is none."""
-        chat = [message("user", text, *map(self.part, pictures))]
+        chat = [_message("user", text, *map(self.part, pictures))]
         try:
-            (reply,) = self.finished(background(self.write, [chat], max_tokens))
+            (reply,) = self.unless_stopped(self.write, [chat], max_tokens)
         except Exception as error:
-            raise JudgeFailure(cause_of(error)) from error
+            raise JudgeFailure(_cause_of(error)) from error
         return reply.said()
-
-    def close(self):
-        """Gives up whatever still waits, and waits a little for what is being worked on."""
-        self.is_closed = True
-        if self.lock.acquire(timeout=3):  # a forward that the end of Python cuts off would crash
-            self.lock.release()
 
     def part(self, picture):
         return {"type": "image", "image": picture}
@@ -658,20 +640,36 @@ class Judge:
     def write(self, chats, tokens, draw=0):
         raise JudgeFailure("this judge does not write; take another --judge")
 
+    def check_stop(self):
+        """JudgeFailure once there is nothing to wait for any more."""
+        if self.is_closed or self.stop.is_set():
+            raise JudgeFailure("stopped")
 
-def shrunk(picture: Image.Image, edit: Image.Image) -> Image.Image:
+    def unless_stopped(self, function, *args):
+        """function(*args), or JudgeFailure as soon as the run is stopped."""
+        future = _background(function, *args)
+        while not future.done():
+            self.check_stop()
+            wait([future], 0.2)
+        return future.result()
+
+    def close(self):
+        """Gives up whatever still waits, and waits a little for what is being worked on."""
+        self.is_closed = True
+        if self.lock.acquire(timeout=3):  # a forward that the end of Python cuts off would crash
+            self.lock.release()
+
+
+def _range_fault(score):
+    """What is wrong with a score, "" if nothing is; NaN is in no range."""
+    return "" if 0 <= score <= 1 else f"a score of {score:.3g}, not in [0, 1]"
+
+
+def _shrunk(picture, edit):
     """A picture with at most about as many pixels as an edit. A photo of 12 megapixels would be
     15,000 tokens beside an edit of 324, and sharpness cannot be compared across scales."""
     factor = math.sqrt(math.prod(edit.size) / math.prod(picture.size))
-    if factor > 0.95:
-        return picture
-    return ImageOps.scale(picture, factor, Image.Resampling.LANCZOS)
-
-
-def cause_of(error: Exception) -> str:
-    """What an exception says, in one line that is not long."""
-    text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, JudgeFailure) else f"{type(error).__name__}: {text}"
+    return ImageOps.scale(picture, min(factor, 1), Image.Resampling.LANCZOS)
 
 
 # ---------------------------------------------------------------- a function as the judge
@@ -687,63 +685,35 @@ class FileJudge(Judge):
     none; whatever it raises is the cause of n NaNs.
     """
 
-    def __init__(self, settings: JudgeSettings, stop=None):
+    def __init__(self, settings, stop=None):
         super().__init__(settings, stop)
         file, name = re.fullmatch(FILE_JUDGE, settings.judge).groups(default="score")
         if self.aspects != ["execution"]:
             raise BadInput(f"--judge_aspects: {file} answers no questions; name plain terms alone")
         try:
             self.function = runpy.run_path(file)[name]
+            inspect.signature(self.function).bind("row", "sources", "edits")
         except (Exception, SystemExit) as error:
-            fix = f"correct it, and write a function `{name}`"
-            raise BadInput(f"--judge {file}: {cause_of(error)}; {fix}") from error
-        if not callable(self.function):
-            raise BadInput(f"--judge {file}: `{name}` is no function; write one")
-        self.use(settings.judge_strategy)
+            fix = f"write a function `{name}(row, sources, edits)`"
+            raise BadInput(f"--judge {file}: {_cause_of(error)}; {fix}") from error
 
     def examine(self, row, aspect, sources, edits):
-        try:
-            values = self.finished(background(self.call, row, sources, edits))
-        except (Exception, SystemExit) as error:
-            return [Verdict(cause=cause_of(error))] * len(edits)
-        verdicts = []
-        for value in values:
-            cause = "" if 0 <= value <= 1 else f"a score of {value:.3g}, not in [0, 1]"
-            verdicts.append(Verdict(value, cause=cause))
-        return verdicts
-
-    def call(self, row, sources, edits):
         with self.lock:
             self.check_stop()
             values = [float(value) for value in self.function(row, sources, edits)]
         if len(values) != len(edits):
             raise JudgeFailure(f"{len(values)} scores for {len(edits)} edits")
-        return values
+        return [Verdict(value) for value in values]
 
 
 # ---------------------------------------------------------------- a local judge
 
 
-def answer_token_ids(tokenizer, texts=DIGITS) -> list[int]:
-    """The token ids of the answers; BadInput when one of them is not a token of its own."""
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    for text, pieces in zip(texts, ids, strict=True):
-        if len(pieces) != 1 or tokenizer.decode(pieces).strip() != text:
-            raise BadInput(
-                f"{tokenizer.name_or_path}: the answer {text} is not one token of its own "
-                f"({pieces}); take another judge or another --judge_strategy"
-            )
-    return [pieces[0] for pieces in ids]
-
-
 class LocalJudge(Judge):
     """A multimodal LLM of transformers on this machine. BadInput when the setting names none."""
 
-    def __init__(self, settings: JudgeSettings, device="cpu", dtype=torch.float32, stop=None):
+    def __init__(self, settings, device, dtype, stop=None):
         super().__init__(settings, stop)
-        if not os.path.isdir(self.name) and self.name.count("/") != 1:
-            fix = "name a folder or a hub id owner/name, or run python data_prep.py toy first"
-            raise BadInput(f"{self.name}: no such model folder; {fix}")
         if settings.judge_draws > 1:
             raise BadInput("--judge_draws: a local judge writes without chance; serve it")
         self.batch = settings.judge_batch
@@ -754,21 +724,20 @@ class LocalJudge(Judge):
             self.processor = load_processor(kind, self.name, **code)
         except (OSError, ValueError, KeyError) as error:
             raise BadInput(
-                f"{self.name}: not a multimodal LLM of transformers ({cause_of(error)}); "
-                "name one such as Qwen/Qwen2.5-VL-7B-Instruct"
+                f"{self.name}: not a multimodal LLM of transformers ({_cause_of(error)}); "
+                "name one such as Qwen/Qwen2.5-VL-7B-Instruct, or run python data_prep.py toy first"
             ) from error
         self.model = model.to(device).eval()
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"  # the next word's place is the last in every row
-        self.use(settings.judge_strategy)
 
     def use(self, strategy):
         super().use(strategy)
-        self.token_ids = answer_token_ids(self.tokenizer, self.strategy.worth)
+        self.token_ids = _answer_token_ids(self.tokenizer, self.strategy.worth)
 
     def inputs(self, chats):
         """The model's arguments for some chats, padded on the left to (B, L)."""
-        self.check_stop()
+        self.check_stop()  # here, for a thread may have waited long for its turn with the model
         inputs = self.processor.apply_chat_template(
             chats,
             add_generation_prompt=True,
@@ -786,17 +755,17 @@ class LocalJudge(Judge):
                 **inputs,
                 max_new_tokens=tokens,
                 do_sample=False,
-                stopping_criteria=[self.ends_writing],
+                logits_processor=[self.before_each_word],
             )
         written = whole[:, inputs["input_ids"].shape[1] :]  # (B, tokens at most)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        has_ended = torch.isin(written[:, -1].cpu(), torch.tensor(self.tokenizer.all_special_ids))
-        is_cut = ~has_ended & (written.shape[1] == tokens)
-        return list(map(Reply, texts, is_cut.tolist()))
+        ends = torch.tensor(self.model.generation_config.eos_token_id)
+        has_ended = torch.isin(written.cpu(), ends).any(1)
+        return list(map(Reply, texts, (~has_ended).tolist()))
 
-    def ends_writing(self, ids, scores, **_):
-        """Whether to write no further, (B,): not once the run is stopped."""
-        return torch.full((len(ids),), self.is_stopped(), device=ids.device)
+    def before_each_word(self, ids, logits):
+        self.check_stop()
+        return logits
 
     @torch.no_grad()
     def weigh(self, chats):
@@ -814,14 +783,38 @@ class LocalJudge(Judge):
         return verdicts
 
 
+def _answer_token_ids(tokenizer, texts=DIGITS):
+    """The token ids of the answers; BadInput when one of them is not a token of its own."""
+    ids = []
+    for text in texts:
+        pieces = tokenizer.encode(text, add_special_tokens=False)
+        if len(pieces) != 1 or tokenizer.decode(pieces).strip() != text:
+            raise BadInput(
+                f"{tokenizer.name_or_path}: the answer {text} is not one token of its own "
+                f"({pieces}); take another judge or another --judge_strategy"
+            )
+        ids += pieces
+    return ids
+
+
 # ---------------------------------------------------------------- a served judge
 
 MAX_REPLY = 2**22  # bytes
+TOP_LOGPROBS = 20  # likeliest words that a server is asked for
 DRAW_TEMPERATURE = 0.7  # where the mean of several written scores counts
 SAY_AFTER = 1.0  # seconds without a good reply after which an outage is told
-REST = 10.0  # seconds for which nobody asks again after an outage outlasted judge_patience
-LOOPBACK = "localhost,127.0.0.0/8,::1"
-UNREADABLE = (KeyError, TypeError, IndexError, ValueError, OverflowError)  # in a reply's JSON
+REST = 5.0  # seconds at most between two tries, and for which a lost outage is not tried again
+
+
+@dataclass
+class Server:
+    """A server, and how it does. Who holds the judge's lock may read and change it."""
+
+    url: str
+    busy: int = 0  # requests in flight, and those that rest before another try
+    last_good: float = 0.0  # when its last good reply came
+    silent_since: float = math.inf  # when the first request after that began, once it failed
+    is_down: bool = False  # it was told that it stopped answering
 
 
 class ServedJudge(Judge):
@@ -831,36 +824,38 @@ class ServedJudge(Judge):
     retries, but knows neither other servers nor an outage that all requests share.)
     """
 
-    def __init__(self, settings: JudgeSettings, stop=None):
+    def __init__(self, settings, stop=None):
         super().__init__(settings, stop)
-        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
+        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "EMPTY"
         self.key = key.strip()
-        if not re.fullmatch("[!-~]*", self.key):
+        if not re.fullmatch("[!-~]+", self.key):
             raise BadInput("JUDGE_API_KEY: holds what a key cannot; ASCII without spaces only")
         processes = int(os.environ.get("WORLD_SIZE") or 1)
-        in_flight = max(1, settings.judge_in_flight // processes)
-        self.free = threading.Condition()  # held by who reads or changes the servers' state
-        self.refused = set()  # options that the servers do not take
+        self.in_flight = max(1, settings.judge_in_flight // processes)
+        self.servers = [Server(url.rstrip("/")) for url in settings.judge.split(",")]
+        self.room = threading.Semaphore(self.in_flight * len(self.servers))  # for requests
+        self.patient_since = 0.0  # when it was tried again after an outage that was given up
+        self.pool = urllib3.PoolManager(  # it goes through no proxy
+            num_pools=len(self.servers),
+            maxsize=self.in_flight,  # as many connections are kept open
+            headers={"Authorization": f"Bearer {self.key}"},
+            retries=False,
+        )
+        self.is_new = False  # a server that wants the options of OpenAI's newer models
         self.name = settings.judge_model
-        urls = settings.judge.split(",")
-        self.servers = [Server(url.rstrip("/"), self.key, in_flight) for url in urls]
         for server in self.servers:
-            self.find_model(server)
-        self.use(settings.judge_strategy)
+            self.find_model(server.url)
 
-    def find_model(self, server):
+    def find_model(self, url):
         """Takes the first model that a server lists, or sees that it has the one that is wanted."""
         try:
-            names = [str(model["id"]) for model in self.request(server, "/models")["data"]]
-        except JudgeFailure as failure:
-            fix = "start the server, or correct the address"
-            raise BadInput(f"judge {server.url}: {failure}; {fix}") from None
-        except UNREADABLE:
-            names = []
-        self.name = self.name or "".join(names[:1])
-        if self.name not in names:
-            fix = f"serves {str(names)[:200]}, not {self.name!r}; see --judge_model"
-            raise BadInput(f"judge {server.url}: {fix}")
+            names = [str(model["id"]) for model in self.request(f"{url}/models")["data"]]
+            self.name = self.name or names[0]
+            if self.name not in names:
+                raise JudgeFailure(f"serves {str(names)[:200]}, not {self.name!r}")
+        except Exception as error:  # the reply may be any JSON
+            fix = "start the server, or correct --judge or --judge_model"
+            raise BadInput(f"judge {url}: {_cause_of(error)}; {fix}") from None
 
     def part(self, picture):
         file = io.BytesIO()
@@ -879,99 +874,124 @@ class ServedJudge(Judge):
         return [Reply(text, choice.get("finish_reason") == "length")]
 
     def weigh(self, chats):
-        options = {"max_tokens": 1, "temperature": 1, "logprobs": True}
-        options["top_logprobs"] = self.settings.judge_logprobs
-        return [read_choice(self.complete(*chats, options), self.strategy.worth)]
+        options = {
+            "max_tokens": 1,
+            "temperature": 1,
+            "logprobs": True,
+            "top_logprobs": TOP_LOGPROBS,
+        }
+        return [_read_choice(self.complete(*chats, options), self.strategy.worth)]
 
     def complete(self, chat, options):
         """The one choice of a chat completion. What fails is tried again where that may help."""
-        first_try = math.inf
-        not_before = 0.0
-        for attempt in itertools.count():
-            server = self.take_server(not_before)
-            first_try = min(first_try, time.monotonic())
-            body = {"model": self.name, "messages": chat, **options}
-            if "max_tokens" in self.refused:
-                body["max_completion_tokens"] = body.pop("max_tokens")
-            if "temperature" in self.refused:
-                del body["temperature"]
+        deadline = math.inf
+        for attempt in itertools.count(1):
             try:
-                return only_choice(self.request(server, "/chat/completions", body))
+                with self.room:
+                    body = {"model": self.name, "messages": chat, **options}
+                    if self.is_new:
+                        body["max_completion_tokens"] = body.pop("max_tokens")
+                        del body["temperature"]
+                    reply = self.ask_a_server(body, attempt)
+                match reply:
+                    case {"choices": [{"message": {}} as choice]}:
+                        return choice
+                raise JudgeFailure("not one choice with a message in the reply")
             except Unavailable:
-                if time.monotonic() - first_try > self.settings.judge_patience:
-                    raise
-                not_before = time.monotonic() + min(2**attempt, 16) * random.uniform(0.5, 1)
-            except JudgeFailure as failure:
-                if not self.learns(str(failure), body):
-                    raise
-            finally:
-                with self.free:
-                    server.busy -= 1
-                    self.free.notify()
-
-    def learns(self, cause, body):
-        """Whether a 400 names an option of `body` that OpenAI's newer models do not take."""
-        named = {name for name in ("max_tokens", "temperature") if name in body and name in cause}
-        if not cause.startswith("HTTP 400") or not named:
-            return False
-        self.refused |= named
-        return True
-
-    def take_server(self, not_before):
-        """The least busy server that takes requests, once there is one and it is time.
-
-        The patience is the outage's, not each request's: when no server gave a good reply for
-        judge_patience seconds, all that wait here fail at once, and so do others for a while.
-        """
-        patience = self.settings.judge_patience
-        with self.free:
-            while True:
-                self.check_stop()
+                # One request that a server cannot bear must not wait for as long as others can.
                 now = time.monotonic()
-                outage = now - max(server.silent_since for server in self.servers)
-                if patience < outage < patience + REST:
-                    raise JudgeFailure(self.servers[0].cause)
-                if outage >= patience + REST:
-                    self.servers[0].silent_since = math.inf  # a new try, with new patience
-                ready = [server for server in self.servers if server.has_room()]
-                if ready and now >= not_before:
-                    server = min(ready, key=lambda server: (server.is_down, server.busy))
-                    server.busy += 1
-                    return server
-                self.free.wait(0.1)
+                deadline = min(deadline, now + self.settings.judge_patience)  # of the first failure
+                if now >= deadline:
+                    raise
+            except JudgeFailure as failure:
+                # Asked once more without what newer models refuse, if that is what it is about.
+                is_about_options = re.search("max_tokens|temperature", str(failure))
+                if "temperature" not in body or not is_about_options:
+                    raise
+                self.is_new = True
 
-    def request(self, server, path, body=None):
-        """A reply's JSON; JudgeFailure for all else. Notes whether the server answers."""
+    def ask_a_server(self, body, attempt):
+        """The reply of the server that fails and works least, of those that have room."""
+        with self.lock:
+            # One of them has room, for `self.room` counts that of all. One that answers was
+            # silent since never (inf), so that it comes first.
+            ready = [server for server in self.servers if server.busy < self.in_flight]
+            server = min(ready, key=lambda server: (-server.silent_since, server.busy))
+            server.busy += 1
         begun = time.monotonic()
-        sent = background(self.send, server, path, body)
         try:
-            reply = self.finished(sent, self.settings.judge_timeout)  # for the whole of it
+            self.check_stop()  # it may have waited long for its turn
+            reply = self.request(f"{server.url}/chat/completions", body)
+            self.note(server, begun)
+            return reply
         except Unavailable as failure:
-            with self.free:
-                server.failed(failure, begun)
+            self.note(server, begun, str(failure))
+            # Its place stays taken for a while: a server that fails has less and less to do.
+            rest = REST if server.is_down else min(attempt, REST)
+            self.stop.wait(rest * random.uniform(0.5, 1))
             raise
-        with self.free:
-            server.answered()
-        return reply
+        finally:
+            with self.lock:
+                server.busy -= 1
 
-    def send(self, server, path, body):
-        # Twice the time that `request` waits: it tells a timeout, this only ends the thread.
-        seconds = 2 * self.settings.judge_timeout
-        options = {"timeout": seconds, "allow_redirects": False, "stream": True}
-        method = "POST" if body else "GET"
+    def note(self, server, begun, cause=""):
+        """Keeps how a server does, and tells in a line when it stops answering or is back."""
+        now = time.monotonic()
+        with self.lock:
+            if cause:
+                self.cause = cause
+                # A request may have hung for long while others were answered: not silence.
+                server.silent_since = min(server.silent_since, max(begun, server.last_good))
+            else:
+                server.last_good = now
+                server.silent_since = math.inf
+            was_down = server.is_down
+            server.is_down = now - server.silent_since > SAY_AFTER
+            if server.is_down != was_down:
+                news = f"stopped answering: {cause}" if cause else "answers again"
+                tqdm.write(f"judge {server.url}: {news}", file=sys.stderr)
+
+    def check_stop(self):
+        """JudgeFailure also while no server gave a good reply for judge_patience seconds: all that
+        wait give up together, and so do others for a while; then there is new patience."""
+        super().check_stop()
+        now = time.monotonic()
+        silent_since = max(server.silent_since for server in self.servers)
+        outage = now - max(silent_since, self.patient_since)
+        if outage > self.settings.judge_patience + REST:
+            self.patient_since = now  # as if the outage began only now
+        elif outage > self.settings.judge_patience:
+            raise JudgeFailure(self.cause)
+
+    def request(self, url, body=None):
+        """A reply's JSON; JudgeFailure for all else, and when judge_timeout is over."""
+        sent = _background(self.send, url, body)
+        # urllib3's timeout is that of each byte; this one is that of the whole reply.
+        wait([sent], self.settings.judge_timeout)
+        if not sent.done():
+            raise Unavailable("timeout")
+        return sent.result()
+
+    def send(self, url, body):
+        """What `request` does, however long it takes."""
         try:
-            with server.session.request(method, server.url + path, json=body, **options) as reply:
-                content = reply.raw.read(MAX_REPLY + 1, decode_content=True)
-        except (requests.RequestException, urllib3.exceptions.HTTPError):
+            with self.pool.request(
+                "POST" if body else "GET",
+                url,
+                json=body,
+                timeout=2 * self.settings.judge_timeout,  # nobody waits so long; it ends the thread
+                redirect=False,  # pictures go to no other host
+                preload_content=False,
+            ) as reply:
+                content = reply.read(MAX_REPLY + 1, decode_content=True)
+        except urllib3.exceptions.HTTPError:
             raise Unavailable("no connection") from None
-        status = reply.status_code
-        if status in (408, 425, 429) or status >= 500:
-            raise Unavailable(f"HTTP {status}")
-        if status != 200:
-            text = " ".join(content.decode(errors="replace").split())
-            if self.key:
-                text = text.replace(self.key, "***")  # before it is cut: half a key leaks, too
-            raise JudgeFailure(f"HTTP {status} {text[:200]}")
+        if reply.status in (408, 425, 429) or reply.status >= 500:
+            raise Unavailable(f"HTTP {reply.status}")  # too early, too many, or its own fault
+        if reply.status != 200:
+            text = content.decode(errors="replace")
+            text = text.replace(self.key, "***")  # before it is cut: half a key leaks, too
+            raise JudgeFailure(f"HTTP {reply.status} {' '.join(text.split())[:200]}")
         if len(content) > MAX_REPLY:
             raise JudgeFailure("a reply that is too long")
         try:
@@ -980,58 +1000,8 @@ class ServedJudge(Judge):
             raise Unavailable("a reply that is not JSON") from None
 
 
-class Server:
-    """A server, and whether it answers. All of it is changed under ServedJudge.free."""
-
-    def __init__(self, url: str, key: str, in_flight: int):
-        self.url = url
-        self.in_flight = in_flight
-        self.busy = 0  # requests in flight
-        self.cause = ""  # of its last failure
-        self.last_good = 0.0  # when its last good reply came
-        self.silent_since = math.inf  # when the first request after that began, once it failed
-        self.is_down = False  # it was told that it stopped answering
-        self.session = requests.Session()
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=in_flight)
-        self.session.mount("http://", adapter)  # one kept connection for each request in flight
-        self.session.mount("https://", adapter)
-        # loopback must not go through a proxy that the environment names
-        self.session.trust_env = not requests.utils.should_bypass_proxies(url, LOOPBACK)
-        if key:
-            self.session.headers["Authorization"] = f"Bearer {key}"
-
-    def has_room(self):
-        """Whether it takes one more request; one that is down gets one at a time."""
-        return self.busy < (1 if self.is_down else self.in_flight)
-
-    def failed(self, failure, begun):
-        now = time.monotonic()
-        self.cause = str(failure)
-        self.silent_since = min(self.silent_since, max(begun, self.last_good))
-        if not self.is_down and now - self.silent_since > SAY_AFTER:
-            self.is_down = True
-            tqdm.write(f"judge {self.url}: stopped answering: {failure}", file=sys.stderr)
-
-    def answered(self):
-        if self.is_down:
-            tqdm.write(f"judge {self.url}: answers again", file=sys.stderr)
-        self.is_down = False
-        self.silent_since = math.inf
-        self.last_good = time.monotonic()
-
-
-def only_choice(reply) -> dict:
-    """The one choice of a chat completion's JSON; JudgeFailure when it has another form."""
-    match reply:
-        case {"choices": [{"message": {}} as choice]}:
-            return choice
-        case {"choices": [*choices]}:
-            raise JudgeFailure(f"{len(choices)} choices instead of 1, or without message")
-    raise JudgeFailure("no choices in the reply")
-
-
-def read_choice(choice: dict, worth: dict[str, float]) -> Verdict:
-    """The Verdict in a choice's likeliest first words.
+def _read_choice(choice, worth):
+    """The Verdict in the likeliest first words of a chat completion's choice.
 
     Nothing is guessed: probabilities that cannot be, or that were cut so that answers may be
     missing, are no score.
@@ -1039,21 +1009,21 @@ def read_choice(choice: dict, worth: dict[str, float]) -> Verdict:
     try:
         first = choice["logprobs"]["content"][0]
         words = [str(word["token"]) for word in first["top_logprobs"]]
-        values = [math.exp(float(word["logprob"])) for word in first["top_logprobs"]]
-        drawn = str(first["token"]).strip()
-    except UNREADABLE:
+        values = [math.exp(word["logprob"]) for word in first["top_logprobs"]]
+        thinks = str(first["token"]).strip().startswith("<think")
+    except Exception:  # the reply may be any JSON
         return Verdict(cause="no logprobs in the reply")
-    if not math.isfinite(sum(values)):
-        return Verdict(cause="logprobs that are not finite")
     verdict = expected_score(dict(zip(words, values, strict=True)), worth)
-    thought = choice["message"].get("reasoning_content") or choice["message"].get("reasoning")
-    times = [words.count(text) for text in worth]
-    most_unseen = times.count(0) * min(values, default=1.0)
+    said = choice["message"]
+    thinks = thinks or said.get("reasoning_content") or said.get("reasoning")
+    is_double = any(words.count(answer) > 1 for answer in worth)
+    unseen = worth.keys() - set(words)  # each at most as likely as the last that is listed
     faults = {
-        "the judge thinks before it answers": thought or drawn.startswith("<think"),
-        "probabilities that cannot be": max(times) > 1 or sum(values) > 1.01,
+        "the judge thinks before it answers": thinks,
+        "probabilities that cannot be": is_double or not sum(values) < 1.01,  # nor is NaN
         "a distribution cut by top-k or top-p": values.count(0.0) > 1,
-        "answers missing from top_logprobs": verdict.cause or most_unseen > 1e-3 * verdict.mass,
+        "answers missing from top_logprobs": verdict.cause
+        or len(unseen) * min(values) > 1e-3 * verdict.mass,
     }
     for cause, is_so in faults.items():
         if is_so:
@@ -1066,7 +1036,7 @@ def read_choice(choice: dict, worth: dict[str, float]) -> Verdict:
 
 def load_judge(
     settings: JudgeSettings,
-    device=None,
+    device: str | torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
     stop: threading.Event | None = None,
 ) -> Judge:
@@ -1076,24 +1046,28 @@ def load_judge(
     is one; dtype: its precision there, float32 on a CPU; stop: once it is set, all waiting ends
     within a second, and what is missing is NaN with the cause "stopped".
     """
-    if settings.judge.startswith(("http://", "https://")):
-        return ServedJudge(settings, stop)
-    if re.fullmatch(FILE_JUDGE, settings.judge):
-        return FileJudge(settings, stop)
-    if not settings.judge.startswith("local:") or settings.judge == "local:":
+    if settings.judge.startswith(IS_SERVED):
+        judge = ServedJudge(settings, stop)
+    elif re.fullmatch(FILE_JUDGE, settings.judge):
+        judge = FileJudge(settings, stop)
+    elif settings.judge.startswith("local:"):
+        usual = "cuda" if torch.cuda.is_available() else "cpu"
+        device = settings.judge_device or device or usual
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError) as error:
+            fix = "name cpu or cuda:0"
+            raise BadInput(f"--judge_device {device}: {_cause_of(error)}; {fix}") from None
+        if torch.device(device).type == "cpu":
+            dtype = torch.float32
+        judge = LocalJudge(settings, device, dtype, stop)
+    else:
         raise BadInput(
             f"judge {settings.judge!r}: not of the form local:MODEL, http://host:port/v1 or "
             "FILE.py; name one such as local:Qwen/Qwen2.5-VL-7B-Instruct"
         )
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    device = settings.judge_device or device or usual
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--judge_device {device}: {cause_of(error)}; name cpu or cuda:0") from None
-    if torch.device(device).type == "cpu":
-        dtype = torch.float32
-    return LocalJudge(settings, device, dtype, stop)
+    judge.use(settings.judge_strategy)
+    return judge
 
 
 def refuse_silent_judge(scores: Scores, name: str, least: float = 0.5):
@@ -1114,13 +1088,13 @@ def refuse_silent_judge(scores: Scores, name: str, least: float = 0.5):
 def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
     """Asks about a few rows, and sets judge.noise. BadInput for a silent judge, and, unless
     judge_check is off, for one that untouched sources please more than right edits (`target`)."""
-    with_target = [row for row in rows if row.get("target")]
+    examples = [row for row in rows if row.get("target")][:16]
     plain = []
     padded = []
-    for row in with_target[:16] or rows[:4]:
+    for row in examples or rows[:4]:
         sources = [load_image(path) for path in row["images"]]
         source = sources[0]
-        target = load_image(row["target"]) if with_target else ImageOps.mirror(source)
+        target = load_image(row["target"]) if examples else ImageOps.mirror(source)
         halfway = Image.blend(source, target.resize(source.size), 0.5)  # a score from 0 to 1
         wide = source.resize((3 * source.width, source.height))  # the longest pads the others
         plain.append(judge.submit(row, sources, [source, target, halfway]))
@@ -1129,10 +1103,11 @@ def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
     refuse_silent_judge(scores, judge.name)
     untouched, right, once = scores.score.unbind(1)  # (rows,)
     again, _ = Scores.stack([future.result() for future in padded]).score.unbind(1)
-    moves = (once - again).square().nanmean().sqrt().item()
-    judge.noise = 0.0 if math.isnan(moves) else moves
-    print(f"judge {judge.name}: a score moves by {moves:.1g} with what is asked beside it")
-    if with_target and settings.judge_check and not right.nanmean() > untouched.nanmean():
+    moves = (once - again).square().nanmean().sqrt()
+    judge.noise = moves.nan_to_num().item()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"judge {judge.name}: a score moves by {moves:.1g} with what is asked beside it")
+    if examples and settings.judge_check and not right.nanmean() > untouched.nanmean():
         raise BadInput(
             f"{judge.name}: scores right edits {right.nanmean():.2f}, untouched sources "
             f"{untouched.nanmean():.2f}; take another judge or --judge_prompt, or --no_judge_check"
@@ -1155,31 +1130,32 @@ def write_requirements(argv: list[str]):
     settings = parse_settings(JudgeSettings, argv[1:], description=write_requirements.__doc__)
     splits = [split for split in SPLITS if split_file(folder, split)]
     rows = {split: read_rows(folder, split) for split in splits or SPLITS}
-    judge = load_judge(settings)
-    for split in splits:
-        fill_requirements(judge, split_file(folder, split), rows[split])
+    with locked(folder):  # a folder that cannot be written is noticed before a model is loaded
+        judge = load_judge(settings)
+        for split in splits:
+            _fill_requirements(judge, split_file(folder, split), rows[split])
 
 
-def fill_requirements(judge: Judge, file: Path, rows: list[dict]):
+def _fill_requirements(judge, file, rows):
     """Writes what `rows` lack into their file, of which all else stays as it is."""
     lines = [line for _, line in read_json_lines(file)]
     todo = [i for i, row in enumerate(rows) if not row.get("requirement")]
     causes = Counter()
     for start in tqdm(range(0, len(todo), PART), desc=file.name):
         part = todo[start : start + PART]
-        futures = [background(ask_requirement, judge, rows[i]) for i in part]
-        for i, future in zip(part, futures, strict=True):
+        asked = {i: _background(_ask_requirement, judge, rows[i]) for i in part}
+        for i, future in asked.items():
             try:
                 lines[i]["requirement"] = future.result()
             except JudgeFailure as failure:
                 causes[str(failure)] += 1
         write_json_lines(file, lines)
-    failed = "".join(f", {number} failed: {cause}" for cause, number in causes.items())
     written = len(todo) - causes.total()
-    print(f"{file}: {written} requirements written, {len(rows) - len(todo)} kept{failed}")
+    kept = len(rows) - len(todo)
+    print(f"{file}: {written} requirements written, {kept} kept, failed: {dict(causes)}")
 
 
-def ask_requirement(judge: Judge, row: dict) -> str:
+def _ask_requirement(judge, row):
     """What a good edit of this row must show, in one line; JudgeFailure if there is no reply."""
     text = ASK_REQUIREMENT.replace("{prompt}", row["prompt"])
     return " ".join(judge.ask(text, list(map(load_image, row["images"]))).split())
@@ -1196,8 +1172,6 @@ class Settings(JudgeSettings):
     edited: str = setting("", "The edited picture.")
     prompt: str = setting("", "The instruction.")
     requirement: str = setting("", "What a good edit must show.")
-    task: str = setting("", "The kind of edit, for its default requirement.")
-    mask: str = setting("", "A picture whose white is the region to edit.")
 
 
 def main(argv: list[str] | None = None):
@@ -1213,13 +1187,10 @@ def main(argv: list[str] | None = None):
     judge = load_judge(settings)
     scores = judge.score(vars(settings), sources, [edit])  # a row's names are among its own
     refuse_silent_judge(scores, judge.name, least=0)
-    print(f"score {scores.score.item():.4f}")
-    print(f"mass on answers {scores.mass.item():.4f}")
-    print(f"it says {scores.words[0]}")
-    for text, share in zip(judge.strategy.worth, scores.shares[0], strict=False):
-        print(f"p({text}) {share:.4f}")
-    for name, value in scores.terms.items():
+    facts = {"score": scores.score, "mass on answers": scores.mass, **scores.terms}
+    for name, value in facts.items():
         print(f"{name} {value.item():.4f}")
+    print(f"it says {scores.words[0]}")
 
 
 if __name__ == "__main__":

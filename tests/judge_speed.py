@@ -23,10 +23,10 @@ from data_prep import new_judge_tokenizer, seeded  # noqa: E402
 from reward_mllm import (  # noqa: E402
     DIGITS,
     JudgeSettings,
+    _message,
+    _shrunk,
     expected_score,
     load_judge,
-    message,
-    shrunk,
 )
 
 
@@ -91,7 +91,7 @@ def one_at_a_time(judge, row, source, edits):
     for edit in edits:
         question, ending = judge.question(row)
         parts = [question, judge.part(source), judge.part(edit), ending]
-        inputs = judge.inputs([[message("user", *parts)]])
+        inputs = judge.inputs([[_message("user", *parts)]])
         made = judge.model.generate(
             **inputs,
             max_new_tokens=1,
@@ -108,7 +108,7 @@ def compare(name, folder, source_size, edit_size, group, times):
     judge = load_judge(JudgeSettings(judge=f"local:{folder}", judge_batch=group))
     row = {"prompt": "make the blue triangle yellow", "task": "adjust"}
     source, edits = picture(source_size, "source"), [picture(edit_size, i) for i in range(group)]
-    shown = shrunk(source, edits[0])
+    shown = _shrunk(source, edits[0])
     one_at_a_time(judge, row, shown, edits[:1])  # warm
     slow = fast = 0.0
     for _ in range(times):  # the best of some: another process may take the cores for a while

@@ -962,7 +962,7 @@ def test_a_local_judge_is_asked_too_and_a_call_without_an_answer_is_kept_and_cou
     ).values()
     assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 0
     records = calls(tmp_path / "out")
-    assert len(records) == 2 and all("without an answer" in record["failure"] for record in records)
+    assert len(records) == 2 and all("cut by its limit" in record["failure"] for record in records)
 
 
 # ---------------------------------------------------------------- comparing

@@ -286,17 +286,17 @@ def test_when_one_server_dies_the_other_answers():
     assert torch.allclose(scores.score, WANTED, atol=1e-4)
 
 
-def test_a_server_that_hangs_is_asked_one_thing_at_a_time_while_another_answers():
+def test_a_server_that_hangs_has_less_and_less_to_do_while_another_answers():
     with JudgeServer(delay=0.3) as good, JudgeServer() as bad:
         judge = served(good, bad, judge_timeout=1.2, judge_patience=60.0, judge_in_flight=4)
         bad.always = "hang"
         scores = judge.score(ROW, [SOURCE], EDITS * 10)
     assert not scores.score.isnan().any()
-    assert 4 < len(bad.requests) <= 10  # some four seconds in which four at a time would be 16
+    assert 4 <= len(bad.requests) <= 10  # some four seconds in which four at a time would be 16
 
 
 def test_a_server_with_another_model_is_refused(server):
-    with pytest.raises(BadInput, match="serves .*judge.*, not 'mine'; see --judge_model"):
+    with pytest.raises(BadInput, match="serves .*judge.*, not 'mine'; .* --judge_model"):
         served(server, judge_model="mine")
     with JudgeServer(models=("judge", "mine")) as both:
         assert served(both, judge_model="mine").name == "mine"
@@ -322,7 +322,7 @@ def test_a_passing_fault_costs_a_retry_and_no_score(server, fault):
         ("500", "HTTP 500", 5),
         ("html", "a reply that is not JSON", 5),
         ("brackets", "a reply that is not JSON", 5),
-        ("a number", "no choices in the reply", 1),
+        ("a number", "not one choice", 1),
         ("huge", "a reply that is too long", 1),
         ("truncated", "no connection", 5),
         ("307", "HTTP 307", 1),
@@ -332,12 +332,12 @@ def test_a_passing_fault_costs_a_retry_and_no_score(server, fault):
         ("missing", "answers missing from top_logprobs", 1),
         ("some missing", "answers missing from top_logprobs", 1),
         ("low mass", "answers missing from top_logprobs", 1),
-        ("nan", "logprobs that are not finite", 1),
+        ("nan", "probabilities that cannot be", 1),
         ("twice", "probabilities that cannot be", 1),
         ("above one", "probabilities that cannot be", 1),
         ("top-k", "a distribution cut by top-k", 1),
-        ("no choices", "0 choices instead of 1", 1),
-        ("two choices", "2 choices instead of 1", 1),
+        ("no choices", "not one choice", 1),
+        ("two choices", "not one choice", 1),
         ("thinks", "the judge thinks before it answers", 1),
         ("reasoning", "the judge thinks before it answers", 1),
     ],
@@ -406,12 +406,12 @@ def test_a_400_about_old_options_is_answered_with_what_newer_models_want(server,
     last = server.requests[-1]["body"]
     assert "max_tokens" not in last and "temperature" not in last
     assert "max_completion_tokens" in last
-    assert len(server.requests) == 4  # each option costs one request, once
+    assert len(server.requests) == 3  # it costs one request, once
 
 
 def test_ask_raises_its_cause(server):
     judge = served(server)
-    for fault, cause in {"400": "HTTP 400", "no choices": "0 choices instead of 1"}.items():
+    for fault, cause in {"400": "HTTP 400", "no choices": "not one choice"}.items():
         server.always = fault
         with pytest.raises(JudgeFailure, match=cause):
             judge.ask("what moved?", [SOURCE])
@@ -652,7 +652,7 @@ def test_a_second_call_asks_only_for_what_failed(server, tmp_path, capsys):
     server.faults = ["400", "400"]
     requirements(tmp_path, server)
     assert sum("requirement" not in row for row in read()) == 2
-    assert "2 failed: HTTP 400" in capsys.readouterr().out
+    assert re.search("failed: {'HTTP 400 .*': 2}", capsys.readouterr().out)
     requirements(tmp_path, server)
     assert all(row["requirement"] for row in read()) and len(server.requests) == 7
 
@@ -687,6 +687,18 @@ def test_what_was_written_before_a_kill_stays(server, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         requirements(tmp_path, server)
     assert sum("requirement" in row for row in read()) == 33 and len(read()) == 80
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_judge_is_asked(
+    server, tmp_path, monkeypatch
+):
+    rows_folder(tmp_path)
+    before = (tmp_path / "train.jsonl").read_bytes()
+    (tmp_path / ".lock").mkdir()  # it cannot be opened, by root neither
+    monkeypatch.setattr(reward_mllm, "load_judge", lambda *_: pytest.fail("a judge was loaded"))
+    with pytest.raises(BadInput, match="cannot be written .*; make room or name another"):
+        requirements(tmp_path, server)
+    assert (tmp_path / "train.jsonl").read_bytes() == before and not server.requests
 
 
 def test_a_row_that_cannot_be_read_leaves_the_file_alone(server, tmp_path):
