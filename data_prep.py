@@ -101,7 +101,7 @@ def _fail(message):
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # What all processes meet is told by the first one; their launcher then ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(10)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -377,8 +377,14 @@ def is_whole(folder: str | Path, alone: bool = False) -> bool:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Within, no other process holds this folder; BadInput if one does. Ends with the process."""
+def locked(folder: str | Path, is_needed: bool = True) -> Iterator[None]:
+    """Within, no other process holds this folder; BadInput if one does. Ends with the process.
+
+    is_needed: False does nothing, as in all but one of several processes.
+    """
+    if not is_needed:
+        yield
+        return
     folder = Path(folder)
     lock = FileLock(folder / ".lock", blocking=False)
     with disk_faults(folder):
@@ -505,6 +511,17 @@ def parse_json_object(line: bytes, where: str) -> dict:
 def _json_line(value, errors="replace"):
     """A value as a line of a JSON lines file, in utf-8."""
     return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors=errors)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(value, indent=1))
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file."""
+    return parse_json_object(Path(path).read_bytes(), str(path))
 
 
 def write_json_lines(path: str | Path, objects: Iterable[dict]) -> None:
@@ -1133,11 +1150,11 @@ def picture_grid(
     size of the largest, at least `cell` pixels.
     """
     pictures = filter(None, itertools.chain(*rows))
-    side = max(cell, *(max(picture.size) for picture in pictures))
+    side = max([cell, *(max(picture.size) for picture in pictures)])
     across = GAP + side
     down = side + LINE * CAPTION_LINES
     top = LINE * TITLE_LINES
-    size = (across * max(map(len, rows)), top + down * len(rows))
+    size = (across * max([1, *map(len, rows)]), top + down * len(rows))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
 

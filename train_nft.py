@@ -24,7 +24,6 @@ Departures from the papers and their released code:
 9. The toy's own settings (TOY) are none of the papers': a tiny editor learns faster.
 """
 
-import json
 import math
 import secrets
 import sys
@@ -32,7 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -75,6 +74,7 @@ from data_prep import (
     parse_settings,
     picture_grid,
     prune_folders,
+    read_json,
     rows_of_epoch,
     run_script,
     say,
@@ -85,6 +85,7 @@ from data_prep import (
     together,
     whole_file,
     whole_folder,
+    write_json,
 )
 from reward_mllm import Judge, JudgeSettings, Scores, check_judge, load_judge
 from sample import (
@@ -117,6 +118,7 @@ EXPLODED = 20  # latents are of size 1: errors so large are no training any more
 
 # What an epoch's line shows of its record, and how.
 SHOWN = {
+    "epoch": "epoch {}",
     "reward/mean": "reward {:.3f}",
     "reward/spread": "+-{:.3f}",
     "groups/kept": "kept {:.0%}",
@@ -130,7 +132,7 @@ SHOWN = {
     "peak_gb/update": "update {:.1f} GB",
 }
 
-GAIN = {"base": "base {:.3f}", "gain": "gain {:+.3f}", "low": "95% {:+.3f}", "high": "to {:+.3f}"}
+GAIN = {"gain": "gain {:+.3f}", "low": "95% {:+.3f}", "high": "to {:+.3f}"}
 
 # ---------------------------------------------------------------- settings
 
@@ -199,10 +201,6 @@ class Settings(JudgeSettings):
             raise BadInput(f"--train_timesteps {self.train_timesteps}: above --rollout_steps")
         if self.base and not self.data:
             raise BadInput("--data is missing; name a folder with train.jsonl and test.jsonl")
-
-    @property
-    def skips(self) -> bool:
-        return self.bad_rows == "skip"
 
 
 # With others of these a resumed run is still the same run; all other settings make it another one.
@@ -374,7 +372,7 @@ def draw(
         verdict = Future()
         verdict.set_result(Scores.missing(copies, "bad row"))
         noises = [seeded(*job.key, copy) for copy in range(copies)]
-        with run.together(), faults_of(job.row, run.settings.skips):
+        with run.together(), faults_of(job.row, run.settings.bad_rows == "skip"):
             try:
                 sources = load_sources(job.row)
                 group = rollout(run.editor, sources, job.row["prompt"], noises, **how)
@@ -444,6 +442,7 @@ def deal_chunks(run: Run, r: Tensor) -> list[Chunk]:
 class Pairs:
     """B noised edits of one group."""
 
+    copy: Tensor  # (B,) which of its edits
     x_0: Tensor  # (B, N, C) clean latents
     noise: Tensor  # (B, N, C)
     t: Tensor  # (B,) flow time
@@ -463,7 +462,7 @@ def draw_pairs(run: Run, group: Group, chunk: Chunk, r: Tensor, epoch: int) -> P
         noise.append(noises[pick])
         t.append(group.sigmas[order[pick]])
     copies = torch.tensor([copy for copy, _ in chunk.pairs])
-    tensors = (group.x_0[copies], torch.stack(noise), torch.stack(t), r[copies].float())
+    tensors = (copies, group.x_0[copies], torch.stack(noise), torch.stack(t), r[copies].float())
     return Pairs(*send_to_device(tensors, run.accelerator.device))
 
 
@@ -480,7 +479,7 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict) -> dict[str, Tensor]:
         v, v_old, x_t, pairs.x_0, pairs.t, pairs.r, settings.nft_beta
     )  # (B,)
     drift_old = (v - v_old).square().mean((1, 2))  # (B,)
-    measured = {"t": pairs.t, "drift_old": drift_old}
+    measured = {"copy": pairs.copy, "t": pairs.t, "drift_old": drift_old}
     if settings.kl_weight:  # a fifth of the update's time: not for a weight of 0
         with torch.no_grad(), policy(editor, "base"):
             v_base = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
@@ -517,7 +516,7 @@ def mean_gradient(
                 measured = pair_losses(run, pairs, cond)
                 (chunk.share * measured["loss"].sum() / total).backward()
                 if chunk.share:
-                    measured["group"] = torch.full_like(pairs.t, chunk.number)
+                    measured["group"] = torch.full_like(pairs.copy, chunk.number)
                     parts.append({name: values.detach() for name, values in measured.items()})
 
     parts = gather_object(send_to_device(parts, "cpu"))
@@ -585,11 +584,12 @@ def comparison_grid(run: Run, base: list[dict], now: list[dict]) -> Image.Image:
     captions = []
     for row, before, after in zip(run.rows["test"], base, now, strict=True):
         if before["image"] and after["image"]:
-            target = load_image(row["target"]) if "target" in row else None
-            source = load_image(row["images"][0])
-            pictures.append([source, before["image"], after["image"], target])
-            marks = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
-            captions.append([row["prompt"], *marks, "target" if target else ""])
+            with faults_of(row, run.settings.bad_rows == "skip"):
+                target = load_image(row["target"]) if "target" in row else None
+                source = load_image(row["images"][0])
+                pictures.append([source, before["image"], after["image"], target])
+                marks = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
+                captions.append([row["prompt"], *marks, "target" if target else ""])
     return picture_grid(pictures, captions, "source, base, now, with the judge's score")
 
 
@@ -614,6 +614,7 @@ def epoch_record(
     scores: Scores, r: Tensor, reasons: list[str], measured: dict[str, Tensor], norm: float
 ) -> dict:
     """What scores and update of an epoch say, as flat numbers; what nothing is known of is NaN."""
+    made = int(math.isfinite(norm))
     centred = scores.score - scores.score.nanmean(1, keepdim=True)  # (G, K)
     record = {
         "reward/mean": scores.score.nanmean().item(),
@@ -622,8 +623,8 @@ def epoch_record(
         "judge/failed": int(scores.score.isnan().sum()),
         "groups/kept": reasons.count("") / len(reasons),
         "grad/norm": norm,
-        "steps/made": int(math.isfinite(norm)),
-        "steps/skipped": int(len(measured) > 0 and not math.isfinite(norm)),
+        "steps/made": made,
+        "steps/skipped": int(bool(measured)) - made,
     }
     for name, values in scores.terms.items():
         record[f"reward/{name}"] = values.nanmean().item()
@@ -634,7 +635,7 @@ def epoch_record(
     for tenth, count in enumerate(torch.histc(r[r.isfinite()], 10, 0, 1).tolist()):
         record[f"r/{tenth}"] = count
     if measured:
-        for name in sorted(measured.keys() - {"group", "t"}):
+        for name in sorted(measured.keys() - {"group", "copy", "t"}):
             record[f"update/{name}"] = measured[name].mean().item()
         for fifth in range(5):  # of flow time; t = 1 belongs to the last
             is_in = (5 * measured["t"]).long().clamp(max=4) == fifth  # (P,)
@@ -644,8 +645,7 @@ def epoch_record(
 
 def epoch_line(record: dict) -> str:
     """What the terminal shows of a record."""
-    parts = [f"epoch {record['epoch']}"]
-    parts += [form.format(record[key]) for key, form in SHOWN.items() if key in record]
+    parts = [form.format(record[key]) for key, form in SHOWN.items() if key in record]
     if record["steps/skipped"]:
         parts.append("STEP SKIPPED")
     for key in record:
@@ -669,9 +669,9 @@ def save_checkpoint(run: Run, state: dict):
         for name in run.editor.policies:
             save_lora(run.editor, part / name.removeprefix("new"), name)
         torch.save(run.optimizer.state_dict()["state"], part / "optimizer.pt")
-        (part / "state.json").write_text(json.dumps(state))
+        write_json(part / "state.json", state)
     run.saved = dict(state)
-    prune_folders(folder, run.settings.keep_checkpoints, best=state["best_epoch"])
+    prune_folders(folder, run.settings.keep_checkpoints, state["best_epoch"])
 
 
 def load_checkpoint(run: Run, state: dict):
@@ -680,13 +680,15 @@ def load_checkpoint(run: Run, state: dict):
     if folder is None:
         return
     with run.together():
-        stored = json.loads((folder / "state.json").read_text())
+        if not folder.exists():
+            raise BadInput(f"{folder}: is not on this node; copy it there")
+        stored = read_json(folder / "state.json")
         changes = changed(stored["settings"], state["settings"], HARMLESS)
         if changes and not run.settings.force:
             raise BadInput(f"{folder}: {'; '.join(changes)}; give what it was, or --force true")
         for name in run.editor.policies:
             load_lora(run.editor, folder / name.removeprefix("new"), name)
-        moments = torch.load(folder / "optimizer.pt", "cpu", weights_only=True)
+        moments = torch.load(folder / "optimizer.pt", "cpu")
         run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": moments})
     for change in changes:
         run.accelerator.print(f"resuming although {change}")
@@ -713,8 +715,7 @@ def open_records(run: Run, state: dict):
     """The run's folder and its trackers as they were after the last epoch that is logged."""
     with run.together():
         if run.is_main:
-            with whole_file(run.out / "config.json") as part:
-                part.write_text(json.dumps(state["settings"], indent=1))
+            write_json(run.out / "config.json", state["settings"])
             keep_json_lines(run.out / "log.jsonl", "epoch", state["logged"])
         start_trackers(
             run.accelerator, "edit-nft", state["settings"], state["run"], state["logged"]
@@ -737,7 +738,7 @@ def set_up(argv: list[str], scratch: str) -> tuple[Settings, Accelerator]:
             settings, out=scratch, epochs=1, eval_rows=1, resume="never", report_to="none"
         )
     log = Path(settings.out) / "log.jsonl"
-    check_names(log.parent, ["config.json", log.name], ["samples"])
+    check_names(log.parent, ["config.json", "log.jsonl"], ["samples"])
     holds_run = log.exists() or numbered_folders(log.parent, "checkpoint")
     if holds_run and settings.resume == "never":
         raise BadInput(f"{settings.out}: holds a run already; give --resume auto or another --out")
@@ -755,7 +756,7 @@ def set_up(argv: list[str], scratch: str) -> tuple[Settings, Accelerator]:
 
 def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     """Data, editor, judge and optimizer; BadInput for one that cannot serve."""
-    rows = load_rows(settings.data, settings.skips, accelerator)
+    rows = load_rows(settings.data, settings.bad_rows == "skip", accelerator)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     editor = load_editor(
         settings.base,
@@ -768,7 +769,9 @@ def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     rows["test"] = rows["test"][: settings.eval_rows]
     fault_of = partial(row_fault, editor)
     for split in rows:
-        rows[split] = faultless(rows[split], fault_of, settings.skips, accelerator.is_main_process)
+        rows[split] = faultless(
+            rows[split], fault_of, settings.bad_rows == "skip", accelerator.is_main_process
+        )
     add_policies(
         editor,
         settings.lora_rank,
@@ -840,16 +843,16 @@ def refuse_hopeless(
     state["silent_epochs"] = 0 if record["groups/kept"] else state["silent_epochs"] + 1
     if state["bad_steps"] >= 3:
         pairs = {name: values.tolist() for name, values in measured.items()}
-        pairs["row"] = [drawn[int(number)]["id"] for number in pairs["group"]]
-        with whole_file(run.out / "bad-steps.json") as part:
-            part.write_text(json.dumps(pairs))
+        pairs["row"] = [drawn[number]["id"] for number in pairs["group"]]
+        write_json(run.out / "bad-steps.json", pairs)
         raise BadInput(
             f"three steps in a row were not finite, had a loss above {exploded:g} or a drift above "
             f"{FARTHEST:g}; {run.out}/bad-steps.json has the last one's rows and times; lower --lr "
             "or mend those rows, remove the checkpoints since then and go on with --resume auto"
         )
     if state["silent_epochs"] >= HOPELESS:
-        counts = {key: count for key, count in record.items() if key.startswith("groups/")}
+        kinds = ("groups/", "judge/failed/")
+        counts = {key: record[key] for key in record if key.startswith(kinds)}
         raise BadInput(
             f"nothing was kept for {HOPELESS} epochs in a row (of the last one: {counts}): all "
             "rows are solved, or the judge tells no edits apart; see to --judge, --filter and "
@@ -875,8 +878,9 @@ def run_epochs(run: Run, state: dict):
         # ---------------- rollout: the old policy draws K edits of each row
         # Rows and noises are functions of the epoch's number, so that a resumed run goes on
         # as if it had never stopped, and N ranks draw what one would.
-        numbers = rows_of_epoch(settings.groups, len(run.rows["train"]), settings.seed, epoch)
-        drawn = [run.rows["train"][number] for number in numbers]  # G
+        rows = run.rows["train"]
+        numbers = rows_of_epoch(settings.groups, len(rows), settings.seed, epoch)
+        drawn = [rows[number] for number in numbers]  # G
         key = (settings.seed, "rollout", epoch)
         jobs = [Job(row, (*key, number)) for number, row in enumerate(drawn)]
         with (
@@ -945,9 +949,8 @@ def train(run: Run):
     run.accelerator.wait_for_everyone()  # a rank that leaves early breaks the others' messages
     run.accelerator.end_training()
     if run.is_main and state["logged"] < settings.epochs:
-        due = "" if state["logged"] == state["epoch"] else ", which is not evaluated and logged yet"
-        done = f"stopped after epoch {state['epoch']} of {settings.epochs}{due}"
-        say(f"{done}; go on with --resume auto")
+        done = f"stopped after epoch {state['epoch']} of {settings.epochs}"
+        say(f"{done}, evaluated and logged up to {state['logged']}; go on with --resume auto")
     if fault:
         raise fault
 
@@ -956,7 +959,7 @@ def main(argv: list[str] | None = None):
     stop = catch_signals()
     with TemporaryDirectory() as scratch:
         settings, accelerator = set_up(sys.argv[1:] if argv is None else argv, scratch)
-        with locked(settings.out) if accelerator.is_main_process else nullcontext():
+        with locked(settings.out, accelerator.is_main_process):
             train(load_all(settings, accelerator, stop))
 
 

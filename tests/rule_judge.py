@@ -189,6 +189,7 @@ FAULTS = {
     "": lambda: None,
     "slow rollout": lambda: after_epoch_1(FluxTransformer2DModel, "forward", rest),
     "slow update": lambda: after_epoch_1(train_nft, "nft_loss", rest),
+    "long update": lambda: after_epoch_1(train_nft, "nft_loss", lambda: time.sleep(2)),
     "slow evaluation": lambda: after_epoch_1(train_nft, "oracle", rest),
     "hanging judge": lambda: after_epoch_1(train_nft, "mean_gradient", hang),
     "memory": lambda: after_epoch_1(train_nft, "nft_loss", run_out_of_memory),

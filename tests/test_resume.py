@@ -6,7 +6,7 @@ SIGTERM (twice, to one rank, to     "stopped after epoch N of M; go on with     
   the group), SIGHUP, Ctrl-C          --resume auto", in seconds, code 0
   in rollout, judgement, update,
   evaluation
-... in an evaluation that was due   "..., which is not evaluated and logged"    it is made up for
+... in an evaluation that was due   "evaluated and logged up to N-1"            it is made up for
 a second Ctrl-C                     the program ends at once                    the last checkpoint
 | head, 2>&1 | head                 nothing; the training goes on               everything
 a picture gone in mid-run           file, line and row, and "stopped after"     all finished epochs
@@ -137,7 +137,9 @@ def test_a_run_ended_again_and_again_ends_with_the_same_bits(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_with_a_checkpoint_and_a_line(run, capsys, number):
     out = run("broken", judge=At(7, send(number)), epochs=4, save_every=30)
-    assert "stopped after epoch 1 of 4; go on with --resume auto" in capsys.readouterr().out
+    assert (
+        "stopped after epoch 1 of 4, evaluated and logged up to 1; go on" in capsys.readouterr().out
+    )
     assert checkpoints(out) == [1]
 
 
@@ -161,7 +163,7 @@ def test_a_signal_in_the_last_evaluation_is_told_and_the_evaluation_made_up_for(
     monkeypatch.setattr(train_nft, "evaluate", interrupted)
     out = run("late", epochs=4, save_every=30)
     said = capsys.readouterr().out
-    assert "stopped after epoch 4 of 4, which is not evaluated and logged yet; go on" in said
+    assert "stopped after epoch 4 of 4, evaluated and logged up to 3; go on" in said
     assert checkpoints(out)[0] == 4
     assert [line["epoch"] for line in log(out)] == [1, 2, 3]
     run("late", epochs=4, save_every=30)
@@ -215,11 +217,11 @@ def test_work_that_takes_long_is_left_within_seconds(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_second_signal_ends_the_run_at_once_only_if_it_is_ctrl_c(server, words, tmp_path, number):
-    server.start(words(train_batch=1), fault="slow update")
+    server.start(words(train_batch=1), fault="long update")
     server.wait_for("epoch 1 ")
     time.sleep(0.5)
     server.send(number)
-    time.sleep(0.05)
+    time.sleep(0.1)
     server.send(number)
     if number == signal.SIGINT:
         assert server.codes() == [-signal.SIGINT]
