@@ -206,7 +206,10 @@ def tiny_qwen_vl(tokenizer):
     )
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from data_prep import without_videos
+    class PictureProcessor(Qwen2_5_VLProcessor):  # its part for videos needs torchvision
+        def check_argument_for_proper_class(self, name, value):
+            if name != "video_processor":
+                super().check_argument_for_proper_class(name, value)
 
     ids = {mark.strip("<|>"): tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
     text = dict(
@@ -248,7 +251,7 @@ def tiny_qwen_vl(tokenizer):
         temporal_patch_size=2,
         size={"shortest_edge": 256, "longest_edge": 4096},
     )
-    return model, without_videos(Qwen2_5_VLProcessor)(pictures, tokenizer)
+    return model, PictureProcessor(pictures, tokenizer)
 
 
 def tiny_vae(cls, latent_channels=8, **kwargs):
