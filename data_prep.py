@@ -102,7 +102,7 @@ def _fail(message):
         # What all processes meet is told by the first one; their launcher then ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", sys.stderr)
     sys.exit(2)
 
 

@@ -956,9 +956,9 @@ def train(run: Run):
 
 
 def main(argv: list[str] | None = None):
-    stop = catch_signals()
     with TemporaryDirectory() as scratch:
         settings, accelerator = set_up(sys.argv[1:] if argv is None else argv, scratch)
+        stop = catch_signals()  # not before: until here there is nothing to end well
         with locked(settings.out, accelerator.is_main_process):
             train(load_all(settings, accelerator, stop))
 

@@ -6,9 +6,11 @@ python tests/rule_judge.py serve                   # forks such runs on demand, 
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import Future
@@ -156,8 +158,12 @@ def hang():
 
 
 def run_out_of_memory():
-    if os.environ.get("RANK", "1") == "1":
-        raise torch.OutOfMemoryError("CUDA out of memory. GPU 1 has a total capacity of 8 GiB")
+    raise torch.OutOfMemoryError("CUDA out of memory. GPU 1 has a total capacity of 8 GiB")
+
+
+def run_out_of_memory_on_rank_1():
+    if os.environ["RANK"] == "1":
+        run_out_of_memory()
 
 
 def rest():
@@ -193,6 +199,7 @@ FAULTS = {
     "slow evaluation": lambda: after_epoch_1(train_nft, "oracle", rest),
     "hanging judge": lambda: after_epoch_1(train_nft, "mean_gradient", hang),
     "memory": lambda: after_epoch_1(train_nft, "nft_loss", run_out_of_memory),
+    "memory on rank 1": lambda: after_epoch_1(train_nft, "nft_loss", run_out_of_memory_on_rank_1),
     "other rows on rank 1": other_rows,
     "no reader of stdout": lambda: after_epoch_1(
         train_nft, "mean_gradient", lambda: leave_alone(1)
@@ -258,12 +265,16 @@ class ForkServer:
     def __init__(self, process, said):
         self.process = process
         self.file = said  # what the run says
+        self.is_running = False
 
     def start(self, words, ranks=1, fault=""):
+        if self.is_running:
+            self.codes(seconds=0)
         self.file.unlink(missing_ok=True)
         job = {"words": words, "said": str(self.file), "ranks": ranks, "fault": fault}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         self.pids = json.loads(self.process.stdout.readline())
+        self.is_running = True
 
     def said(self):
         return self.file.read_text() if self.file.exists() else ""
@@ -282,9 +293,14 @@ class ForkServer:
             if ranks is None or rank in ranks:
                 os.kill(pid, number)
 
-    def codes(self):
-        """The exit codes, once all processes have ended."""
-        return json.loads(self.process.stdout.readline())
+    def codes(self, seconds=90):
+        """The exit codes, once all processes have ended; they are killed after so many seconds."""
+        timer = threading.Timer(seconds, self.send, [signal.SIGKILL])
+        timer.start()
+        codes = json.loads(self.process.stdout.readline())
+        timer.cancel()
+        self.is_running = False
+        return codes
 
 
 @contextmanager
@@ -301,7 +317,10 @@ def fork_server():
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         ) as process,
     ):
-        yield ForkServer(process, Path(folder, "said.txt"))
+        server = ForkServer(process, Path(folder, "said.txt"))
+        yield server
+        if server.is_running:  # a test failed before its end
+            server.codes(seconds=0)
         process.stdin.close()
 
 
