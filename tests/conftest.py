@@ -13,6 +13,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 torch.set_num_threads(1)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored: tests send it
 
 WORDS = ["make", "the", "red", "circle", "blue", "remove", "square", "add", "green", "triangle"]
 

@@ -859,7 +859,7 @@ def test_a_damaged_base_is_one_line_that_names_it(kontext_folder, tmp_path, how)
 def places(grid, image, column):
     """The heights at which an enlarged picture stands in a column of 96-pixel cells."""
     wanted = image.resize((96, 96), Image.Resampling.NEAREST).tobytes()
-    x = 4 + 100 * column
+    x = 100 * column
     heights = range(grid.height - 95)
     return [y for y in heights if grid.crop((x, y, x + 96, y + 96)).tobytes() == wanted]
 
