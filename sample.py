@@ -71,6 +71,7 @@ from data_prep import (
     picture_grid,
     run_script,
     say,
+    say_once,
     seeded,
     setting,
     whole_file,
@@ -145,7 +146,7 @@ FAMILIES = {
 @functools.cache
 def note(text: str) -> None:
     """Tells the user, once in a process, of something that is no error."""
-    print(f"note: {text}", file=sys.stderr)
+    say_once(f"note: {text}", sys.stderr)
 
 
 def _guess_family(pipe):
