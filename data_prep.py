@@ -18,6 +18,7 @@ Departures from Edit-R1, paper and released code:
 4. Rows are checked before training, not when it comes to them.
 """
 
+import csv
 import difflib
 import functools
 import hashlib
@@ -31,8 +32,8 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
+import tarfile
 import textwrap
 import threading
 import time
@@ -70,34 +71,22 @@ class BadInput(Exception):
 def run_script(main: Callable[[], None]) -> None:
     """Calls a script's `main`. BadInput, or a GPU that is too small, ends it in one line, code 2.
 
-    Where nobody reads stdout any more (`| head`) it ends without a word, code 141 as in a shell.
+    What it prints goes nowhere once nobody reads it any more (`| head`): its work goes on.
     """
+    sys.stdout = _Lasting(sys.stdout)
     sys.stderr = _Lasting(sys.stderr)
     try:
-        try:
-            main()
-        finally:
-            print(end="", flush=True)  # here, where a broken pipe can still be caught
+        main()
+        return
     except BadInput as error:
-        _fail(error)
+        message = str(error)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". GPU ")[0]
-        _fail(
+        message = (
             f"the GPU is too small ({reason}); lower --rollout_batch, --train_batch or "
             "--judge_batch, put the judge elsewhere (--judge_device or a server), or spread the "
             "base over several GPUs with --shard"
         )
-    except BrokenPipeError:
-        try:
-            print(flush=True)
-        except BrokenPipeError:
-            _drop_output(sys.stdout)
-            sys.exit(141)
-        raise  # it was not stdout
-
-
-def _fail(message):
-    """Ends the program with one line on stderr and code 2."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # What all processes meet is told by the first one; their launcher then ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -106,32 +95,8 @@ def _fail(message):
     sys.exit(2)
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Prints a line, above all progress bars; file: None is stdout.
-
-    Where nobody reads that any more, this and what follows goes nowhere.
-    """
-    file = file or sys.stdout
-    try:
-        tqdm.write(text, file)
-        file.flush()
-    except OSError:
-        _drop_output(file)
-
-
-def say_once(text: str, file: TextIO | None = None) -> None:
-    """As `say`, by the first of several processes alone: for what all of them have to tell."""
-    if os.environ.get("RANK", "0") == "0":
-        say(text, file)
-
-
-def _drop_output(file):
-    """Leads a stream nowhere from now on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-
 class _Lasting:
-    """A stream that leads nowhere once nobody reads it any more; progress bars would raise."""
+    """A stream that leads nowhere once nobody reads it any more, instead of raising."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -142,14 +107,20 @@ class _Lasting:
     def write(self, text):
         try:
             self.stream.write(text)
-        except OSError:
-            _drop_output(self.stream)
-
-    def flush(self):
-        try:
             self.stream.flush()
         except OSError:
-            _drop_output(self.stream)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line, above all progress bars; file: None is stdout."""
+    tqdm.write(text, file)
+
+
+def say_once(text: str, file: TextIO | None = None) -> None:
+    """As `say`, by the first of several processes alone: for what all of them have to tell."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text, file)
 
 
 def one_line(error: Exception) -> str:
@@ -256,11 +227,11 @@ def parse_settings(cls, argv: list[str] | None = None, description: str = "", **
 
 def changed(before: dict, now: dict, harmless: str) -> list[str]:
     """In words, which settings are not what they were; harmless: names that do not count."""
-    changes = []
-    for name, value in now.items():
-        if before.get(name) != value and name not in harmless.split():
-            changes.append(f"{name} was {before.get(name)} and is {value}")
-    return changes
+    return [
+        f"{name} was {before.get(name)} and is {value}"
+        for name, value in now.items()
+        if value != before.get(name) and name not in harmless.split()
+    ]
 
 
 # ---------------------------------------------------------------- files, whole or not at all
@@ -301,11 +272,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     An error leaves what was there, and nothing else. BadInput for one of the disk or the folder.
     """
     path = Path(path)
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise BadInput(f"{path}: is no plain file; name another")
+    check_names(path.parent, [path.name], [])
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".part-{os.getpid()}-{path.name}")  # Pillow reads the ending
+        # of this process and thread alone; Pillow reads the ending
+        part = path.with_name(f".part-{threading.get_native_id()}-{path.name}")
         try:
             yield part
             _to_disk(part)
@@ -335,7 +306,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             yield part
-            (part / "hashes.json").write_text(json.dumps(file_hashes(part), indent=1))
+            write_json(part / "hashes.json", file_hashes(part))
             for path in [part, *part.rglob("*")]:
                 _to_disk(path)
             old = folder.with_name(f"{folder.name}.old-{time.time_ns()}")
@@ -349,16 +320,15 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         if is_whole(old, alone=True):
             shutil.rmtree(old)
         elif old.exists():
-            print(f"{folder}: held files of others; they are in {old}", file=sys.stderr)
+            say(f"{folder}: held files of others; they are in {old}", sys.stderr)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """{relative path: sha256} of all below a folder but its own hashes.json and plain folders."""
+    """{relative path: sha256} of all below a folder but its own hashes.json."""
     hashes = {}
     for path in folder.rglob("*"):
-        if path.is_symlink() or not path.is_dir():
-            content = path.read_bytes() if path.is_file() else b""
-            hashes[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+        content = path.read_bytes() if path.is_file() else b""
+        hashes[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     hashes.pop("hashes.json", None)
     return hashes
 
@@ -367,7 +337,7 @@ def is_whole(folder: str | Path, alone: bool = False) -> bool:
     """Whether all files of a folder are there as whole_folder wrote them; alone: and no others."""
     folder = Path(folder)
     try:
-        recorded = parse_json_object((folder / "hashes.json").read_bytes(), "")
+        recorded = read_json(folder / "hashes.json")
         found = file_hashes(folder)
     except (OSError, BadInput):
         return False
@@ -420,8 +390,7 @@ def numbered_folders(folder: Path, name: str) -> list[Path]:
 
     BadInput for a file with such a name: it would be in the way.
     """
-    pattern = re.compile(rf"{name}-[0-9]+")
-    folders = [path for path in folder.glob("*") if pattern.fullmatch(path.name)]
+    folders = [path for path in folder.glob("*") if re.fullmatch(f"{name}-[0-9]+", path.name)]
     check_names(folder, [], [path.name for path in folders])
     return sorted(folders, key=_number_of, reverse=True)
 
@@ -437,10 +406,9 @@ def prune_folders(newest: Path, keep: int, best: int) -> None:
     Those with higher numbers stay: they are not what `newest` follows. What a kill left goes.
     """
     name = newest.name.split("-")[0]
-    last = _number_of(newest)
-    older = [path for path in numbered_folders(newest.parent, name) if _number_of(path) <= last]
+    folders = numbered_folders(newest.parent, name)
     with disk_faults(newest.parent):
-        for path in older[keep:]:
+        for path in folders[folders.index(newest) + keep :]:
             if _number_of(path) != best:
                 path.rename(newest.parent / f".part-{path.name}-{os.getpid()}")  # never half of it
         for path in newest.parent.glob(f".part-{name}-[0-9]*"):
@@ -449,12 +417,12 @@ def prune_folders(newest: Path, keep: int, best: int) -> None:
 
 def check_names(folder: str | Path, files: list[str], folders: list[str]) -> None:
     """BadInput where one of these is to be written in a folder and something else has its name."""
-    for name in files:
-        if os.path.exists(Path(folder, name)) and not os.path.isfile(Path(folder, name)):
-            raise BadInput(f"{folder}/{name}: is no plain file; move it, or name another folder")
-    for name in folders:
-        if os.path.exists(Path(folder, name)) and not os.path.isdir(Path(folder, name)):
-            raise BadInput(f"{folder}/{name}: is a file; move it, or name another folder")
+    for path in (Path(folder, name) for name in files):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise BadInput(f"{path}: is no plain file; move it, or name another")
+    for path in (Path(folder, name) for name in folders):
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise BadInput(f"{path}: is a file; move it, or name another folder")
 
 
 # ---------------------------------------------------------------- JSON lines
@@ -533,11 +501,9 @@ def write_json_lines(path: str | Path, objects: Iterable[dict]) -> None:
 def keep_json_lines(path: str | Path, key: str, last: int) -> None:
     """Leaves of a JSON lines file, if there is one, the objects whose `key` is a number <= last."""
     if os.path.exists(path):
-        kept = []
-        for _, value in read_json_lines(path, faults=[]):
-            if isinstance(value.get(key), int) and value[key] <= last:
-                kept.append(value)
-        write_json_lines(path, kept)
+        values = [value for _, value in read_json_lines(path, faults=[])]
+        counted = [value for value in values if isinstance(value.get(key), int)]
+        write_json_lines(path, [value for value in counted if value[key] <= last])
 
 
 def append_json_line(path: str | Path, value: dict) -> None:
@@ -550,12 +516,11 @@ def append_json_line(path: str | Path, value: dict) -> None:
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                if file.read() != b"\n":
-                    file.seek(0)
-                    size = file.truncate(file.read().rfind(b"\n") + 1)
+            size = file.tell()
+            file.seek(max(size - 1, 0))
+            if file.read() not in (b"", b"\n"):
+                file.seek(0)
+                size = file.truncate(file.read().rfind(b"\n") + 1)
             if file.write(line) < len(line):  # a full disk took a part
                 file.truncate(size)
                 raise OSError("no space for a whole line")
@@ -575,23 +540,17 @@ def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
     """This process's place among those that `accelerate launch` started.
 
     report_to: a tracker of accelerate's, which may write below `out`. BadInput where it is not
-    installed, and on a CPU node whose name means itself to the others: all would wait in vain.
+    installed, and on several CPU nodes without a named interface: they could wait in vain.
     """
     if report_to != "none" and not find_spec(report_to):
         raise BadInput(f"--report_to {report_to}: is not installed; pip install {report_to}")
     cpu = not torch.cuda.is_available()
     is_one_node = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
     if cpu and not is_one_node and "GLOO_SOCKET_IFNAME" not in os.environ:
-        name = socket.gethostname()
-        try:
-            address = socket.gethostbyname(name)
-        except OSError:
-            address = "unknown"
-        if address == "unknown" or address.startswith("127."):
-            raise BadInput(
-                f"this node's name {name} is {address} to itself, so other nodes cannot be told of "
-                "it; set GLOO_SOCKET_IFNAME to the network interface that leads to them, on each"
-            )
+        raise BadInput(
+            "several CPU nodes: set GLOO_SOCKET_IFNAME to the network interface that leads to the "
+            "others, on each; a node's own name often means itself alone"
+        )
     accelerator = Accelerator(
         cpu=cpu,
         project_dir=out or None,
@@ -757,6 +716,118 @@ def _check_header(path):
             )
 
 
+# ---------------------------------------------------------------- tables of others
+
+TABLES = (".parquet", ".arrow", ".tar", ".jsonl", ".csv")  # what is looked for in a folder
+
+
+def table_files(path: str | Path, kinds: tuple = TABLES) -> list[Path]:
+    """A file itself, or the files of these kinds in a folder and below it, by name."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix in kinds)
+
+
+def read_records(path: str | Path, kinds: tuple = TABLES) -> Iterator[dict]:
+    """The records of a table file, or of all in a folder: {column: value}, a few in memory.
+
+    Parquet, arrow (streams, as `datasets` writes them), JSON lines, a JSON list (a file that is
+    named), csv (all text), or tar: a record for the neighbours with one name up to the first dot,
+    columns being what follows it. A picture is bytes, a dict of its `bytes` or `path`, or a path.
+    """
+    for file in table_files(path, kinds):
+        try:
+            yield from _records_in(file)
+        except ImportError:
+            raise BadInput(f"{file}: reading it needs pyarrow; pip install pyarrow") from None
+        except BadInput:
+            raise
+        except Exception as error:  # whatever a broken file makes its library raise
+            reason = one_line(error)
+            raise BadInput(f"{file}: not a readable table ({reason}); get it again") from None
+
+
+def _records_in(file):
+    """The records of one file, by its ending."""
+    if file.suffix == ".csv":
+        with open(file, encoding="utf-8-sig", newline="") as text:
+            yield from csv.DictReader(text)
+    elif file.suffix == ".tar":
+        yield from _records_of_tar(file)
+    elif file.suffix == ".parquet":
+        from pyarrow.parquet import ParquetFile
+
+        for batch in ParquetFile(file).iter_batches(16):
+            yield from batch.to_pylist()
+    elif file.suffix == ".arrow":
+        import pyarrow
+
+        for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))):
+            for start in range(0, len(batch), 16):
+                yield from batch.slice(start, 16).to_pylist()
+    elif file.read_bytes().lstrip()[:1] == b"[":
+        yield from json.loads(file.read_bytes())
+    else:
+        yield from (record for _, record in read_json_lines(file))
+
+
+def _records_of_tar(file):
+    """The records of a tar file as webdataset writes them; `json` is parsed, `txt` is text."""
+    with tarfile.open(file) as tar:
+        members = filter(tarfile.TarInfo.isfile, tar)
+        for name, group in itertools.groupby(members, _tar_name):
+            record = {"__key__": name}
+            for member in group:
+                column = member.name[len(name) + 1 :]
+                record[column] = tar.extractfile(member).read()
+            if "json" in record:
+                record["json"] = json.loads(record["json"])
+            if "txt" in record:
+                record["txt"] = record["txt"].decode()
+            yield record
+
+
+def _tar_name(member):
+    """The path of a tar's member up to the first dot of its last part."""
+    return re.match(r"(.*/)?[^.]*", member.name).group()
+
+
+def read_table(folder: str | Path) -> Iterator[dict]:
+    """The records of all parquet and arrow files below a folder; none without files."""
+    return read_records(folder, (".parquet", ".arrow"))
+
+
+class PictureFile(io.BytesIO):
+    """A picture's file in memory, which errors call by the place where it stands."""
+
+    def __init__(self, content: bytes, where: str):
+        super().__init__(content)
+        self.where = where
+
+    def __str__(self):
+        return self.where
+
+
+def picture_file(cell: Any, folder: str | Path, where: str) -> PictureFile:
+    """The file of a picture in a table: bytes, a dict of `bytes` or `path`, a path in `folder`.
+
+    where: what errors call it. BadInput for a cell that is none of these, or a path to no file.
+    """
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if not isinstance(cell, bytes):
+        path = inside(folder, cell, where)
+        _check_plain(path, "picture", f"{where} names it")
+        cell = Path(path).read_bytes()
+    return PictureFile(cell, where)
+
+
+def picture_in(cell: Any, folder: str | Path, where: str) -> Image.Image:
+    """The picture in a cell of a table, as `load_image` gives it; arguments as of picture_file."""
+    return load_image(picture_file(cell, folder, where))
+
+
 # ---------------------------------------------------------------- rows
 
 SPLITS = ("train", "test")
@@ -912,15 +983,15 @@ def load_rows(
     for split in SPLITS:
         with _noted(messages):
             rows[split] = read_rows(folder, split, messages)
-    faults = dict(zip(messages, messages, strict=True))
-    faults |= _header_faults(rows["train"] + rows["test"], folder, accelerator)
-    if faults and not skip:
-        raise BadInput(next(iter(faults.values())))
+    broken = _header_faults(rows["train"] + rows["test"], folder, accelerator)
+    messages += broken.values()
+    if messages and not skip:
+        raise BadInput(messages[0])
     if accelerator is None or accelerator.is_main_process:
-        for fault in faults.values():
-            print(f"skipped: {fault}", file=sys.stderr)
+        for message in messages:
+            say(f"skipped: {message}", sys.stderr)
     for split in SPLITS:
-        rows[split] = [row for row in rows[split] if faults.keys().isdisjoint(row_pictures(row))]
+        rows[split] = [row for row in rows[split] if broken.keys().isdisjoint(row_pictures(row))]
         if not rows[split]:
             fix = f"python data_prep.py check {folder} lists what to mend"
             raise BadInput(f"{folder}: no faultless row is left in {split}; {fix}")
@@ -1038,36 +1109,10 @@ def _benchmark_pictures(folder):
     for file in sorted(Path(folder).rglob("*")):
         if file.suffix.lower() in known:
             yield file.relative_to(folder), file
-    for number, row in enumerate(read_table(folder)):
-        for column, value in row.items():
-            if isinstance(value, dict) and value.get("bytes"):
-                yield f"row {number}, {column}", io.BytesIO(value["bytes"])
-
-
-def read_table(folder: str | Path) -> Iterator[dict]:
-    """The rows of all parquet and arrow files below a folder, a few at a time; none without files.
-
-    A picture is a dict with its file's `bytes`. Arrow files are streams, as `datasets` writes them.
-    """
-    files = [file for file in Path(folder).rglob("*") if file.suffix in (".parquet", ".arrow")]
-    if not files:
-        return
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise BadInput(f"{files[0]}: reading it needs pyarrow; pip install pyarrow") from None
-    for file in sorted(files):
-        try:
-            if file.suffix == ".parquet":
-                batches = ParquetFile(file).iter_batches(16)
-            else:
-                batches = pyarrow.ipc.open_stream(file)
-            for batch in batches:
-                yield from batch.to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
-            reason = one_line(error)
-            raise BadInput(f"{file}: not a readable table ({reason}); get it again") from None
+    for number, record in enumerate(read_table(folder)):
+        for column, cell in record.items():
+            if isinstance(cell, dict) and cell.get("bytes"):
+                yield f"row {number}, {column}", io.BytesIO(cell["bytes"])
 
 
 # ---------------------------------------------------------------- statistics
@@ -1084,17 +1129,16 @@ def bootstrap(
     names, group = np.unique(np.array(groups, str), return_inverse=True)
     known, cluster = np.unique(np.array(clusters, str), return_inverse=True)
     number = len(known)
-    means = np.full((draws, len(names)), np.nan)  # what stays of a single cluster
-    if number > 1:
-        totals = np.zeros((number, len(names)))
-        counts = np.zeros((number, len(names)))
-        np.add.at(totals, (cluster, group), values)
-        np.add.at(counts, (cluster, group), 1)
-        # how often each draw of `number` clusters takes each of them: (draws, number)
-        times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), draws)
-        with np.errstate(all="ignore"):
-            means = (times @ totals) / (times @ counts)
-    return names.tolist(), means
+    if number < 2:
+        return names.tolist(), np.full((draws, len(names)), np.nan)
+    totals = np.zeros((number, len(names)))
+    counts = np.zeros((number, len(names)))
+    np.add.at(totals, (cluster, group), values)
+    np.add.at(counts, (cluster, group), 1)
+    # how often each draw of `number` clusters takes each of them: (draws, number)
+    times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), draws)
+    with np.errstate(all="ignore"):
+        return names.tolist(), (times @ totals) / (times @ counts)
 
 
 def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]:
