@@ -1223,23 +1223,23 @@ def picture_grid(
 SIZE = 32  # pixels of a picture's side: 2 x 2 cells
 CELL = 16  # pixels of a cell's side
 COLOURS = {
-    "red": (220, 40, 40),
-    "green": (30, 170, 50),
-    "blue": (50, 80, 220),
-    "yellow": (240, 200, 40),
-    "purple": (150, 40, 190),
+    "red": "#dc2828",
+    "green": "#1eaa32",
+    "blue": "#3250dc",
+    "yellow": "#f0c828",
+    "purple": "#9628be",
 }
 SHAPES = ("circle", "square", "triangle")
 BACKGROUNDS = {
-    "white": (245, 245, 245),
-    "gray": (140, 140, 140),
-    "black": (25, 25, 25),
-    "cyan": (130, 210, 220),
-    "pink": (250, 180, 200),
+    "white": "#f5f5f5",
+    "gray": "#8c8c8c",
+    "black": "#191919",
+    "cyan": "#82d2dc",
+    "pink": "#fab4c8",
 }
 CELLS = ("top left", "top right", "bottom left", "bottom right")
-THINGS = [(colour, shape) for shape, colour in itertools.product(SHAPES, COLOURS)]
-OBJECTS = [None, *THINGS]  # by number; 0 is an empty cell
+THINGS = [f"{colour} {shape}" for shape, colour in itertools.product(SHAPES, COLOURS)]
+OBJECTS = ["", *THINGS]  # by number; 0 is an empty cell
 TASKS = ("recolour", "remove", "add", "replace", "background")
 
 
@@ -1257,7 +1257,7 @@ class Change(NamedTuple):
     """What an instruction asks for: `new` in place of `old`, both objects or both backgrounds."""
 
     task: str
-    cell: int | None  # None: wherever the old object is
+    place: int | None  # in the scene, 0 for its background; None: wherever the old object is
     old: int
     new: int
 
@@ -1278,15 +1278,14 @@ def _cell_templates():
     for background, thing in itertools.product(BACKGROUNDS.values(), OBJECTS):
         # drawn large, then averaged: smooth edges
         big = Image.new("RGB", (8 * CELL, 8 * CELL), background)
-        if thing:
-            colour, shape = thing
-            draw = ImageDraw.Draw(big)
-            if shape == "circle":
-                draw.ellipse((20, 20, 107, 107), COLOURS[colour])
-            elif shape == "square":
-                draw.rectangle((16, 16, 111, 111), COLOURS[colour])
-            else:
-                draw.polygon([(64, 12), (116, 110), (12, 110)], COLOURS[colour])
+        draw = ImageDraw.Draw(big)
+        colour, _, shape = thing.partition(" ")
+        if shape == "circle":
+            draw.ellipse((20, 20, 107, 107), COLOURS[colour])
+        elif shape == "square":
+            draw.rectangle((16, 16, 111, 111), COLOURS[colour])
+        elif shape == "triangle":
+            draw.polygon([(64, 12), (116, 110), (12, 110)], COLOURS[colour])
         templates.append(_to_tensor(big.resize((CELL, CELL), Image.Resampling.BOX)))
     return torch.stack(templates)
 
@@ -1304,6 +1303,12 @@ def _render(scenes):
     return grid.reshape(-1, 3, SIZE, SIZE)
 
 
+def _squares(pictures, side):
+    """Cuts pictures into squares, row by row: (B, 3, H, W) -> (B x squares, 3, side, side)."""
+    grid = pictures.unfold(2, side, side).unfold(3, side, side)  # (B, 3, row, column, side, side)
+    return grid.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+
 def to_pil(picture: Tensor) -> Image.Image:
     """float (3, H, W) in [0, 1] -> PIL.Image."""
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
@@ -1316,39 +1321,29 @@ def _to_tensor(image):
 
 @functools.cache
 def _instructions():
-    """What each instruction that there is asks for."""
+    """What each instruction that there is asks for, sorted by their texts."""
     changes = {}
-    for old, (colour, shape) in enumerate(THINGS, 1):
-        for new, (new_colour, new_shape) in enumerate(THINGS, 1):
-            if new != old:
-                text = f"replace the {colour} {shape} with a {new_colour} {new_shape}"
-                changes[text] = Change("replace", None, old, new)
-            if new != old and new_shape == shape:
-                text = f"make the {colour} {shape} {new_colour}"
-                changes[text] = Change("recolour", None, old, new)
-        for cell, place in enumerate(CELLS):
-            changes[f"add a {colour} {shape} at the {place}"] = Change("add", cell, 0, old)
-            changes[f"remove the {colour} {shape} at the {place}"] = Change("remove", cell, old, 0)
-    for (old, name), (new, new_name) in itertools.permutations(enumerate(BACKGROUNDS), 2):
-        text = f"change the {name} background to {new_name}"
-        changes[text] = Change("background", None, old, new)
-    return changes
-
-
-def _texts_of(task):
-    """The instructions of one task, sorted."""
-    return sorted(text for text, change in _instructions().items() if change.task == task)
+    things = list(enumerate(THINGS, 1))
+    for (old, thing), (new, other) in itertools.permutations(things, 2):
+        changes[f"replace the {thing} with a {other}"] = Change("replace", None, old, new)
+        colour, shape = other.split()
+        if thing.endswith(shape):
+            changes[f"make the {thing} {colour}"] = Change("recolour", None, old, new)
+    for (number, thing), (place, cell) in itertools.product(things, enumerate(CELLS, 1)):
+        changes[f"add a {thing} at the {cell}"] = Change("add", place, 0, number)
+        changes[f"remove the {thing} at the {cell}"] = Change("remove", place, number, 0)
+    for (old, colour), (new, other) in itertools.permutations(enumerate(BACKGROUNDS), 2):
+        changes[f"change the {colour} background to {other}"] = Change("background", 0, old, new)
+    return dict(sorted(changes.items()))
 
 
 @functools.cache
-def _held_out():
-    """An eighth of each task's instructions, never seen in training."""
-    held = set()
-    for task in TASKS:
-        texts = _texts_of(task)
-        order = torch.randperm(len(texts), generator=seeded("toy held-out instructions", task))
-        held.update(texts[i] for i in order[: len(texts) // 8].tolist())
-    return held
+def _texts(task, is_test):
+    """A task's instructions, sorted: an eighth of them for the test, the others for training."""
+    texts = [text for text, change in _instructions().items() if change.task == task]
+    order = torch.randperm(len(texts), generator=seeded("toy held-out instructions", task))
+    held_out = order[: len(texts) // 8]
+    return [text for i, text in enumerate(texts) if (i in held_out) == is_test]
 
 
 def _is_test_scene(scene):
@@ -1358,28 +1353,21 @@ def _is_test_scene(scene):
 
 def _apply_change(scene, change):
     """The scene after a change; None where it does not apply (no such object, cell taken)."""
-    if change.task == "background":
-        if scene.background != change.old:
-            return None
-        return scene._replace(background=change.new)
-    background, *cells = scene
-    cell = change.cell
-    if cell is None and change.old in cells:
-        cell = cells.index(change.old)
-    if cell is None or cells[cell] != change.old:
+    place = change.place
+    if place is None and change.old in scene[1:]:
+        place = scene.index(change.old, 1)
+    if place is None or scene[place] != change.old:
         return None
-    if change.new and change.new in cells:
-        return None
-    cells[cell] = change.new
-    return Scene(background, *cells)
+    if place > 0 and change.new > 0 and change.new in scene[1:]:
+        return None  # an object stands in a scene only once: its name is enough to point at it
+    after = list(scene)
+    after[place] = change.new
+    return Scene(*after)
 
 
 def _toy_examples(number, split, *key):
     """Seeded examples of one split; tasks take turns, the objects of a scene are distinct."""
     is_test = split == "test"
-    texts = {}
-    for task in TASKS:
-        texts[task] = [text for text in _texts_of(task) if (text in _held_out()) == is_test]
     rng = random.Random(seeded("toy", split, *key).initial_seed())
     examples = []
     while len(examples) < number:
@@ -1388,10 +1376,11 @@ def _toy_examples(number, split, *key):
         cells = rng.sample(range(1, len(OBJECTS)), filled) + (4 - filled) * [0]
         rng.shuffle(cells)
         source = Scene(rng.randrange(len(BACKGROUNDS)), *cells)
-        text = rng.choice(texts[task])
+        text = rng.choice(_texts(task, is_test))
         target = _apply_change(source, _instructions()[text])
         if target is None or _is_test_scene(source) != is_test:
             continue
+        # training sees no test scene, neither as a source nor as a target
         if is_test or not _is_test_scene(target):
             examples.append(Example(source, target, task, text))
     return examples
@@ -1404,25 +1393,18 @@ def scenes_of(examples: list[Example]) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _object_credit():
-    """credit[source, target, seen] in [0, 1] of an object.
-
-    1 for the wanted one, 0 for the old one, else 0.3 each for the wanted colour and shape.
-    """
-    credit = torch.zeros(len(OBJECTS), len(OBJECTS), len(OBJECTS))
-    for source, target, seen in itertools.product(range(len(OBJECTS)), repeat=3):
-        if seen == target:
-            credit[source, target, seen] = 1
-        elif seen != source and OBJECTS[target] and OBJECTS[seen]:
-            alike = len(set(OBJECTS[target]) & set(OBJECTS[seen]))
-            credit[source, target, seen] = 0.3 * alike
-    return credit
+def _likeness():
+    """0.3 each for the colour and the shape that two objects have in common: (16, 16)."""
+    likeness = torch.zeros(len(OBJECTS), len(OBJECTS))
+    for (i, one), (j, other) in itertools.product(enumerate(OBJECTS), repeat=2):
+        common = set(one.split()) & set(other.split())
+        likeness[i, j] = 0.3 * len(common)
+    return likeness
 
 
 def _cell_distances(pictures):
     """Mean squared error of each cell to each of the 80 templates: (B, 3, 32, 32) -> (B, 4, 80)."""
-    cells = pictures.unflatten(3, (2, CELL)).unflatten(2, (2, CELL))  # (B, 3, 2, 16, 2, 16)
-    cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(4 * len(pictures), -1)  # (4 B, 768)
+    cells = _squares(pictures, CELL).flatten(1)  # (4 B, 768)
     distances = torch.cdist(cells, _cell_templates().flatten(1))  # (4 B, 80)
     return (distances.square() / cells.shape[1]).unflatten(0, (-1, 4))
 
@@ -1430,43 +1412,39 @@ def _cell_distances(pictures):
 def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Score and success by program: float (B, 3, 32, 32) in [0, 1], int (B, 5) -> float, bool (B,).
 
-    Each cell is compared with all that a cell can show; score = (edit done) x (rest kept), each the
-    mean credit of what should change and of what should not. Success: every cell is nearest to its
-    target, and near it.
+    Each cell is compared with all that a cell can show. Score: the product of three credits, for
+    the object that should change, for those that should not (their mean), and for the background.
+    Success: every cell is nearest to its target, and near it.
     """
-    distance = _cell_distances(pictures)  # (B, 4, 80)
+    distances = _cell_distances(pictures)  # (B, 4, 80)
     # how much a cell shows each background and object; 0.001 tells even near colours apart
-    seen = (-distance / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))
-    old_ground, old_things = sources.split((1, 4), 1)
-    new_ground, new_things = targets.split((1, 4), 1)
-    index = new_ground.expand(-1, 4).unsqueeze(2)  # (B, 4, 1)
-    ground = seen.sum(3).gather(2, index).squeeze(2)  # (B, 4) share of the right background
-    credit = _object_credit()[old_things, new_things]  # (B, 4, 16)
-    thing = (seen.sum(2) * credit).sum(2)  # (B, 4)
+    seen = (-distances / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))
+    _, old_things = sources.split((1, 4), 1)  # (B, 4)
+    new_ground, new_things = targets.split((1, 4), 1)  # (B, 1), (B, 4)
 
-    # done: what should change, the one cell or the whole background
-    is_changed = old_things != new_things  # (B, 4)
-    changed_thing = torch.where(is_changed, thing, 0.0).sum(1)
-    is_background = (old_ground != new_ground).squeeze(1)  # (B,) whether that was the task
-    done = torch.where(is_background, ground.sum(1) / 4, changed_thing)
-    # kept: the other cells, and the background where it was not the task
-    kept = torch.where(is_changed, 0.0, thing).sum(1) / (~is_changed).sum(1)
-    kept_ground = torch.where(is_background[:, None], 1.0, ground).mean(1)
+    # an object's credit: 1 if it is the wanted one, 0 if it is the old one, else its likeness
+    credit = _likeness()[new_things].scatter(2, old_things[..., None], 0.0)  # (B, 4, 16)
+    credit = credit.scatter(2, new_things[..., None], 1.0)
+    things = (seen.sum(2) * credit).sum(2)  # (B, 4)
+    is_kept = old_things == new_things  # (B, 4), all True where the background should change
+    changed = things.where(~is_kept, 1.0).prod(1)
+    kept = things.where(is_kept, 0.0).sum(1) / is_kept.sum(1)
+    is_wanted = F.one_hot(new_ground, len(BACKGROUNDS))  # (B, 1, 5)
+    ground = (seen.sum(3) * is_wanted).sum(2).mean(1)
 
     # success is strict: a smear may be nearest to its target, but it is not near
-    wanted = _shown_in(targets)  # (B, 4)
-    near = distance.gather(2, wanted[..., None]).squeeze(2) < 0.015
-    return done * (kept_ground * kept), ((distance.argmin(2) == wanted) & near).all(1)
+    nearest = distances.min(2)  # values and indices, (B, 4) each
+    success = (nearest.indices == _shown_in(targets)) & (nearest.values < 0.015)
+    return changed * (ground * kept), success.all(1)
 
 
 def oracle(row: dict, image: Image.Image) -> tuple[float, bool] | None:
     """(score in [0, 1], success) of an edit of a toy row by program; None for any other row."""
     if "target_scene" not in row:
         return None
-    picture = _to_tensor(image.convert("RGB").resize((SIZE, SIZE)))[None]
-    source = torch.tensor([row["source_scene"]])
-    target = torch.tensor([row["target_scene"]])
-    score, success = oracle_scores(picture, source, target)
+    picture = _to_tensor(image.convert("RGB").resize((SIZE, SIZE)))
+    scenes = [torch.tensor([row[key]]) for key in ("source_scene", "target_scene")]
+    score, success = oracle_scores(picture[None], *scenes)
     return score.item(), success.item()
 
 
@@ -1492,7 +1470,6 @@ class ToySettings(CheckedSettings):
         0.6, "Share of wrong targets in the last 30 % of them.", at_least=0, at_most=1
     )
     judge_steps: int = setting(700, "Training steps of the judge on graded corruptions.", **COUNT)
-    check: bool = setting(True, "Stop if a model is not what the reinforcement learning needs.")
 
 
 def build_toy(settings: ToySettings) -> None:
@@ -1501,34 +1478,36 @@ def build_toy(settings: ToySettings) -> None:
     BadInput where the folder holds something else, or only a part of a toy, and is left as it is.
     """
     folder = Path(settings.out)
-    recipe = asdict(settings)
-    del recipe["out"], recipe["check"]
-    if _is_built(folder, recipe):
+    if _is_built(folder, settings):
         return
     start = time.time()
     say(f"toy: building {folder} once: rows, a tiny editor, a tiny judge; minutes on two cores")
     with whole_folder(folder) as part:
         write_rows(part, settings)
         _train_models(part, settings)
-        (part / "toy.json").write_text(json.dumps(recipe))
+        write_json(part / "toy.json", asdict(settings))
     say(f"toy: built in {(time.time() - start) / 60:.1f} min")
 
 
-def _is_built(folder, recipe):
-    """Whether a folder holds the toy of a recipe; BadInput if it holds part of one, or no toy."""
-    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+def _is_built(folder, settings):
+    """Whether a folder holds the toy of these settings; BadInput for a part of one, or no toy."""
+    if not folder.exists() or folder.is_dir() and not os.listdir(folder):
         return False
     fix = "move the folder away, or name another with --out"
     try:
-        found = parse_json_object((folder / "toy.json").read_bytes(), "")
+        found = read_json(folder / "toy.json")
     except (OSError, BadInput):
         raise BadInput(f"{folder}: holds no toy.json that is whole; {fix}") from None
-    changes = changed(found, recipe, "")
+    changes = changed(found, asdict(settings), "out")
     if changes:
         say(f"toy: {folder} is built anew: {', '.join(changes)}")
         return False
-    models = ("editor/transformer/diffusion_pytorch_model.safetensors", "judge/model.safetensors")
-    for name in ("train.jsonl", "test.jsonl", *models):
+    for name in (
+        "train.jsonl",
+        "test.jsonl",
+        "editor/transformer/diffusion_pytorch_model.safetensors",
+        "judge/model.safetensors",
+    ):
         if not (folder / name).is_file():
             raise BadInput(f"{folder}: has lost {name}; {fix}")
     return True
@@ -1550,8 +1529,9 @@ def write_rows(folder: Path, settings: ToySettings) -> None:
                 "source_scene": example.source,
                 "target_scene": example.target,
             }
-            for key, scene in (("image", example.source), ("target", example.target)):
-                to_pil(_render(torch.tensor([scene]))[0]).save(folder / row[key])
+            source, target = _render(torch.tensor([example.source, example.target]))
+            to_pil(source).save(folder / row["image"])
+            to_pil(target).save(folder / row["target"])
             rows.append(row)
         write_json_lines(folder / f"{split}.jsonl", rows)
 
@@ -1602,14 +1582,12 @@ def _train_models(folder, settings):
             torch.manual_seed(settings.seed)
             torch.set_num_threads(1)  # one core for each of the two processes
             pipe = new_editor()
-            pipe.set_progress_bar_config(disable=True)
             _train_vae(pipe.vae, settings.vae_steps)
             _train_editor(pipe, settings)
             pipe.save_pretrained(folder / "editor")
             judge.join()
             if judge.exitcode:
                 raise BadInput("toy: the judge's training failed; its own message stands above")
-            _check_toy(pipe, folder / "judge", settings)
     finally:
         judge.terminate()
         torch.set_num_threads(threads)
@@ -1632,65 +1610,38 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _check_toy(pipe, judge, settings):
-    """Prints the editor's success and the judge's rank correlation with the oracle, held out.
-
-    BadInput where either is not what the reinforcement learning needs, if settings.check.
-    """
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
-
-    examples = []
-    for example in _toy_examples(settings.test_rows, "test", settings.seed, "rows"):
-        examples += 4 * [example]
-    edits = draw_edits(pipe, examples, settings.seed, "check")
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(judge)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(judge)
-    scores, successes = oracle_scores(edits, *scenes_of(examples))
-    success = successes.float().mean().item()
-    agreement = spearman(_judge_scores(model, tokenizer, examples, edits), scores)
-    say(
-        f"toy: the base editor succeeds on {success:.1%} of {len(edits)} held-out edits with 6 "
-        "steps (wanted 25-60 %); Spearman correlation of judge and oracle on them "
-        f"{agreement:.3f} (wanted 0.75)"
-    )
-    if settings.check and (success < 0.25 or success > 0.60 or agreement < 0.75):
-        raise BadInput("toy: no good start for RL; change --wrong_share or raise --judge_steps")
-
-
 def _toy_words():
     """All words of the instructions, sorted."""
     return sorted(set(" ".join(_instructions()).split()))
 
 
-def _fit(name, models, loss, steps, lr, position=0):
+def _fit(label, models, loss, steps, lr, position=0):
     """Minimises loss(step): Muon for matrices and convolutions, AdamW for the rest, linear decay.
 
     position: the line of the progress bar, which tells the time left.
     """
+    model = torch.nn.ModuleList(models)
     wide = []
     rest = []
-    for model in models:
-        for key, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed" not in key and "shared" not in key:
-                wide.append(parameter)
-            else:
-                rest.append(parameter)
-    # views: Muon takes two dimensions
-    flat = [torch.nn.Parameter(parameter.data.view(len(parameter), -1)) for parameter in wide]
-    muon = torch.optim.Muon(flat, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embed" not in name and "shared" not in name:
+            wide.append(parameter)
+        else:
+            rest.append(parameter)
+    # Muon takes two dimensions: views, which share the values and not the gradients
+    views = [torch.nn.Parameter(parameter.data.flatten(1)) for parameter in wide]
+    muon = torch.optim.Muon(views, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(rest, weight_decay=0.0)
-    for step in tqdm(range(steps), name, position=position, mininterval=1):
+    for step in tqdm(range(steps), label, position=position, mininterval=1):
         loss(step).backward()
-        for parameter, view in zip(wide, flat, strict=True):
-            view.grad = parameter.grad.view_as(view)  # the values are shared, gradients are not
+        for parameter, view in zip(wide, views, strict=True):
+            view.grad = parameter.grad.flatten(1)
         # 50 steps of warm-up, then linearly down to a hundredth
         rate = min((step + 1) / 50, 1) * max(1 - step / steps, 0.01)
-        muon.param_groups[0]["lr"] = lr * rate
-        adam.param_groups[0]["lr"] = 2e-3 * rate
-        muon.step()
-        adam.step()
-        for model in models:
-            model.zero_grad()
+        for optimizer, highest in ((muon, lr), (adam, 2e-3)):
+            optimizer.param_groups[0]["lr"] = highest * rate
+            optimizer.step()
+        model.zero_grad()
 
 
 # ------------- its editor: FLUX.1-Kontext in miniature
@@ -1750,16 +1701,20 @@ def new_editor():
         axes_dims_rope=(4, 14, 14),
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    text_encoder = CLIPTextModel(clip)
-    text_encoder_2 = T5EncoderModel(t5)
     return FluxKontextPipeline(
-        scheduler, vae, text_encoder, clip_tokenizer, text_encoder_2, t5_tokenizer, transformer
+        scheduler,
+        vae,
+        CLIPTextModel(clip),
+        clip_tokenizer,
+        T5EncoderModel(t5),
+        t5_tokenizer,
+        transformer,
     )
 
 
 def _new_editor_tokenizers():
     """A CLIP tokenizer and a T5 one to which each word of an instruction is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import trainers
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     words = _toy_words()
@@ -1767,44 +1722,40 @@ def _new_editor_tokenizers():
     pieces += [("▁" + word, -1.0) for word in words]
     t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
 
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    clip = CLIPTokenizer(vocab=special, merges=[], model_max_length=TEXT_TOKENS + 2)
     # the trainer numbers word ends in random order, which decides ties, unless they have theirs
     ends = [letter + "</w>" for letter in sorted(set("".join(words)))]
     trainer = trainers.BpeTrainer(
-        end_of_word_suffix="</w>",
-        special_tokens=["<|startoftext|>", "<|endoftext|>", *ends],
-        show_progress=False,
+        end_of_word_suffix="</w>", special_tokens=[*special, *ends], show_progress=False
     )
-    bpe.train_from_iterator(words, trainer)
-    trained = json.loads(bpe.to_str())["model"]
-    merges = [tuple(pair) for pair in trained["merges"]]
-    clip = CLIPTokenizer(vocab=trained["vocab"], merges=merges, model_max_length=TEXT_TOKENS + 2)
+    clip.backend_tokenizer.train_from_iterator(words, trainer)
     return clip, t5
 
 
 def _train_vae(vae, steps):
     """Reconstruction with a noisy code, then the scale and shift that make the codes standard."""
 
-    # noise on the code makes the decoder forgiving: the editor's latents are never exact
     def loss(step):
-        pictures = _render(_random_scenes(16)) * 2 - 1
+        pictures = _random_pictures(16)
         code = vae.encode(pictures).latent_dist.mean  # (B, 16, 4, 4)
+        # the noise makes the decoder forgiving: the editor's latents are never exact
         error = vae.decode(code + 0.4 * torch.randn_like(code)).sample - pictures
         return error.abs().mean() + error.square().mean() + 1e-3 * code.square().mean()
 
     _fit("autoencoder", [vae], loss, steps, lr=0.02)
     with torch.no_grad():
-        code = vae.encode(_render(_random_scenes(256)) * 2 - 1).latent_dist.mean
+        code = vae.encode(_random_pictures(256)).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / code.std().item(), shift_factor=code.mean().item())
 
 
-def _random_scenes(number):
-    """Scenes with all four cells drawn freely, none of them a test scene: int (number, 5)."""
+def _random_pictures(number):
+    """Pictures with all four cells drawn freely, no test scene: (number, 3, 32, 32) in [-1, 1]."""
     backgrounds = torch.randint(len(BACKGROUNDS), (2 * number, 1))
     cells = torch.randint(len(OBJECTS), (2 * number, 4))
-    scenes = torch.cat([backgrounds, cells], 1).tolist()
-    return torch.tensor([scene for scene in scenes if not _is_test_scene(scene)][:number])
+    scenes = torch.cat([backgrounds, cells], 1)
+    kept = [scene for scene in scenes if not _is_test_scene(scene.tolist())]
+    return _render(torch.stack(kept[:number])) * 2 - 1
 
 
 def _spoil(example, rng):
@@ -1817,8 +1768,8 @@ def _spoil(example, rng):
     if kind < 0.3:
         return source
     if kind < 0.6:
-        for text in rng.sample(sorted(_instructions()), 60):
-            other = _apply_change(source, _instructions()[text])
+        for change in rng.sample(list(_instructions().values()), 60):
+            other = _apply_change(source, change)
             if other not in (None, target):
                 return other
     scene = list(target if kind < 0.9 else source)
@@ -1844,10 +1795,9 @@ def _train_editor(pipe, settings):
     target_codes = _encoded(pipe, targets)
     wrong_codes = _encoded(pipe, wrong)
 
-    # where each token stands: (picture, row, column), the source being picture 1
-    places = pipe._prepare_latent_image_ids(1, 2, 2, "cpu", torch.float32)  # (4, 3)
-    source_places = places + torch.tensor([1.0, 0.0, 0.0])  # differ in the first number
-    places = torch.cat([places, source_places])
+    # where each token stands: picture (0 the edit, 1 the source), row, column
+    two = torch.arange(2.0)
+    places = torch.cartesian_prod(two, two, two)  # (8, 3)
 
     def loss(step):
         rows = torch.randint(len(examples), (128,))
@@ -1865,7 +1815,7 @@ def _train_editor(pipe, settings):
         output = pipe.transformer(
             hidden_states=torch.cat([x_t, source], 1),
             timestep=t.flatten(),
-            guidance=1 + 3 * torch.rand(len(rows)),
+            guidance=1 + 3 * torch.rand(len(rows)),  # every scale a user may ask for
             pooled_projections=pooled,
             encoder_hidden_states=words,
             txt_ids=text_ids,
@@ -1884,31 +1834,9 @@ def _train_editor(pipe, settings):
 @torch.no_grad()
 def _encoded(pipe, scenes):
     """The editor's tokens of pictures, standardised: int (n, 5) -> float (n, 4, 64)."""
-    codes = []
-    for part in scenes.split(256):
-        codes.append(pipe.vae.encode(_render(part) * 2 - 1).latent_dist.mean)
-    codes = (torch.cat(codes) - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-    return pipe._pack_latents(codes, len(codes), *codes.shape[1:])
-
-
-@torch.no_grad()
-def draw_edits(pipe, examples: list[Example], *key) -> Tensor:
-    """One edit of each example in 6 Euler steps: float (n, 3, 32, 32) in [0, 1], in 1/255 steps."""
-    sources, _ = scenes_of(examples)
-    output = pipe(
-        image=_render(sources),
-        prompt=[example.text for example in examples],
-        height=SIZE,
-        width=SIZE,
-        max_area=SIZE * SIZE,
-        _auto_resize=False,
-        num_inference_steps=6,
-        max_sequence_length=TEXT_TOKENS,
-        guidance_scale=2.5,
-        output_type="pt",
-        generator=[seeded(*key, i) for i in range(len(examples))],
-    )
-    return (output.images * 255).round() / 255
+    parts = [pipe._encode_vae_image(_render(part) * 2 - 1, None) for part in scenes.split(256)]
+    codes = torch.cat(parts)  # (n, 16, 4, 4)
+    return pipe._pack_latents(codes, *codes.shape)
 
 
 # ------------- its judge: Qwen2.5-VL in miniature
@@ -1919,8 +1847,15 @@ def new_judge_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names = "endoftext im_start im_end vision_start vision_end image_pad video_pad"
-    special = [f"<|{name}|>" for name in names.split()]
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
     vocabulary = {word: i for i, word in enumerate([*special, *DIGITS, *_toy_words()])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -1939,40 +1874,37 @@ def new_judge(tokenizer):
     """An untrained Qwen2_5_VLForConditionalGeneration of 0.5 M parameters: a cell is one token."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    image, video, start, end = tokenizer.convert_tokens_to_ids(names)
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
-        rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 3.0},
-    )
-    vision = dict(
-        depth=1,
-        hidden_size=64,
-        intermediate_size=128,
-        num_heads=2,
-        patch_size=8,
-        window_size=32,
-        out_hidden_size=96,
-        fullatt_block_indexes=[0],
-    )
+    token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            max_position_embeddings=256,
+            bos_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
+            rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 3.0},
+        ),
+        vision_config=dict(
+            depth=1,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=2,
+            patch_size=8,
+            window_size=32,
+            out_hidden_size=96,
+            fullatt_block_indexes=[0],
+        ),
         tie_word_embeddings=True,
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 
@@ -1995,33 +1927,33 @@ def save_judge(model, tokenizer, folder: Path) -> None:
 
 def judge_patches(pictures: Tensor) -> Tensor:
     """What the judge's image processor makes of (B, 3, 32, 32) in [0, 1]: (16 B, 384)."""
-    halves = (2, 2, 8)  # cell, patch in the cell, pixel
-    grid = (pictures * 2 - 1).unflatten(3, halves).unflatten(2, halves)
-    grid = grid.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (B, row, column, sub, sub, 3, 8, 8)
-    grid = grid.unsqueeze(6).expand(*grid.shape[:6], 2, 8, 8)  # as a video of two frames
-    return grid.reshape(-1, 3 * 2 * 8 * 8)
+    cells = _squares(pictures, CELL)  # (4 B, 3, 16, 16)
+    patches = _squares(cells, 8) * 2 - 1  # (16 B, 3, 8, 8), the four of a cell in a row
+    return torch.stack([patches, patches], 2).flatten(1)  # as a video of two frames
 
 
-def _judge_inputs(model, tokenizer, examples, edits):
-    """The judge's arguments for the question about each edit (B, 3, 32, 32) and its source."""
+def _judge_states(model, tokenizer, texts, pairs):
+    """The judge's forward on questions: its output, and which tokens are of pictures, (B, T).
+
+    pairs: source and edit of each, float (B, 2, 3, 32, 32).
+    """
     # as CHAT_TEMPLATE and the processor write it: four cells of a picture, four tokens
     picture = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
-    questions = []
-    for example in examples:
-        questions.append(f"<|im_start|>{example.text}{picture}{picture}<|im_end|><|im_start|>")
+    questions = [f"<|im_start|>{text}{picture}{picture}<|im_end|><|im_start|>" for text in texts]
     tokens = tokenizer(
         questions, padding="max_length", max_length=QUESTION_TOKENS, return_tensors="pt"
     )
-    sources, _ = scenes_of(examples)
-    pairs = torch.stack([_render(sources), edits], 1).flatten(0, 1)  # source, edit, source, ...
-    return dict(
+    is_picture = tokens.input_ids == model.config.image_token_id
+    output = model.model(
         input_ids=tokens.input_ids,
         attention_mask=tokens.attention_mask,
-        mm_token_type_ids=(tokens.input_ids == model.config.image_token_id).int(),
-        pixel_values=judge_patches(pairs),
-        image_grid_thw=torch.tensor([[1, 4, 4]]).expand(len(pairs), -1),
+        mm_token_type_ids=is_picture.int(),
+        pixel_values=judge_patches(pairs.flatten(0, 1)),
+        image_grid_thw=torch.tensor([[1, 4, 4]]).expand(2 * len(pairs), -1),
         use_cache=False,
+        output_hidden_states=True,
     )
+    return output, is_picture
 
 
 def _graded_corruptions(examples, *key):
@@ -2032,8 +1964,8 @@ def _graded_corruptions(examples, *key):
         is_right = rng.random() < 0.33
         seen.append(example.target if is_right else _spoil(example, rng))
     others = [rng.choice((example.source, example.target)) for example in examples]
-    pictures = _render(torch.tensor(seen))
-    return _worn(pictures, _render(torch.tensor(others)), seeded("corruptions", *key))
+    rng = seeded("corruptions", *key)
+    return _worn(_render(torch.tensor(seen)), _render(torch.tensor(others)), rng)
 
 
 def _worn(pictures, others, rng):
@@ -2043,13 +1975,12 @@ def _worn(pictures, others, rng):
         return torch.rand(len(pictures), *shape, generator=rng)
 
     def for_half(values):
-        return torch.where(share(1, 1, 1) < 0.5, values, 0.0)
+        return values.where(share(1, 1, 1) < 0.5, 0.0)
 
     # in six of ten pictures a quarter of the cells show up to 70 % of the other picture
-    amount = 0.7 * share(4)  # (B, 4) how much of the other picture
-    chosen = share(4) < 0.25
-    chosen = chosen & (share(1) < 0.6)
-    amount = torch.where(chosen, amount, 0.0).view(-1, 1, 2, 2)
+    amount = 0.7 * share(4)  # (B, 4)
+    amount = amount.where(share(4) < 0.25, 0.0)
+    amount = amount.where(share(1) < 0.6, 0.0).view(-1, 1, 2, 2)
     pictures = torch.lerp(pictures, others, F.interpolate(amount, scale_factor=CELL))
 
     # half of the pictures are blurred, from hardly to fully
@@ -2072,18 +2003,19 @@ def _train_judge(model, tokenizer, settings):
     pool = _toy_examples(settings.pool, "train", settings.seed, "judge")
     width = model.config.text_config.hidden_size
     kinds = len(_cell_templates())
-    sizes = {"wanted": kinds, "seen": kinds, "copied": kinds, "right": 2}
-    heads = torch.nn.ModuleDict(
-        {name: torch.nn.Linear(width, size) for name, size in sizes.items()}
-    )
+    heads = torch.nn.ModuleDict()
+    for name, size in {"wanted": kinds, "seen": kinds, "copied": kinds, "right": 2}.items():
+        heads[name] = torch.nn.Linear(width, size)
     digits = torch.tensor(tokenizer.convert_tokens_to_ids(list(DIGITS)))
 
     def loss(step):
         examples = random.Random(f"{settings.seed} {step}").sample(pool, 128)
-        edits = _graded_corruptions(examples, settings.seed, step)
+        texts = [example.text for example in examples]
         sources, targets = scenes_of(examples)
-        inputs = _judge_inputs(model, tokenizer, examples, edits)
-        output = model.model(**inputs, output_hidden_states=True)
+        edits = _graded_corruptions(examples, settings.seed, step)
+        pairs = torch.stack([_render(sources), edits], 1)
+        output, is_picture = _judge_states(model, tokenizer, texts, pairs)
+
         logits = model.lm_head(output.last_hidden_state[:, -1])
         log_p = logits.log_softmax(-1)[:, digits]  # (B, 6)
         scores, _ = oracle_scores(edits, sources, targets)
@@ -2091,39 +2023,27 @@ def _train_judge(model, tokenizer, settings):
         shares = (1 - (5 * scores[:, None] - torch.arange(6)).abs()).clamp(min=0)
         answer = -(log_p * shares).sum(1).mean()
 
-        is_picture = inputs["mm_token_type_ids"].bool()
-
         def cells_at(layer):
             hidden = model.model.language_model.norm(output.hidden_states[layer])
-            source, edit = hidden[is_picture].view(-1, 2, 4, width).unbind(1)
-            return source.flatten(0, 1), edit.flatten(0, 1)  # (4 B, width) each
+            cells = hidden[is_picture].view(-1, 2, 4, width)  # of source and edit
+            return cells.transpose(0, 1).flatten(1, 2)  # (2, 4 B, width)
 
         # the second layer sees what each picture shows, the third compares the two
         early_source, early_edit = cells_at(2)
         _, late_edit = cells_at(3)
-        seen = _cell_distances(edits).argmin(2).flatten()  # (4 B,)
-        wanted = _shown_in(targets).flatten()  # (4 B,)
-        right_ground = seen // len(OBJECTS) == wanted // len(OBJECTS)
-        right_thing = seen % len(OBJECTS) == wanted % len(OBJECTS)
-        right = torch.stack([right_ground, right_thing], 1).float()
+        seen = _cell_distances(edits).argmin(2).flatten()  # (4 B,) template
+        wanted = _shown_in(targets).flatten()  # (4 B,) template
+        things = len(OBJECTS)
+        right = torch.stack([seen // things == wanted // things, seen % things == wanted % things])
         return (
             answer
             + F.cross_entropy(heads["wanted"](early_source), wanted)
             + F.cross_entropy(heads["seen"](early_edit), seen)
             + F.cross_entropy(heads["copied"](late_edit), wanted)
-            + F.binary_cross_entropy_with_logits(heads["right"](late_edit), right)
+            + F.binary_cross_entropy_with_logits(heads["right"](late_edit), right.T.float())
         )
 
     _fit("judge ", [model, heads], loss, settings.judge_steps, lr=0.01, position=1)
-
-
-@torch.no_grad()
-def _judge_scores(model, tokenizer, examples, edits):
-    """The judge's expected score in [0, 1] of each edit, (n,), as reward_mllm.py reads it."""
-    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list(DIGITS)))
-    inputs = _judge_inputs(model, tokenizer, examples, edits)
-    logits = model(**inputs, logits_to_keep=1).logits[:, -1, digits]
-    return logits.softmax(-1) @ torch.arange(6.0) / 5
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ from data_prep import (
     ToySettings,
     _apply_change,
     _graded_corruptions,
-    _held_out,
     _instructions,
     _is_test_scene,
     _render,
     _spoil,
+    _texts,
     _toy_examples,
     append_json_line,
     build_toy,
@@ -240,7 +240,7 @@ def test_a_value_outside_its_range_is_refused_by_the_settings_name(kind, name, v
         ["--train_rows", "9" * 400],
         ["--train_rows", "9" * 5000],
         ["--seed"],
-        ["--check", "maybe"],
+        ["--check", "false"],
     ],
 )
 def test_a_hostile_command_line_is_one_line(words):
@@ -1200,10 +1200,14 @@ def test_captions_and_title_are_written_below_and_above():
 
 
 def test_test_scenes_and_instructions_do_not_occur_in_training():
-    for source, target, _, text in _toy_examples(3000, "train", 0):
-        assert not _is_test_scene(source) and not _is_test_scene(target) and text not in _held_out()
-    for source, _, _, text in _toy_examples(300, "test", 0):
-        assert _is_test_scene(source) and text in _held_out()
+    for source, target, task, text in _toy_examples(3000, "train", 0):
+        assert not _is_test_scene(source) and not _is_test_scene(target)
+        assert text in _texts(task, is_test=False) and text not in _texts(task, is_test=True)
+    for source, _, task, text in _toy_examples(300, "test", 0):
+        assert _is_test_scene(source) and text in _texts(task, is_test=True)
+    for task in data_prep.TASKS:
+        test, train = len(_texts(task, is_test=True)), len(_texts(task, is_test=False))
+        assert test == (test + train) // 8 > 0
 
 
 def test_the_five_tasks_take_equal_parts_and_every_edit_changes_the_scene():
@@ -1217,8 +1221,8 @@ def test_an_instruction_that_does_not_fit_the_scene_is_none():
     def after(background, cell, text):
         return _apply_change(Scene(background, cell, 0, 0, 0), _instructions()[text])
 
-    red_circle = data_prep.OBJECTS.index(("red", "circle"))
-    blue_circle = data_prep.OBJECTS.index(("blue", "circle"))
+    red_circle = data_prep.OBJECTS.index("red circle")
+    blue_circle = data_prep.OBJECTS.index("blue circle")
     text = "make the red circle blue"
     assert after(0, red_circle, text) == (0, blue_circle, 0, 0, 0)
     assert after(0, 0, text) is None
@@ -1311,7 +1315,6 @@ def tiny(out, **changes):
         pool=200,
         train_rows=5,
         test_rows=5,
-        check=False,
     )
     return ToySettings(**(values | changes))
 
@@ -1469,13 +1472,18 @@ def test_the_judges_process_watches_its_parent(monkeypatch, tmp_path):
     assert started == [True]
 
 
-def test_a_toy_that_is_too_bad_to_learn_from_stops_the_build(toy):
-    from diffusers import FluxKontextPipeline
+def test_a_toy_that_is_too_bad_to_learn_from_is_said_in_one_line(toy, tmp_path, monkeypatch):
+    import shutil
 
-    pipe = FluxKontextPipeline.from_pretrained(toy / "editor")
-    pipe.set_progress_bar_config(disable=True)
+    import toy_ratings
+
+    shutil.copytree(toy, tmp_path / "toy")
+    monkeypatch.setattr(sys, "argv", ["toy_ratings.py", str(tmp_path / "toy")])
     with pytest.raises(BadInput, match="no good start for RL"):
-        data_prep._check_toy(pipe, toy / "judge", tiny(toy, check=True))
+        toy_ratings.main()
+    lines = [line for _, line in read_json_lines(tmp_path / "toy" / "ratings.jsonl")]
+    assert [len(line["edits"]) for line in lines] == [4] * 5
+    assert (tmp_path / "toy" / lines[0]["edits"][0]).is_file()
 
 
 def test_pictures_survive_being_written(world, tmp_path):
