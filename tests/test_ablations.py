@@ -33,9 +33,13 @@ def place(tmp_path_factory):
     del recipe["out"], recipe["check"]
     (folder / "data" / "toy" / "toy.json").write_text(json.dumps(recipe))
     before = os.getcwd()
+    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in caught}
     os.chdir(folder)
     yield folder
     os.chdir(before)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,6 @@ def study(place):
     -> the folder, and what each call drew pictures of.
     """
     drawn = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablations, "curves", drawn.append)
         words = ["--seeds", "0", "--flags", SMALL, "--jobs", "1", "--out", "study"]
@@ -54,8 +57,6 @@ def study(place):
         ablations.main([*words, "--epochs", "2"])
         patch.setattr(ablations.subprocess, "Popen", lambda *a, **k: pytest.fail("ran again"))
         ablations.main([*words, "--epochs", "2"])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return place / "study", drawn
 
 
