@@ -29,9 +29,7 @@ def place(tmp_path_factory):
     """A folder to work in, with a toy of few steps that takes itself for the whole one."""
     folder = tmp_path_factory.mktemp("place")
     build_toy(tiny(folder / "data" / "toy"))
-    recipe = asdict(ToySettings())
-    del recipe["out"], recipe["check"]
-    (folder / "data" / "toy" / "toy.json").write_text(json.dumps(recipe))
+    (folder / "data" / "toy" / "toy.json").write_text(json.dumps(asdict(ToySettings())))
     before = os.getcwd()
     caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in caught}
