@@ -1,7 +1,7 @@
 """What each part of the method does: variants of it on the toy, several seeds each, as a table.
 
 python tests/ablations.py [--epochs 40] [--seeds 0 1 2] [--only NAME ...] [--jobs N]
-python tests/ablations.py --table true      # what is there already; nothing is run
+python tests/ablations.py --table           # what is there already; nothing is run
 
 Needs the toy (python data_prep.py toy). A variant is a few flags of train_nft.py, or a patch of at
 most three lines of a copy of the scripts, which OUT/NAME/scripts keeps. Every draw is seeded by its
@@ -68,6 +68,7 @@ class Variant:
     flags: str = ""
     patch: Patch | None = None
     epochs: int = 1  # so many times the epochs, where one draws less
+    policy: str = "new"  # the one that is evaluated
 
 
 VARIANTS = {
@@ -99,12 +100,22 @@ VARIANTS = {
     "euler": Variant("--solver_order 1"),
     "old-is-new": Variant("--decay_max 0"),
     "old-is-slow": Variant("--decay_rate 1 --decay_max 0.9"),
+    "ema": Variant("--ema_decay 0.9", policy="ema"),
     # judge
     "judge-sampled": Variant("--judge_strategy sampled"),
     "judge-worse": Variant("--judge tests/ablation_run.py:worse"),
     "judge-hacked": Variant("--judge tests/ablation_run.py:brightness --judge_check false"),
     # learning rate, and edits a step
     "lr-6e-3": Variant("--lr 6e-3"),
+    "lr-warm-up": Variant(
+        patch=Patch(
+            "train_nft.py",
+            'record = {"epoch": epoch + 1}\n',
+            'record = {"epoch": epoch + 1}\n'
+            "        warm_up = min(1, (epoch + 1) / 10)\n"
+            '        run.optimizer.param_groups[0]["lr"] = settings.lr * warm_up\n',
+        )
+    ),
     "8-rows": Variant("--groups 8", epochs=2),
     "8-rows-lr-6e-3": Variant("--groups 8 --lr 6e-3", epochs=2),
 }
@@ -277,7 +288,8 @@ class Finished:
 
 def read_run(run: Run) -> Finished:
     log = run.log()
-    rows = [row for _, row in read_json_lines(run.folder / "heldout-new.jsonl")]
+    kept = run.folder / f"heldout-{run.variant.policy}.jsonl"
+    rows = [row for _, row in read_json_lines(kept)]
     config = read_json(run.folder / "config.json")
     seconds = 0.0
     for record in log:
@@ -341,6 +353,8 @@ def change_of(variant: Variant) -> str:
     if variant.patch:
         lines = [f"`{line.strip()}`" for line in variant.patch.new.strip().splitlines()]
         parts.append(f"{variant.patch.script}: {' '.join(lines)}")
+    if variant.policy != "new":
+        parts.append(f"the policy {variant.policy} evaluated")
     if variant.epochs > 1:
         parts.append(f"{variant.epochs} times the epochs")
     return ", ".join(parts)
