@@ -38,6 +38,7 @@ import textwrap
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -66,6 +67,10 @@ class BadInput(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))  # a name may hold a line break
+
+
+class DiskFault(BadInput):
+    """What cannot be written: no fault of the input."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -239,7 +244,7 @@ def changed(before: dict, now: dict, harmless: str) -> list[str]:
 
 @contextmanager
 def disk_faults(path: str | Path) -> Iterator[None]:
-    """Makes one BadInput of whatever a full, read-only or broken disk raises in the block."""
+    """Makes one DiskFault of whatever a full, read-only or broken disk raises in the block."""
     try:
         yield
     except Exception as error:
@@ -248,7 +253,7 @@ def disk_faults(path: str | Path) -> Iterator[None]:
         if not known and not isinstance(error, OSError):
             raise
         reason = one_line(error)
-        raise BadInput(
+        raise DiskFault(
             f"{path}: cannot be written ({reason}); make room or name another place"
         ) from error
 
@@ -376,7 +381,7 @@ def newest_whole(folder: Path, name: str) -> Path | None:
     Names on stderr the damaged ones that it passes over; BadInput when all of them are.
     """
     folders = numbered_folders(folder, name)
-    for path in folders:
+    for path in folders.values():
         if is_whole(path):
             return path
         say(f"{path}: damaged; going back to the one before", sys.stderr)
@@ -385,19 +390,15 @@ def newest_whole(folder: Path, name: str) -> Path | None:
     return None
 
 
-def numbered_folders(folder: Path, name: str) -> list[Path]:
-    """The folders NAME-<digits>, highest number first; what has another name is not ours.
+def numbered_folders(folder: Path, name: str) -> dict[int, Path]:
+    """{number: path} of the folders NAME-<digits>, highest first; other names are not ours.
 
     BadInput for a file with such a name: it would be in the way.
     """
-    folders = [path for path in folder.glob("*") if re.fullmatch(f"{name}-[0-9]+", path.name)]
-    check_names(folder, [], [path.name for path in folders])
-    return sorted(folders, key=_number_of, reverse=True)
-
-
-def _number_of(folder):
-    """The number at the end of a folder's name."""
-    return int(folder.name.split("-")[-1])
+    numbers = [path.name.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*")]
+    found = {int(digits): folder / f"{name}-{digits}" for digits in numbers if digits.isdecimal()}
+    check_names(folder, [], [path.name for path in found.values()])
+    return dict(sorted(found.items(), reverse=True))
 
 
 def prune_folders(newest: Path, keep: int, best: int) -> None:
@@ -405,13 +406,15 @@ def prune_folders(newest: Path, keep: int, best: int) -> None:
 
     Those with higher numbers stay: they are not what `newest` follows. What a kill left goes.
     """
-    name = newest.name.split("-")[0]
-    folders = numbered_folders(newest.parent, name)
-    with disk_faults(newest.parent):
-        for path in folders[folders.index(newest) + keep :]:
-            if _number_of(path) != best:
-                path.rename(newest.parent / f".part-{path.name}-{os.getpid()}")  # never half of it
-        for path in newest.parent.glob(f".part-{name}-[0-9]*"):
+    folder = newest.parent
+    name, last = newest.name.split("-")
+    folders = numbered_folders(folder, name)
+    numbers = [number for number in folders if number <= int(last)]
+    with disk_faults(folder):
+        for number in numbers[keep:]:
+            if number != best:
+                folders[number].rename(folder / f".part-{name}-{number}")  # never half of it
+        for path in folder.glob(f".part-{name}-[0-9]*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -434,7 +437,7 @@ def _noted(faults):
     try:
         yield
     except BadInput as fault:
-        if faults is None:
+        if faults is None or isinstance(fault, DiskFault):
             raise
         faults.append(str(fault))
 
@@ -733,8 +736,8 @@ def read_records(path: str | Path, kinds: tuple = TABLES) -> Iterator[dict]:
     """The records of a table file, or of all in a folder: {column: value}, a few in memory.
 
     Parquet, arrow (streams, as `datasets` writes them), JSON lines, a JSON list (a file that is
-    named), csv (all text), or tar: a record for the neighbours with one name up to the first dot,
-    columns being what follows it. A picture is bytes, a dict of its `bytes` or `path`, or a path.
+    named), csv (all text), or tar: neighbours with one name up to the first dot are a record, whose
+    columns are their endings and what their .json holds. BadInput for a file that is broken.
     """
     for file in table_files(path, kinds):
         try:
@@ -773,19 +776,15 @@ def _records_in(file):
 
 
 def _records_of_tar(file):
-    """The records of a tar file as webdataset writes them; `json` is parsed, `txt` is text."""
+    """The records of a tar file as webdataset writes them."""
     with tarfile.open(file) as tar:
         members = filter(tarfile.TarInfo.isfile, tar)
         for name, group in itertools.groupby(members, _tar_name):
             record = {"__key__": name}
             for member in group:
-                column = member.name[len(name) + 1 :]
+                column = member.name.removeprefix(f"{name}.")
                 record[column] = tar.extractfile(member).read()
-            if "json" in record:
-                record["json"] = json.loads(record["json"])
-            if "txt" in record:
-                record["txt"] = record["txt"].decode()
-            yield record
+            yield record | json.loads(record.pop("json", "{}"))
 
 
 def _tar_name(member):
@@ -855,23 +854,33 @@ def read_rows(folder: str | Path, split: str, faults: list | None = None) -> lis
         wanted = f"{split}.jsonl nor {split}_metadata.jsonl"
         raise BadInput(f"{folder}: holds neither {wanted}; name a dataset folder")
     rows = []
-    lines = {}  # of each id and content so far
+    places = {}
     for number, row in read_json_lines(file, faults):
-        content = json.dumps({**row, "id": None}, sort_keys=True)
+        content = row | {"id": None}
         row["id"] = str(row.get("id", f"{split}-{number}"))
         row["where"] = f"{file}:{number}"
         with _noted(faults):
             _check_texts(row)
             _find_pictures(row, folder)
-            for key in (row["id"], content):
-                line = lines.setdefault(key, number)
-                if line != number:
-                    words = f"repeats the id or the content of line {line}"
-                    raise BadInput(f"{row['where']}: {words}; remove or change one")
+            _refuse_repeats([row["id"], content], places, row["where"], f"line {number}")
             rows.append(row)
     if not rows and not faults:
         raise BadInput(f"{file}: holds no rows; add some")
     return rows
+
+
+def _refuse_repeats(values, places, where, place):
+    """BadInput for a value that came before; places: of each value so far, to be gone on with."""
+    for value in values:
+        first = places.setdefault(json.dumps(value, sort_keys=True), place)
+        if first != place:
+            words = f"repeats the id or the content of {first}"
+            raise BadInput(f"{where}: {words}; remove or change one")
+
+
+def _as_list(value):
+    """A list itself, and anything else as the one thing in a list."""
+    return value if isinstance(value, list) else [value]
 
 
 def _check_texts(row):
@@ -891,9 +900,7 @@ def _check_texts(row):
 def _find_pictures(row, folder):
     """Gives a row its `images` and makes all its paths absolute; BadInput where one leaves."""
     where = row["where"]
-    names = row.get("image") or []
-    if not isinstance(names, list):
-        names = [names]
+    names = _as_list(row.get("image") or [])
     if not names:
         raise BadInput(f"{where}: the row has no `image`; add a path, relative to {folder}")
     row["images"] = [inside(folder, name, where) for name in names]
@@ -941,9 +948,12 @@ def faultless(
     return kept
 
 
-def row_pictures(row: dict) -> list[str]:
+def row_pictures(row: dict, keys: tuple = ("images", "target", "mask")) -> list[str]:
     """The paths of all pictures of a row: sources, target, mask."""
-    return [*row["images"], *(row[key] for key in ("target", "mask") if key in row)]
+    paths = []
+    for key in keys:
+        paths += _as_list(row.get(key, []))
+    return paths
 
 
 def load_sources(row: dict) -> list[Image.Image]:
@@ -969,14 +979,12 @@ def _look_through(rows, look, show=True):
     return seen, faults
 
 
-def load_rows(
-    folder: str | Path, skip: bool = False, accelerator: Accelerator | None = None
-) -> dict[str, list[dict]]:
+def load_rows(folder: str | Path, skip: bool, accelerator: Accelerator) -> dict[str, list[dict]]:
     """{"train": rows, "test": rows} of a dataset, by the headers of its pictures fit for training.
 
     The first fault raises BadInput; with `skip` faulty rows are left out, with a line on stderr for
-    each fault. With an accelerate.Accelerator the processes of a node share the work, all drop the
-    same rows or raise the same error, and rows that differ between them are an error.
+    each fault. The processes of a node share the work, all drop the same rows or raise the same
+    error, and rows that differ between them are an error.
     """
     rows = {"train": [], "test": []}
     messages = []
@@ -987,7 +995,7 @@ def load_rows(
     messages += broken.values()
     if messages and not skip:
         raise BadInput(messages[0])
-    if accelerator is None or accelerator.is_main_process:
+    if accelerator.is_main_process:
         for message in messages:
             say(f"skipped: {message}", sys.stderr)
     for split in SPLITS:
@@ -1000,17 +1008,11 @@ def load_rows(
 
 def _header_faults(rows, folder, accelerator):
     """{path: fault} of the pictures whose headers show one to any process; all get the same."""
-    if accelerator is None:
-        _, faults = _look_through(rows, _check_header)
-        return faults
     mine = rows[accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
     _, found = _look_through(mine, _check_header, accelerator.is_main_process)
     if len(set(gather_object([fingerprint(rows)]))) > 1:
         raise BadInput(f"{folder}: its rows differ between processes; give each node the same ones")
-    faults = {}
-    for found_there in gather_object([found]):
-        faults |= found_there
-    return faults
+    return functools.reduce(operator.or_, gather_object([found]))
 
 
 def fingerprint(rows: list[dict]) -> str:
@@ -1039,18 +1041,20 @@ class CheckSettings(CheckedSettings):
     """What `data_prep.py check DIR` is told."""
 
     dataset: str = setting(".", "The dataset folder; also the first word after check.")
-    against: str = setting("", "A benchmark's folder: its pictures must not be in the dataset.")
+    against: list[str] = setting([], "Folders of benchmarks: no picture of theirs may be in it.")
 
 
 def check_dataset(settings: CheckSettings) -> None:
-    """Reads a dataset once and prints each fault on a line; BadInput where there is one."""
+    """Reads a dataset once: prints each fault on a line, or what it holds; BadInput for faults."""
     folder = Path(settings.dataset).resolve()
     splits = [split for split in SPLITS if split_file(folder, split)]
     rows = []
     faults = []
     for split in splits or SPLITS:
         rows += read_rows(folder, split, faults)
+    start = time.process_time()
     seen, broken = _look_through(rows, _look_at)
+    speed = len(seen) / (time.process_time() - start)
     faults += broken.values()
     for row in rows:
         if "mask" in row and broken.keys().isdisjoint(row_pictures(row)):
@@ -1059,16 +1063,40 @@ def check_dataset(settings: CheckSettings) -> None:
             if mask_size != size:
                 words = "`mask` has not the size of the row's first picture; resize it"
                 faults.append(f"{row['where']}: {words}")
-    if settings.against:
-        faults += _copies(seen, settings.against)
+    for benchmark in settings.against:
+        faults += _copies(seen, benchmark)
     for fault in faults:
         print(fault)
     if faults:
         raise BadInput(f"{folder}: {len(faults)} faults, one a line above")
+    for line in _summary(rows, seen):
+        print(line)
+    print(f"read {speed:.0f} pictures a second and core")
     counts = f"{len(rows)} rows in {' and '.join(splits)}, {len(seen)} pictures"
-    if settings.against:
-        counts += f"; nothing of {settings.against}"
-    print(f"{folder}: no faults; {counts}")
+    nothing = [f"; nothing of {benchmark}" for benchmark in settings.against]
+    print(f"{folder}: no faults; {counts}{''.join(nothing)}")
+
+
+def _summary(rows, seen):
+    """Lines that say what the rows hold; seen: {path: (size, thumbnail)} of their pictures."""
+    tasks = Counter(row.get("task", "none") for row in rows)
+    yield "tasks: " + ", ".join(f"{task} {number}" for task, number in tasks.most_common())
+    yield "words of a prompt: " + _spread([len(row["prompt"].split()) for row in rows])
+    sources = set()
+    for row in rows:
+        sources.update(row["images"])
+    sides = [max(seen[path][0]) for path in sources]
+    yield "longer side of a source picture: " + _spread(sides)
+    looks = {seen[path][1].tobytes() for path in sources}
+    yield f"source pictures: {len(sources)}, of which {len(sources) - len(looks)} repeat another"
+    masks = [100 * seen[row["mask"]][1].mean() for row in rows if "mask" in row]
+    if masks:
+        yield f"white part of a mask in %: {_spread(masks)}"
+
+
+def _spread(values):
+    """The median of numbers and where they lie."""
+    return f"{np.median(values):.0f} in the middle, {min(values):.0f} to {max(values):.0f}"
 
 
 def _look_at(path):
@@ -1113,6 +1141,209 @@ def _benchmark_pictures(folder):
         for column, cell in record.items():
             if isinstance(cell, dict) and cell.get("bytes"):
                 yield f"row {number}, {column}", io.BytesIO(cell["bytes"])
+
+
+# ---------------------------------------------------------------- import
+
+# The columns of public sets, as their cards or readers name them; none was tried on the original.
+FORMATS = {
+    "released": "--prompt prompt --image image --requirement requirement",
+    "cocoedit": "--prompt prompt --image image --mask mask",
+    "editscore-rl": "--prompt instruction --image input_images --task task_type",
+    "gpt-image-edit": "--prompt instruction --image input --target output --task task",
+    "imgedit": "--prompt prompt --image input_images --target output_images",
+    "magicbrush": "--prompt instruction --image source_img --target target_img",
+    "omniedit": "--prompt edited_prompt_list.0 --image src_img --target edited_img --task task",
+    "pico-banana": "--prompt text --image local_input_image --target output_image --task edit_type",
+    "unirl": "--prompt prompt --image media.0.uri",
+}
+
+
+@dataclass(frozen=True)
+class ImportSettings(CheckedSettings):
+    """What `data_prep.py import SRC DIR` is told. A column may be a path, as in media.0.uri."""
+
+    source: str = setting("", "A table, or a folder of them; also the first word after import.")
+    dataset: str = setting("", "The dataset folder to be made; also the second word.")
+    format: str = setting("", f"Columns of a public set: {', '.join(FORMATS)}.")
+    prompt: str = setting("prompt", "Column of the instruction.")
+    image: str = setting("image", "Column of the source picture, or of a list of them.")
+    target: str = setting("", "Column of a right edit.")
+    mask: str = setting("", "Column of the picture that is white where the edit may change.")
+    requirement: str = setting("", "Column of what a good edit must show.")
+    task: str = setting("", "Column of the kind of edit.")
+    id: str = setting("", "Column of the row's name; the default is file and row.")
+    pictures: str = setting("", "Folder in which paths of pictures begin; the default is SRC's.")
+    rows: int = setting(0, "Stop after so many good rows; 0 takes all.", at_least=0)
+    test: int = setting(240, "Rows that are held out, by source picture.", at_least=1)
+    seed: int = setting(0, "Seed of the held-out rows.", at_least=0)
+
+
+def import_dataset(settings: ImportSettings) -> None:
+    """Makes a dataset of tables: train.jsonl, test.jsonl, left_out.jsonl, pictures by content.
+
+    Started again after a stop it goes on; pictures that are there are not decoded again. BadInput
+    for a folder that holds something else, and where no rows are left for one of the splits.
+    """
+    folder = Path(settings.dataset)
+    with locked(folder):
+        if _is_imported(folder, asdict(settings)):
+            say(f"{folder}: was imported before; nothing to do")
+            return
+        rows, faults = _take_rows(settings)
+        train, test = _split_by_picture(rows, settings)
+        if not train or not test:
+            raise BadInput(
+                f"{settings.source}: {len(rows)} good rows give {len(train)} to train on and "
+                f"{len(test)} held out; see --test. Left out: {len(faults)} {faults[:1]}"
+            )
+        used = set()
+        for row in rows:
+            used.update(row_pictures(row, ("image", "target", "mask")))
+        for path in (folder / "pictures").iterdir():
+            if f"pictures/{path.name}" not in used:  # of a row that was left out, or of a kill
+                path.unlink()
+        write_json_lines(folder / "left_out.jsonl", [{"fault": fault} for fault in faults])
+        write_json_lines(folder / "test.jsonl", test)
+        write_json_lines(folder / "train.jsonl", train)  # the last one: it says that all is there
+    say(f"{folder}: {len(train)} rows to train on, {len(test)} held out, {len(faults)} left out")
+
+
+def _is_imported(folder, settings):
+    """Whether all is there; if not, the folder is made ready, or BadInput if it holds others'."""
+    record = folder / "import.json"
+    if (folder / "train.jsonl").exists() and record.exists():
+        changes = changed(read_json(record), settings, "")
+        if changes:
+            raise BadInput(f"{folder}: {', '.join(changes)}; name another folder")
+        return True
+    names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    if names and not record.exists():
+        raise BadInput(f"{folder}: holds something else; name a new folder")
+    for path in folder.rglob(".part-*"):  # of a kill
+        path.unlink()
+    write_json(record, settings)
+    return False
+
+
+def _take_rows(settings):
+    """(rows, faults): the good rows of the tables, their pictures written, and all others."""
+    stop = catch_signals()
+    rows = []
+    faults = []
+    places = {}
+    records = _numbered_records(Path(settings.source))
+    with ThreadPoolExecutor() as pool, tqdm(desc="rows", leave=False) as bar:
+        while not settings.rows or len(rows) < settings.rows:
+            batch = list(itertools.islice(records, 64))
+            if not batch:
+                break
+            futures = [pool.submit(_import_row, record, place, settings) for place, record in batch]
+            for future in futures:
+                with _noted(faults):
+                    row = future.result()
+                    place = row.pop("where")
+                    _refuse_repeats([row["id"], row | {"id": None}], places, place, place)
+                    rows.append(row)
+            if stop.is_set():
+                raise BadInput(f"{settings.dataset}: stopped; the same command goes on")
+            bar.update(len(batch))
+    return rows[: settings.rows or None], faults
+
+
+def _numbered_records(source):
+    """(place, record) of all records of a table, or of the tables in a folder."""
+    files = table_files(source)
+    if not files:
+        raise BadInput(f"{source}: holds no table ({' '.join(TABLES)}); name another")
+    for file in files:
+        for number, record in enumerate(read_records(file), 1):
+            yield f"{file.relative_to(_folder_of(source))} row {number}", record
+
+
+def _folder_of(source):
+    """Where the paths of a table's pictures begin."""
+    return source if source.is_dir() else source.parent
+
+
+def _import_row(record, place, settings):
+    """A record as a row of a dataset, its pictures written; BadInput where it is unfit for one."""
+    row = {"id": re.sub("[ /]", "-", place), "where": place}
+    for key in ("id", "prompt", "requirement", "task"):
+        value = _value_at(record, getattr(settings, key))
+        if isinstance(value, bytes):
+            value = value.decode(errors="replace")
+        if value is not None:
+            row[key] = str(value) if key == "id" else value
+    _check_texts(row)
+    base = settings.pictures or _folder_of(Path(settings.source))
+    first = {}
+    for key in ("image", "target", "mask"):
+        cells = _as_list(_value_at(record, getattr(settings, key)) or [])
+        files = [picture_file(cell, base, f"{place}, {key}") for cell in cells]
+        if files:
+            names = [_keep_picture(file, settings.dataset) for file in files]
+            row[key] = names if key == "image" and len(names) > 1 else names[0]
+            first[key] = files[0]
+    if "image" not in row:
+        raise BadInput(f"{place}: no picture in column {settings.image}; see --image")
+    if "mask" in row and load_image(first["mask"]).size != load_image(first["image"]).size:
+        raise BadInput(f"{place}: the mask has not the size of the picture; resize it")
+    return row
+
+
+def _value_at(record, column):
+    """What a record holds in a column, or at a path such as media.0.uri; None without it."""
+    value = record
+    for key in [column] if column in record else column.split("."):
+        try:
+            value = value[int(key) if isinstance(value, list) else key]
+        except (LookupError, TypeError, ValueError):
+            return None
+    return value
+
+
+def _keep_picture(file, folder):
+    """The name of a picture in a folder, by its content; written and checked unless it is there."""
+    content = file.getvalue()
+    with _opened(file) as image:
+        ending = image.format.lower()
+    name = f"pictures/{hashlib.sha256(content).hexdigest()}.{ending}"
+    if not Path(folder, name).exists():
+        _look_at(file)
+        with whole_file(Path(folder, name)) as part:
+            part.write_bytes(content)
+    return name
+
+
+def _split_by_picture(rows, settings):
+    """(train, test): groups of rows that share no source or target, drawn by content and seed."""
+    parents = {}  # of each picture one that it goes together with, in the end itself
+
+    def root(name):
+        while parents.setdefault(name, name) != name:
+            name = parents[name]
+        return name
+
+    for row in rows:
+        first, *others = row_pictures(row, ("image", "target"))
+        for name in others:
+            parents[root(name)] = root(first)
+    groups = {}
+    for row in rows:
+        groups.setdefault(root(_as_list(row["image"])[0]), []).append(row)
+
+    def lot(name):
+        return seeded(settings.seed, "held out", name).initial_seed()
+
+    test = []
+    train = []
+    for name in sorted(groups, key=lot):
+        if len(test) + len(groups[name]) <= settings.test:
+            test += groups[name]
+        else:
+            train += groups[name]
+    return train, test
 
 
 # ---------------------------------------------------------------- statistics
@@ -1542,17 +1773,28 @@ def write_rows(folder: Path, settings: ToySettings) -> None:
 def main(argv: list[str] | None = None) -> None:
     """python data_prep.py COMMAND ..."""
     command, *words = argv or sys.argv[1:] or ["no command"]
-    if command == "check":
-        if words and not words[0].startswith("-"):
-            words = ["--dataset", *words]
-        check_dataset(parse_settings(CheckSettings, words, "Lists every fault of a dataset."))
-    elif command == "toy":
-        build_toy(parse_settings(ToySettings, words, "Builds the toy and its two tiny models."))
-    else:
+    commands = {  # settings, what is called with them, and what may stand first without its name
+        "toy": (ToySettings, build_toy, ()),
+        "check": (CheckSettings, check_dataset, ("dataset",)),
+        "import": (ImportSettings, import_dataset, ("source", "dataset")),
+    }
+    if command not in commands:
         raise BadInput(
-            f"{command}: say what to do: python data_prep.py toy [--out DIR], or check DIR "
-            "[--against BENCH]"
+            f"{command}: say what to do: python data_prep.py toy [--out DIR], check DIR "
+            "[--against BENCH], or import SRC DIR --prompt COLUMN --image COLUMN"
         )
+    cls, function, places = commands[command]
+    named = []
+    for place in places:
+        if words and not words[0].startswith("-"):
+            named += [f"--{place}", words.pop(0)]
+    words = named + words
+    settings = parse_settings(cls, words, function.__doc__)
+    if command == "import" and settings.format:
+        if settings.format not in FORMATS:
+            raise BadInput(f"--format {settings.format}: is none of {', '.join(FORMATS)}")
+        settings = parse_settings(cls, FORMATS[settings.format].split() + words)
+    function(settings)
 
 
 # ------------- how the toy's two models were grown: not needed to read the method

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,6 +60,7 @@ from data_prep import (
 )
 
 ROOT = Path(__file__).parents[1]
+ALONE = SimpleNamespace(local_process_index=0, is_main_process=True)
 
 # ---------------------------------------------------------------- errors, output, signals
 
@@ -875,7 +878,7 @@ def test_links_are_followed(tmp_path):
     (snapshot / "b.png").symlink_to("../blob.png")
     (snapshot / "images").symlink_to(tmp_path / "disk")
     data_prep.main(["check", str(snapshot)])
-    for row in load_rows(snapshot)["train"]:
+    for row in load_rows(snapshot, False, ALONE)["train"]:
         assert load_image(row["images"][0]).size == (96, 64)
 
 
@@ -900,7 +903,7 @@ def test_the_start_looks_at_headers_alone(tmp_path, monkeypatch):
     small_dataset(tmp_path)
     monkeypatch.setattr(PngImageFile, "load", lambda *a: pytest.fail("decoded"))
     monkeypatch.setattr(Image.Image, "tobytes", lambda *a: pytest.fail("hashed"))
-    assert [len(rows) for rows in load_rows(tmp_path).values()] == [4, 1]
+    assert [len(rows) for rows in load_rows(tmp_path, False, ALONE).values()] == [4, 1]
 
 
 @pytest.mark.parametrize("content", ["text", "small", "missing", "pipe"])
@@ -914,8 +917,8 @@ def test_a_fault_that_a_header_shows_stops_the_start_or_is_skipped(tmp_path, cap
     elif content == "pipe":
         os.mkfifo(tmp_path / "2.png")
     with pytest.raises(BadInput, match="2.png: ") as error:
-        load_rows(tmp_path)
-    rows = load_rows(tmp_path, skip=True)
+        load_rows(tmp_path, False, ALONE)
+    rows = load_rows(tmp_path, True, ALONE)
     assert [row["id"] for row in rows["train"]] == ["train-1", "train-2", "train-4"]
     assert f"skipped: {error.value}\n" in capsys.readouterr().err
 
@@ -924,13 +927,13 @@ def test_a_mask_counts_as_a_picture_of_its_row(tmp_path):
     small_dataset(tmp_path)
     (tmp_path / "1.png").write_text("text")
     with pytest.raises(BadInput, match="no faultless row is left in test"):
-        load_rows(tmp_path, skip=True)
+        load_rows(tmp_path, True, ALONE)
 
 
 def test_a_missing_split_is_said_also_where_faults_are_skipped(tmp_path, capsys):
     for skip in (False, True):
         with pytest.raises(BadInput, match="holds neither train.jsonl|no faultless row"):
-            load_rows(tmp_path, skip)
+            load_rows(tmp_path, skip, ALONE)
     assert "holds neither train.jsonl" in capsys.readouterr().err
 
 
@@ -1044,7 +1047,7 @@ def test_check_lists_all_faults_together_and_training_can_skip_them(tmp_path, ca
     assert len(said) == 7
     assert all(words in line for words, line in zip(wanted, said, strict=True))
     write(tmp_path, {"prompt": "p", "image": "0.png"}, name="test.jsonl")
-    rows = data_prep.load_rows(tmp_path, skip=True)["train"]
+    rows = data_prep.load_rows(tmp_path, True, ALONE)["train"]
     assert [Path(row["images"][0]).name for row in rows] == ["0.png", "2.png", "8.png"]
 
 
@@ -1054,8 +1057,46 @@ def test_check_says_when_nothing_is_wrong(tmp_path, capsys):
     write(tmp_path, *({"prompt": "p", "image": f"{i}.png"} for i in range(2)))
     write(tmp_path, {"prompt": "q", "image": "0.png"}, name="test.jsonl")
     data_prep.main(["check", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert said == f"{tmp_path}: no faults; 3 rows in train and test, 2 pictures\n"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{tmp_path}: no faults; 3 rows in train and test, 2 pictures"
+
+
+def test_check_sums_up_what_a_dataset_holds(tmp_path, capsys):
+    for i in range(4):
+        draw(tmp_path / f"{i}.png", i, size=(96 + 32 * i, 64))
+    (tmp_path / "again.png").write_bytes((tmp_path / "0.png").read_bytes())
+    mask = Image.new("L", (96, 64))
+    mask.paste(255, (0, 0, 24, 64))
+    mask.save(tmp_path / "mask.png")
+    write(
+        tmp_path,
+        {"prompt": "a b c", "image": "0.png", "task": "add", "mask": "mask.png"},
+        {"prompt": "a", "image": "1.png", "task": "add"},
+        {"prompt": "a b", "image": ["2.png", "3.png"], "task": "remove"},
+        {"prompt": "a b c d e", "image": "again.png"},
+    )
+    data_prep.main(["check", str(tmp_path)])
+    tasks, words, sides, repeats, masks, speed, _ = capsys.readouterr().out.splitlines()
+    assert tasks == "tasks: add 2, remove 1, none 1"
+    assert words == "words of a prompt: 2 in the middle, 1 to 5"
+    assert sides == "longer side of a source picture: 128 in the middle, 96 to 192"
+    assert repeats == "source pictures: 5, of which 1 repeat another"
+    assert masks == "white part of a mask in %: 25 in the middle, 25 to 25"
+    assert re.fullmatch("read [0-9]+ pictures a second and core", speed)
+
+
+def test_check_compares_with_several_benchmarks(tmp_path, capsys):
+    for i in range(3):
+        draw(tmp_path / "data" / f"{i}.png", i)
+        draw(tmp_path / f"bench{i}" / "x.png", i)
+    write(tmp_path / "data", {"prompt": "p", "image": "0.png"}, {"prompt": "p", "image": "1.png"})
+    benches = [str(tmp_path / f"bench{i}") for i in range(3)]
+    with pytest.raises(BadInput, match="2 faults"):
+        data_prep.main(["check", str(tmp_path / "data"), "--against", *benches])
+    first, second = capsys.readouterr().out.splitlines()
+    assert "0.png: shows x.png of" in first and "1.png: shows x.png of" in second
+    data_prep.main(["check", str(tmp_path / "data"), "--against", benches[2]])
+    assert f"nothing of {benches[2]}" in capsys.readouterr().out
 
 
 def test_check_finds_exact_resized_and_recompressed_benchmark_pictures(tmp_path, capsys):

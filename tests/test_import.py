@@ -1,16 +1,27 @@
 """Tables of others: how they are read, and how a dataset is made of them."""
 
+import hashlib
 import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import BadInput, picture_in, read_records, read_table
+import data_prep
+from data_prep import BadInput, picture_in, read_records, read_table, write_json_lines
 
 pyarrow = pytest.importorskip("pyarrow")
+ROOT = Path(__file__).parents[1]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def picture(seed, size=(32, 24), kind="PNG"):
@@ -77,8 +88,8 @@ def test_the_members_of_a_tar_with_one_name_are_one_record(tmp_path):
     }
     write_tar(tmp_path / "x.tar", members)
     assert list(read_records(tmp_path)) == [
-        {"__key__": "a.b/0", "json": {"prompt": "p"}, "src.png": b"one"},
-        {"__key__": "a.b/1", "src.png": b"two", "txt": "é"},
+        {"__key__": "a.b/0", "prompt": "p", "src.png": b"one"},
+        {"__key__": "a.b/1", "src.png": b"two", "txt": "é".encode()},
     ]
 
 
@@ -127,3 +138,366 @@ def test_a_picture_comes_from_bytes_a_dict_or_a_path(tmp_path):
 def test_a_cell_that_holds_no_picture_is_named_by_its_place(tmp_path, cell, message):
     with pytest.raises(BadInput, match=message):
         picture_in(cell, tmp_path, "t: row 1")
+
+
+# ---------------------------------------------------------------- importing
+
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    """Importing catches signals: puts back what was there."""
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def load(place, *words):
+    """data_prep.py import PLACE/src PLACE/out ..., as a user calls it; the folder."""
+    data_prep.main(["import", str(place / "src"), str(place / "out"), *words])
+    return place / "out"
+
+
+COLUMNS = ("--prompt", "text", "--image", "source")
+TEST_3 = ("--test", "3")
+
+
+def rows_in(folder, split):
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+
+
+def left_out(folder):
+    return [row["fault"] for row in rows_in(folder, "left_out")]
+
+
+def state(folder):
+    """{path: content} of all below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "src" / "data").mkdir(parents=True)
+    write_parquet(tmp_path / "src" / "data" / "train-0.parquet")
+    return tmp_path
+
+
+def write_rows(place, *rows, name="rows.jsonl"):
+    (place / "src").mkdir(exist_ok=True)
+    write_json_lines(place / "src" / name, rows)
+
+
+def write_pictures(place, *names, **options):
+    for number, name in enumerate(names):
+        (place / "src" / name).parent.mkdir(exist_ok=True, parents=True)
+        (place / "src" / name).write_bytes(picture(zlib.crc32(name.encode()) + number, **options))
+
+
+def test_what_is_imported_passes_the_check(source, capsys):
+    folder = load(source, *COLUMNS, *TEST_3)
+    data_prep.main(["check", str(folder)])
+    said = capsys.readouterr().out
+    assert f"{folder}: 37 rows to train on, 3 held out, 0 left out\n" in said
+    assert "no faults; 40 rows in train and test, 40 pictures" in said
+
+
+def test_a_row_holds_the_instruction_the_pictures_content_and_where_it_came_from(source):
+    folder = load(source, *COLUMNS, *TEST_3)
+    rows = rows_in(folder, "train") + rows_in(folder, "test")
+    (row,) = [row for row in rows if row["prompt"] == "edit 7"]
+    content = (folder / row["image"]).read_bytes()
+    assert content == RECORDS[7]["source"]
+    assert row["image"] == f"pictures/{hashlib.sha256(content).hexdigest()}.png"
+    assert row["id"] == "data-train-0.parquet-row-8" and list(row) == ["id", "prompt", "image"]
+
+
+def test_columns_are_taken_by_name_or_by_path(tmp_path):
+    nested = {"media": [{"uri": "a.png"}, {"uri": "b.png"}], "meta": {"n": 17, "wanted": "r"}}
+    plain = {"text": "p", "edit.kind": "add", "right": ["c.png"], "region": "d.png"}
+    write_rows(tmp_path, nested | plain, {"text": "q", "media": [{"uri": "e.png"}]})
+    write_pictures(tmp_path, "a.png", "b.png", "c.png", "d.png", "e.png")
+    words = "--prompt text --image media.0.uri --target right --mask region --task edit.kind"
+    words += " --id meta.n --requirement meta.wanted --test 1"
+    folder = load(tmp_path, *words.split())
+    rows = {row["prompt"]: row for row in rows_in(folder, "train") + rows_in(folder, "test")}
+    row = rows["p"]
+    assert row["id"] == "17" and row["task"] == "add" and row["requirement"] == "r"
+    for key, name in (("image", "a.png"), ("target", "c.png"), ("mask", "d.png")):
+        wanted = (tmp_path / "src" / name).read_bytes()
+        assert (folder / row[key]).read_bytes() == wanted
+
+
+def test_several_source_pictures_stay_a_list(tmp_path):
+    write_rows(tmp_path, {"prompt": "p", "image": ["a.png", "b.png"]})
+    write_rows(tmp_path, {"prompt": "q", "image": ["c.png"]}, name="more.jsonl")
+    write_pictures(tmp_path, "a.png", "b.png", "c.png")
+    folder = load(tmp_path, "--test", "1")
+    rows = {row["prompt"]: row for row in rows_in(folder, "train") + rows_in(folder, "test")}
+    assert len(rows["p"]["image"]) == 2 and isinstance(rows["q"]["image"], str)
+
+
+def test_paths_may_begin_in_another_folder(tmp_path):
+    write_rows(tmp_path, {"prompt": "p", "image": "a.png"}, {"prompt": "q", "image": "b.png"})
+    write_pictures(tmp_path, "../else/a.png", "../else/b.png")
+    folder = load(tmp_path, "--pictures", str(tmp_path / "else"), "--test", "1")
+    assert len(rows_in(folder, "train")) == 1
+
+
+def test_rows_that_are_unfit_are_left_out_and_listed_by_file_and_row(tmp_path):
+    write_pictures(tmp_path, "a.png", "b.png", "c.png")
+    write_pictures(tmp_path, "small.png", size=(15, 40))
+    write_pictures(tmp_path, "other.png", size=(40, 40))
+    (tmp_path / "src" / "text.png").write_text("text")
+    good = {"prompt": "p", "image": "a.png"}
+    write_rows(
+        tmp_path,
+        good,
+        good | {"prompt": " "},
+        {"image": "a.png"},
+        good | {"prompt": 3},
+        {"prompt": "p"},
+        {"prompt": "p", "image": []},
+        {"prompt": "p", "image": "none.png"},
+        {"prompt": "p", "image": "text.png"},
+        {"prompt": "p", "image": "small.png"},
+        {"prompt": "p", "image": "../src/a.png"},
+        good,
+        good | {"prompt": "q", "mask": "other.png"},
+        good | {"prompt": "q", "target": "small.png"},
+        good | {"prompt": "q", "image": ["b.png", "none.png"]},
+        {"prompt": "p", "image": "c.png"},
+    )
+    folder = load(tmp_path, "--mask", "mask", "--target", "target", "--test", "1")
+    wanted = [
+        "2: the row has no `prompt`",
+        "3: the row has no `prompt`",
+        "4: `prompt` is 3, not text",
+        "5: no picture in column image",
+        "6: no picture in column image",
+        "7, image names it",
+        "8, image: not a readable picture",
+        "9, image: 15 x 40 pixels, below 16",
+        "10, image: picture ../src/a.png leaves",
+        "11: repeats the id or the content of rows.jsonl row 1",
+        "12: the mask has not the size",
+        "13, target: 15 x 40 pixels, below 16",
+        "14, image names it",
+    ]
+    assert len(left_out(folder)) == len(wanted)
+    for fault, words in zip(left_out(folder), wanted, strict=True):
+        assert f"rows.jsonl row {words}" in fault
+    prompts = rows_in(folder, "train") + rows_in(folder, "test")
+    assert [row["prompt"] for row in prompts] == ["p", "p"]
+    assert len(os.listdir(folder / "pictures")) == 2  # none of the rows that were left out
+
+
+def test_the_same_id_twice_is_left_out(tmp_path):
+    write_pictures(tmp_path, "a.png", "b.png", "c.png")
+    rows = [{"prompt": "p", "image": f"{name}.png", "n": name == "c"} for name in "abc"]
+    write_rows(tmp_path, *rows)
+    folder = load(tmp_path, "--id", "n", "--test", "1")
+    assert len(left_out(folder)) == 1 and "row 2: repeats the id" in left_out(folder)[0]
+
+
+def test_no_picture_stands_in_both_splits(tmp_path):
+    """Sessions of three turns, each turn's target being the next one's source, and one pair."""
+    rows = []
+    for session in range(12):
+        names = [f"{session}-{turn}.png" for turn in range(4)]
+        write_pictures(tmp_path, *names)
+        for turn in (1, 0, 2):
+            row = {"prompt": f"{turn}", "image": names[turn], "target": names[turn + 1]}
+            rows.append(row)
+    write_pictures(tmp_path, "pair.png")
+    rows.append({"prompt": "both", "image": ["pair.png", "3-0.png"]})
+    write_rows(tmp_path, *rows)
+    folder = load(tmp_path, "--target", "target", "--test", "9")
+    seen = {}
+    for split in ("train", "test"):
+        seen[split] = set()
+        for row in rows_in(folder, split):
+            image = row["image"] if isinstance(row["image"], list) else [row["image"]]
+            seen[split].update(image, [row.get("target", image[0])])
+    assert not seen["train"] & seen["test"]
+    assert len(rows_in(folder, "test")) == 9 and len(rows_in(folder, "train")) == 28
+
+
+def test_the_held_out_rows_are_drawn_by_the_seed(source):
+    drawn = []
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        data_prep.main(
+            ["import", str(source / "src"), str(source / name), *COLUMNS, *TEST_3]
+            + ["--seed", str(seed)]
+        )
+        drawn.append([row["prompt"] for row in rows_in(source / name, "test")])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_only_so_many_rows_are_taken(source):
+    folder = load(source, *COLUMNS, *TEST_3, "--rows", "10")
+    rows = rows_in(folder, "train") + rows_in(folder, "test")
+    assert {row["prompt"] for row in rows} == {f"edit {i}" for i in range(10)}
+    assert len(os.listdir(folder / "pictures")) == 10
+
+
+def test_a_second_start_changes_nothing(source, capsys):
+    folder = load(source, *COLUMNS, *TEST_3)
+    before = state(folder)
+    load(source, *COLUMNS, *TEST_3)
+    assert state(folder) == before
+    assert "was imported before" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import data_prep
+left = [{after}]
+look = data_prep.{name}
+def count(*args):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return look(*args)
+data_prep.{name} = count
+data_prep.main({words!r})
+"""
+
+
+def test_an_import_that_is_killed_again_and_again_ends_with_the_same_folder(source, tmp_path):
+    (tmp_path / "whole").mkdir()
+    shutil.copytree(source / "src", tmp_path / "whole" / "src")
+    wanted = state(load(tmp_path / "whole", *COLUMNS, *TEST_3))
+    words = ["import", "src", "out", *COLUMNS, *TEST_3]
+    points = [("_to_disk", 0), ("_to_disk", 9), ("_look_at", 17)]
+    for name, after in [*points, ("_to_disk", 3), ("write_json_lines", 2)]:
+        code = KILLED.format(root=str(ROOT), name=name, after=after, words=words)
+        ended = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True)
+        assert ended.returncode == -signal.SIGKILL
+        assert not (source / "out" / "train.jsonl").exists()
+    command = [sys.executable, str(ROOT / "data_prep.py"), *words]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    wanted = {path.relative_to(tmp_path / "whole"): content for path, content in wanted.items()}
+    found = {path.relative_to(source): content for path, content in state(source / "out").items()}
+    for settings in (found, wanted):
+        del settings[Path("out/import.json")]  # holds the paths as they were given
+    assert found == wanted
+
+
+def test_pictures_that_are_there_are_not_decoded_again(source, monkeypatch):
+    folder = load(source, *COLUMNS, *TEST_3)
+    before = state(folder)
+    (folder / "train.jsonl").unlink()
+    monkeypatch.setattr(data_prep, "load_image", lambda *a: pytest.fail("decoded"))
+    load(source, *COLUMNS, *TEST_3)
+    assert state(folder) == before
+
+
+def test_a_signal_stops_an_import_in_one_line(source, monkeypatch):
+    look = data_prep._look_at
+
+    def once(file):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return look(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data_prep, "_look_at", once)
+        with pytest.raises(BadInput, match="out: stopped; the same command goes on"):
+            load(source, *COLUMNS, *TEST_3)
+    assert len(rows_in(load(source, *COLUMNS, *TEST_3), "train")) == 37
+
+
+def test_a_full_disk_is_no_fault_of_a_row(source, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def refuse(path, content):
+        if "pictures" in path.parts:
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(BadInput, match="cannot be written .*No space left"):
+        load(source, *COLUMNS, *TEST_3)
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(source):
+    (source / "out").mkdir()
+    (source / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(BadInput, match="out: holds something else; name a new folder"):
+        load(source, *COLUMNS, *TEST_3)
+    (source / "out" / ".part-mine").write_text("mine")
+    with pytest.raises(BadInput, match="out: holds something else"):
+        load(source, *COLUMNS, *TEST_3)
+    assert {path.name for path in state(source / "out")} == {".lock", ".part-mine", "mine.txt"}
+
+
+def test_a_start_with_wrong_columns_is_no_hindrance_to_the_right_ones(source):
+    with pytest.raises(BadInput, match="0 good rows"):
+        load(source, "--prompt", "tekst", "--image", "source")
+    assert len(rows_in(load(source, *COLUMNS, *TEST_3), "train")) == 37
+
+
+def test_a_folder_of_another_import_is_refused(source):
+    folder = load(source, *COLUMNS, *TEST_3)
+    before = state(folder)
+    with pytest.raises(BadInput, match="test was 3 and is 4; name another folder"):
+        load(source, *COLUMNS, "--test", "4")
+    assert state(folder) == before
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--prompt", "tekst"], "0 good rows.*row 1: the row has no `prompt`"),
+        ([*COLUMNS, "--test", "40"], "40 good rows give 0 to train on and 40 held out; see --test"),
+        (["--format", "mine"], "--format mine: is none of released, "),
+        (["--rows", "-1"], "--rows -1: give a number at least 0"),
+    ],
+)
+def test_an_import_that_gives_no_dataset_is_one_line(source, words, message):
+    with pytest.raises(BadInput, match=message) as error:
+        load(source, *words)
+    assert "\n" not in str(error.value)
+    assert not (source / "out" / "train.jsonl").exists()
+
+
+def test_a_source_without_tables_is_one_line(tmp_path):
+    (tmp_path / "src").mkdir()
+    for words in (["src"], ["nowhere"]):
+        with pytest.raises(BadInput, match=f"{words[0]}: holds no table"):
+            data_prep.main(["import", str(tmp_path / words[0]), str(tmp_path / "out")])
+
+
+# A record of each public set, as its card or its reader shows it.
+PUBLIC = {
+    "released": {"prompt": "p", "image": "{}", "requirement": "r"},
+    "cocoedit": {"prompt": "p", "image": "{}", "mask": "{}"},
+    "editscore-rl": {"instruction": "p", "input_images": ["{}"], "task_type": "add"},
+    "gpt-image-edit": {"instruction": "p", "input": "{}", "output": "{}", "task": "add"},
+    "imgedit": {"prompt": "p", "input_images": ["{}"], "output_images": ["{}"]},
+    "magicbrush": {"instruction": "p", "source_img": "{}", "target_img": "{}", "img_id": "1"},
+    "omniedit": {"edited_prompt_list": ["p"], "src_img": "{}", "edited_img": "{}", "task": "add"},
+    "pico-banana": {
+        "text": "p",
+        "local_input_image": "{}",
+        "output_image": "{}",
+        "edit_type": "add",
+    },
+    "unirl": {"prompt": "p", "media": [{"modality": "image", "role": "condition", "uri": "{}"}]},
+}
+
+
+DRAWN = {"released": set(), "cocoedit": {"mask"}, "editscore-rl": set(), "unirl": set()}
+
+
+@pytest.mark.parametrize("name", data_prep.FORMATS)
+def test_a_public_sets_columns_go_by_its_name(tmp_path, name):
+    text = json.dumps(PUBLIC[name])
+    write_rows(tmp_path, *(json.loads(text.replace("{}", f"{i}.png")) for i in range(3)))
+    write_pictures(tmp_path, "0.png", "1.png", "2.png")
+    folder = load(tmp_path, "--format", name, "--test", "1")
+    row = rows_in(folder, "train")[0]
+    assert row["prompt"] == "p" and not left_out(folder)
+    texts = {"requirement": "r", "task": "add"}
+    assert all(row.get(key, value) == value for key, value in texts.items())
+    assert {"target", "mask"} & row.keys() == DRAWN.get(name, {"target"})
