@@ -1507,7 +1507,7 @@ def _cell_templates():
     """Every picture a cell can show: (80, 3, 16, 16) in [0, 1], an object on a background each."""
     templates = []
     for background, thing in itertools.product(BACKGROUNDS.values(), OBJECTS):
-        # drawn large, then averaged: smooth edges
+        # drawn eight times too large, then averaged: smooth edges
         big = Image.new("RGB", (8 * CELL, 8 * CELL), background)
         draw = ImageDraw.Draw(big)
         colour, _, shape = thing.partition(" ")
@@ -1578,7 +1578,7 @@ def _texts(task, is_test):
 
 
 def _is_test_scene(scene):
-    """An eighth of all scenes is never seen in training, neither as a source nor as a target."""
+    """Whether a scene is for the test alone: an eighth is, told by a checksum of its numbers."""
     return zlib.crc32(bytes(scene)) % 8 == 0
 
 
@@ -1599,6 +1599,7 @@ def _apply_change(scene, change):
 def _toy_examples(number, split, *key):
     """Seeded examples of one split; tasks take turns, the objects of a scene are distinct."""
     is_test = split == "test"
+    # random's draws are the same on every machine, and seeded by a name like all others
     rng = random.Random(seeded("toy", split, *key).initial_seed())
     examples = []
     while len(examples) < number:
@@ -1658,9 +1659,9 @@ def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[T
     credit = credit.scatter(2, new_things[..., None], 1.0)
     things = (seen.sum(2) * credit).sum(2)  # (B, 4)
     is_kept = old_things == new_things  # (B, 4), all True where the background should change
-    changed = things.where(~is_kept, 1.0).prod(1)
+    changed = things.where(~is_kept, 1.0).prod(1)  # of one object at most
     kept = things.where(is_kept, 0.0).sum(1) / is_kept.sum(1)
-    is_wanted = F.one_hot(new_ground, len(BACKGROUNDS))  # (B, 1, 5)
+    is_wanted = F.one_hot(new_ground, len(BACKGROUNDS))  # (B, 1, 5), the same in every cell
     ground = (seen.sum(3) * is_wanted).sum(2).mean(1)
 
     # success is strict: a smear may be nearest to its target, but it is not near
@@ -1820,7 +1821,7 @@ def _train_models(folder, settings):
     judge.start()
     threads = torch.get_num_threads()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng():  # the caller's own draws stay what they are
             torch.manual_seed(settings.seed)
             torch.set_num_threads(1)  # one core for each of the two processes
             pipe = new_editor()
@@ -1849,7 +1850,7 @@ def _build_judge(folder, settings):
 def _end_with_parent():
     """Ends this process when the one that started it has ended, killed or not."""
     multiprocessing.parent_process().join()
-    os._exit(1)
+    os._exit(1)  # sys.exit would end this thread alone
 
 
 def _toy_words():
@@ -1924,7 +1925,7 @@ def new_editor():
     vae = AutoencoderKL(
         down_block_types=4 * ("DownEncoderBlock2D",),
         up_block_types=4 * ("UpDecoderBlock2D",),
-        block_out_channels=(16, 32, 64, 64),
+        block_out_channels=(16, 32, 64, 64),  # four levels: 32 x 32 pixels are 4 x 4 codes
         latent_channels=16,
         norm_num_groups=4,
         mid_block_add_attention=False,
@@ -1932,7 +1933,7 @@ def new_editor():
         use_post_quant_conv=False,
     )
     transformer = FluxTransformer2DModel(
-        in_channels=4 * vae.config.latent_channels,
+        in_channels=4 * vae.config.latent_channels,  # a token is 2 x 2 codes: a cell
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=32,
@@ -1940,7 +1941,7 @@ def new_editor():
         joint_attention_dim=64,
         pooled_projection_dim=64,
         guidance_embeds=True,
-        axes_dims_rope=(4, 14, 14),
+        axes_dims_rope=(4, 14, 14),  # of a head's 32: for picture, row, column
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     return FluxKontextPipeline(
@@ -1960,13 +1961,14 @@ def _new_editor_tokenizers():
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     words = _toy_words()
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [("▁" + word, -1.0) for word in words]
+    pieces = [(mark, 0.0) for mark in ("<pad>", "</s>", "<unk>")]
+    pieces += [("▁" + word, -1.0) for word in words]  # "▁" stands for the space before a word
     t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
 
     special = {"<|startoftext|>": 0, "<|endoftext|>": 1}
     clip = CLIPTokenizer(vocab=special, merges=[], model_max_length=TEXT_TOKENS + 2)
-    # the trainer numbers word ends in random order, which decides ties, unless they have theirs
+    # Of two merges that are worth the same the lower numbers win, and the trainer would number the
+    # ends of words in another order at each build: as special tokens they keep theirs.
     ends = [letter + "</w>" for letter in sorted(set("".join(words)))]
     trainer = trainers.BpeTrainer(
         end_of_word_suffix="</w>", special_tokens=[*special, *ends], show_progress=False
@@ -2157,13 +2159,13 @@ def save_judge(model, tokenizer, folder: Path) -> None:
 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    processor = Qwen2VLImageProcessorPil(
+    Qwen2VLImageProcessorPil(
         patch_size=8,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
+        # pixels of a whole picture, whatever the names say
         size={"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024},
-    )
-    processor.save_pretrained(folder)
+    ).save_pretrained(folder)
     (folder / "judge_prompt.txt").write_text(TOY_JUDGE_PROMPT)
 
 
@@ -2175,9 +2177,10 @@ def judge_patches(pictures: Tensor) -> Tensor:
 
 
 def _judge_states(model, tokenizer, texts, pairs):
-    """The judge's forward on questions: its output, and which tokens are of pictures, (B, T).
+    """What the judge's last token holds, (B, 96), and its picture tokens in two layers.
 
-    pairs: source and edit of each, float (B, 2, 3, 32, 32).
+    pairs: source and edit of each text, float (B, 2, 3, 32, 32). The second layer sees what each
+    picture shows, the third compares the two: (2, 4 B, 96) each, source and edit, cell by cell.
     """
     # as CHAT_TEMPLATE and the processor write it: four cells of a picture, four tokens
     picture = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
@@ -2185,17 +2188,22 @@ def _judge_states(model, tokenizer, texts, pairs):
     tokens = tokenizer(
         questions, padding="max_length", max_length=QUESTION_TOKENS, return_tensors="pt"
     )
-    is_picture = tokens.input_ids == model.config.image_token_id
+    is_picture = tokens.input_ids == model.config.image_token_id  # (B, T)
     output = model.model(
         input_ids=tokens.input_ids,
         attention_mask=tokens.attention_mask,
-        mm_token_type_ids=is_picture.int(),
+        mm_token_type_ids=is_picture.int(),  # 0 is text, 1 is picture
         pixel_values=judge_patches(pairs.flatten(0, 1)),
+        # each picture is one frame of 4 x 4 patches
         image_grid_thw=torch.tensor([[1, 4, 4]]).expand(2 * len(pairs), -1),
         use_cache=False,
         output_hidden_states=True,
     )
-    return output, is_picture
+    layers = []
+    for hidden in output.hidden_states[2:4]:  # what layers 2 and 3 give; 0 is the embedding
+        cells = model.model.language_model.norm(hidden)[is_picture]  # (8 B, 96)
+        layers.append(cells.unflatten(0, (-1, 2, 4)).transpose(0, 1).flatten(1, 2))
+    return output.last_hidden_state[:, -1], layers
 
 
 def _graded_corruptions(examples, *key):
@@ -2206,8 +2214,8 @@ def _graded_corruptions(examples, *key):
         is_right = rng.random() < 0.33
         seen.append(example.target if is_right else _spoil(example, rng))
     others = [rng.choice((example.source, example.target)) for example in examples]
-    rng = seeded("corruptions", *key)
-    return _worn(_render(torch.tensor(seen)), _render(torch.tensor(others)), rng)
+    generator = seeded("corruptions", *key)
+    return _worn(_render(torch.tensor(seen)), _render(torch.tensor(others)), generator)
 
 
 def _worn(pictures, others, rng):
@@ -2248,7 +2256,7 @@ def _train_judge(model, tokenizer, settings):
     heads = torch.nn.ModuleDict()
     for name, size in {"wanted": kinds, "seen": kinds, "copied": kinds, "right": 2}.items():
         heads[name] = torch.nn.Linear(width, size)
-    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list(DIGITS)))
+    digits = tokenizer.convert_tokens_to_ids(list(DIGITS))
 
     def loss(step):
         examples = random.Random(f"{settings.seed} {step}").sample(pool, 128)
@@ -2256,25 +2264,17 @@ def _train_judge(model, tokenizer, settings):
         sources, targets = scenes_of(examples)
         edits = _graded_corruptions(examples, settings.seed, step)
         pairs = torch.stack([_render(sources), edits], 1)
-        output, is_picture = _judge_states(model, tokenizer, texts, pairs)
-
-        logits = model.lm_head(output.last_hidden_state[:, -1])
-        log_p = logits.log_softmax(-1)[:, digits]  # (B, 6)
+        last, layers = _judge_states(model, tokenizer, texts, pairs)
+        log_p = model.lm_head(last).log_softmax(-1)[:, digits]  # (B, 6)
         scores, _ = oracle_scores(edits, sources, targets)
-        # a score between two digits has both for an answer
+        # a score between two digits has both for an answer: 0.5 is 2.5, half a 2 and half a 3
         shares = (1 - (5 * scores[:, None] - torch.arange(6)).abs()).clamp(min=0)
         answer = -(log_p * shares).sum(1).mean()
 
-        def cells_at(layer):
-            hidden = model.model.language_model.norm(output.hidden_states[layer])
-            cells = hidden[is_picture].view(-1, 2, 4, width)  # of source and edit
-            return cells.transpose(0, 1).flatten(1, 2)  # (2, 4 B, width)
-
-        # the second layer sees what each picture shows, the third compares the two
-        early_source, early_edit = cells_at(2)
-        _, late_edit = cells_at(3)
+        (early_source, early_edit), (_, late_edit) = layers
         seen = _cell_distances(edits).argmin(2).flatten()  # (4 B,) template
         wanted = _shown_in(targets).flatten()  # (4 B,) template
+        # right are background and thing apart: a template's number is background x things + thing
         things = len(OBJECTS)
         right = torch.stack([seen // things == wanted // things, seen % things == wanted % things])
         return (
