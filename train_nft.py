@@ -20,8 +20,10 @@ Departures from the papers and their released code:
    without its second half, which also bars such a row from all later epochs.
 6. A group whose scores differ by less than the judge's own noise is dropped, whatever the filter.
 7. The trained times are any of the rollout's, drawn anew for each edit, each with its own noise.
-8. The EMA, for saving and evaluation only, has no warm-up; it is not what is drawn from.
-9. The toy's own settings (TOY) are none of the papers': a tiny editor learns faster.
+8. The pull to the base is taken at one of an edit's trained times, T times as strong: the same in
+   the mean, for a T-th of the base's forwards.
+9. The EMA is for saving and evaluation only; it is not what is drawn from.
+10. The toy's own settings (TOY) are none of the papers': a tiny editor learns faster.
 """
 
 import math
@@ -32,7 +34,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -40,13 +43,13 @@ from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device, tqdm  # bars of the main process
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
-from tqdm import tqdm
 
 from data_prep import (
     BadInput,
@@ -87,7 +90,7 @@ from data_prep import (
     whole_folder,
     write_json,
 )
-from reward_mllm import Judge, JudgeSettings, Scores, check_judge, load_judge
+from reward_mllm import Judge, JudgeSettings, Scores, check_judge, combine, load_judge
 from sample import (
     Editor,
     Group,
@@ -116,23 +119,12 @@ FARTHEST = 1.0  # mean squared distance to the base's velocity: as far as noise 
 SHARE = {"at_least": 0, "at_most": 1}  # the range of some settings
 EXPLODED = 20  # latents are of size 1: errors so large are no training any more
 
-# What an epoch's line shows of its record, and how.
-SHOWN = {
-    "epoch": "epoch {}",
-    "reward/mean": "reward {:.3f}",
-    "reward/spread": "+-{:.3f}",
-    "groups/kept": "kept {:.0%}",
-    "update/loss": "loss {:.2f}",
-    "grad/norm": "grad {:.2g}",
-    "update/drift_base": "drift {:.4f}",
-    "update/norm_ratio": "norm {:.2f}",
-    "seconds/rollout": "draws {:.1f} s",
-    "seconds/update": "update {:.1f} s",
-    "peak_gb/rollout": "rollout {:.1f} GB",
-    "peak_gb/update": "update {:.1f} GB",
-}
+# What an epoch's line shows of its record: what begins with one of these.
+SHOWN = ("reward/mean", "reward/spread", "reward/psnr", "reward/task", "groups", "update/loss")
+SHOWN += ("update/drift_base", "update/norm_ratio", "grad", "seconds", "peak_gb")
 
-GAIN = {"gain": "gain {:+.3f}", "low": "95% {:+.3f}", "high": "to {:+.3f}"}
+Rows = list[dict]
+Measured = dict[str, Tensor]  # name -> a number of each trained pair, (P,)
 
 # ---------------------------------------------------------------- settings
 
@@ -157,6 +149,8 @@ class Settings(JudgeSettings):
     filter: Literal["paper", "released", "none"] = setting("paper", "Which groups to drop.")
     filter_mean: float = setting(0.9, "A group above this mean may be dropped.", **SHARE)
     filter_std: float = setting(0.05, "A group below this spread may be dropped.", **SHARE)
+    scale: Literal["epoch", "group"] = setting("epoch", "Whose spread advantages are measured in.")
+    normalise_aspects: bool = setting(False, "Each aspect at its own scale before they are joined.")
     advantage_clip: float = setting(5.0, "Cuts advantages; also multiplies the loss.", above=0)
     # update
     train_timesteps: int = setting(5, "Flow times trained per edit, of the rollout's.", at_least=1)
@@ -164,6 +158,7 @@ class Settings(JudgeSettings):
         1.0, "Distance of v+ and v- to v_old, in units of v - v_old.", above=0
     )
     kl_weight: float = setting(1e-4, "Weight of the distance to the base; 0 skips it.", at_least=0)
+    norm_hinge: float = setting(0.0, "Weight of velocities longer than the base's.", at_least=0)
     start_lora: str = setting("", "A LoRA to start from, with its own rank and layers.")
     lora_rank: int = setting(32, "Rank of the LoRA.", at_least=1)
     lora_alpha: int = setting(64, "The LoRA is scaled by alpha / rank.", at_least=1)
@@ -171,7 +166,8 @@ class Settings(JudgeSettings):
     lr: float = setting(3e-4, "AdamW's learning rate.", above=0, at_most=1)
     decay_rate: float = setting(0.001, "In epoch n old keeps decay_rate n of itself ...", **SHARE)
     decay_max: float = setting(0.5, "... but at most this much.", **SHARE)
-    ema_decay: float = setting(0.9, "Of an average for evaluation; 0: none.", **SHARE)
+    decay_start: int = setting(0, "Epochs before that, in which old copies new.", at_least=0)
+    ema_decay: float = setting(0.9, "Of an average for evaluation, at most; 0: none.", **SHARE)
     # evaluation and records
     eval_every: int = setting(10, "Epochs between held-out evaluations.", at_least=1)
     eval_rows: int = setting(64, "Rows of test.jsonl that they use.", at_least=1)
@@ -256,8 +252,7 @@ def nft_loss(
     v, v_old, x_t, x_0: (B, N, C); t, r: (B,). r in [0, 1] is the edit's optimality. At v = v_old
     the gradient lies along -(2 r - 1) (noise - x_0 - v_old), whatever beta is.
     """
-    same = v.shape == v_old.shape == x_t.shape == x_0.shape
-    assert same and t.shape == r.shape == v.shape[:1], "v ... x_0 are (B, N, C), t and r (B,)"
+    assert t.shape == r.shape == v.shape[:1], "t and r are (B,), v (B, N, C)"
     v = v.float()
     v_old = v_old.detach().float()
     t = t.float()[:, None, None]  # (B, 1, 1)
@@ -292,19 +287,43 @@ def drop_reason(scores: Tensor, settings: Settings, least_spread: float) -> str:
     return ""
 
 
+def standardised(values: Tensor) -> Tensor:
+    """Values (G, K) less their group's mean, in units of its spread; NaN stay, and do not count."""
+    centred = values - values.nanmean(1, keepdim=True)
+    spread = centred.square().nanmean(1, keepdim=True).sqrt()  # (G, 1)
+    return centred / spread.clamp(min=LEAST_SPREAD)
+
+
+def join_standardised(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The weighted sum (G, K) of the aspects, each standardised: none decides by its spread alone.
+
+    As in GDPO (arXiv:2601.05242). terms: of Scores; weights: of the aspects beside execution.
+    """
+    total = standardised(terms["execution"])
+    for name, weight in weights.items():
+        factor = combine({"execution": 1.0, name: terms[name]}, {name: 1.0})  # more is better
+        total = total + weight * standardised(factor)
+    return total
+
+
 def group_advantages(
-    scores: Tensor, settings: Settings, least_spread: float = LEAST_SPREAD
+    scores: Tensor,
+    settings: Settings,
+    least_spread: float = LEAST_SPREAD,
+    joined: Tensor | None = None,
 ) -> tuple[Tensor, list[str]]:
     """The edits' optimality r (G, K) in [0, 1], NaN for what is not trained; and G drop_reasons.
 
     A = (score - its group's mean) / (std of all kept scores), cut to +-clip; r = A / (2 clip) + 1/2
     (UniWorld-V2, Sec. 2.3). scores: (G, K) in [0, 1], NaN where the judge failed. Of the settings
-    it takes advantage_clip, filter, filter_mean and filter_std.
+    it takes advantage_clip, scale, filter, filter_mean and filter_std. joined: (G, K) that take the
+    scores' place once these have been filtered.
     """
     scores = scores.double()
     reasons = [drop_reason(group, settings, least_spread) for group in scores]
     dropped = torch.tensor([reason != "" for reason in reasons])  # (G,)
-    scores = scores.masked_fill(dropped[:, None], torch.nan)
+    is_out = dropped[:, None] | scores.isnan()  # (G, K)
+    scores = (scores if joined is None else joined.double()).masked_fill(is_out, torch.nan)
     if dropped.all():
         return scores, reasons
 
@@ -312,6 +331,8 @@ def group_advantages(
     # one's own would make a hair's breadth in an even group count like success and failure.
     scale = scores[scores.isfinite()].std(unbiased=False)
     advantage = (scores - scores.nanmean(1, keepdim=True)) / scale  # (G, K)
+    if settings.scale == "group":
+        advantage = standardised(scores)
     clip = settings.advantage_clip
     return advantage.clamp(-clip, clip) / (2 * clip) + 0.5, reasons
 
@@ -348,48 +369,71 @@ class Run:
 # ---------------------------------------------------------------- rollout and reward
 
 
+@contextmanager
+def in_step(run: Run) -> Iterator[None]:
+    """Work that all ranks must do together where the base is sharded; an error ends the process.
+
+    The others wait for this rank inside a forward and cannot be told; their launcher ends them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BadInput) or not run.settings.shard:
+            raise
+        raise SystemExit(
+            f"error: {error!r}, in step with others; go on with --resume auto"
+        ) from error
+
+
 @dataclass
 class Job:
-    """A group to be drawn: its row, and what names its noises, beside a copy's number."""
+    """A row in this rank's hands: its edits, and what the judge will say of them."""
 
+    number: int  # of the row, among those of all ranks
     row: dict
-    key: tuple
+    group: Group | None = None  # None where --bad_rows skip leaves the row out
+    verdict: Future = field(default_factory=Future)  # of the edits' Scores
 
 
-def draw(
-    run: Run, jobs: list[Job], copies: int, bar: str, **how
-) -> tuple[list[Group | None], list[Future]]:
-    """Groups of edits by the active policy, and Futures of their Scores.
+def draw(run: Run, name: str, rows: Rows, copies: int, *key, **how) -> list[Job]:
+    """This rank's share of the rows, with so many edits of each by the named policy.
 
-    Every rank has equally many jobs. bar: what the progress bar is called; how: as rollout takes
-    it. A group is None, and its scores are missing, where --bad_rows skip left a row out.
+    key: what names the noises, beside a row's number and a copy's; how: as rollout takes it.
     """
     how["rollout_batch"] = run.settings.rollout_batch
-    groups = []
-    verdicts = []
-    for job in tqdm(jobs, bar, leave=False, disable=not run.is_main):
-        group = None
-        verdict = Future()
-        verdict.set_result(Scores.missing(copies, "bad row"))
-        noises = [seeded(*job.key, copy) for copy in range(copies)]
-        with run.together(), faults_of(job.row, run.settings.bad_rows == "skip"):
-            try:
-                sources = load_sources(job.row)
-                group = rollout(run.editor, sources, job.row["prompt"], noises, **how)
+    numbered = list(enumerate(rows))
+    jobs = []
+    # Padded, so that every rank draws equally many; what is double comes last.
+    with (
+        policy(run.editor, name),
+        run.accelerator.split_between_processes(numbered, apply_padding=True) as mine,
+    ):
+        for number, row in tqdm(mine, desc=f"{name} draws", leave=False):
+            job = Job(number, row)
+            noises = [seeded(run.settings.seed, *key, number, copy) for copy in range(copies)]
+            with run.together(), faults_of(row, run.settings.bad_rows == "skip"):
+                try:
+                    sources = load_sources(row)
+                    with in_step(run):
+                        job.group = rollout(run.editor, sources, row["prompt"], noises, **how)
+                except BadInput:
+                    if run.settings.shard:  # the other ranks need this one in their forwards
+                        rollout(run.editor, [Image.new("RGB", (512, 512))], "x", noises, **how)
+                    raise
                 # Not awaited here: the judge works on this group while the next one is drawn.
-                verdict = run.judge.submit(job.row, sources, group.images)
-            finally:
-                if group is None and run.settings.shard:  # needs all ranks in each forward
-                    rollout(run.editor, [Image.new("RGB", (512, 512))], "x", noises, **how)
-        groups.append(group)
-        verdicts.append(verdict)
-    return groups, verdicts
+                job.verdict = run.judge.submit(row, sources, job.group.images)
+            if job.group is None:
+                job.verdict.set_result(Scores.missing(copies, "bad row"))
+            jobs.append(job)
+    return jobs
 
 
-def await_scores(run: Run, verdicts: list[Future], copies: int) -> Scores:
+def await_scores(run: Run, jobs: list[Job], copies: int) -> Scores:
     """The Scores of all ranks' groups, (G, K). A signal or too many failures end the waiting."""
+    verdicts = [job.verdict for job in jobs]
     expected = len(verdicts) * run.accelerator.num_processes  # groups
-    while True:
+    groups = []
+    while len(groups) < expected:
         with run.together():
             wait(verdicts, timeout=1.0)
             known = [verdict.result() for verdict in verdicts if verdict.done()]
@@ -405,8 +449,7 @@ def await_scores(run: Run, verdicts: list[Future], copies: int) -> Scores:
                     f"the judge failed on {counts}; see to {run.settings.judge} and go on with "
                     "--resume auto, or raise --max_failed"
                 )
-        if len(groups) == expected:
-            return Scores.stack(groups)
+    return Scores.stack(groups)
 
 
 # ---------------------------------------------------------------- update
@@ -418,6 +461,7 @@ class Chunk:
 
     number: int  # of the group in the epoch
     pairs: list  # B of (copy, pick): which edit, and which of its trained times
+    is_pulled: bool  # to the base, which takes one forward more
     share: float = 1.0  # in the gradient; 0 where it only keeps its rank in step
 
 
@@ -426,15 +470,19 @@ def deal_chunks(run: Run, r: Tensor) -> list[Chunk]:
     settings = run.settings
     ranks = run.accelerator.num_processes
     chunks = []
-    for number, group in enumerate(r):
-        copies = group.isfinite().nonzero().flatten().tolist()
-        pairs = list(product(copies, range(settings.train_timesteps)))
-        for first in range(0, len(pairs), settings.train_batch):
-            chunks.append(Chunk(number, pairs[first : first + settings.train_batch]))
-    # The filter leaves ranks unequally many groups, so chunks are dealt out like cards. Padding
-    # is free, as ranks wait for the slowest; and a sharded base needs all ranks in each forward.
-    while len(chunks) % ranks:
-        chunks.append(replace(chunks[0], share=0.0))
+    has_pull = settings.kl_weight + settings.norm_hinge > 0
+    # One of an edit's times is pulled to the base. Chunks of both kinds are dealt by themselves.
+    for picks in (range(1), range(1, settings.train_timesteps)):
+        for number, group in enumerate(r):
+            copies = group.isfinite().nonzero().flatten().tolist()
+            pairs = list(product(copies, picks))
+            for first in range(0, len(pairs), settings.train_batch):
+                batch = pairs[first : first + settings.train_batch]
+                chunks.append(Chunk(number, batch, has_pull and 0 in picks))
+        # The filter leaves ranks unequally many groups, so chunks are dealt out like cards. Padding
+        # is free, as ranks wait for the slowest; and a sharded base needs all in each forward.
+        while len(chunks) % ranks:
+            chunks.append(replace(chunks[-1], share=0.0))
     return chunks[run.accelerator.process_index :: ranks]
 
 
@@ -466,38 +514,54 @@ def draw_pairs(run: Run, group: Group, chunk: Chunk, r: Tensor, epoch: int) -> P
     return Pairs(*send_to_device(tensors, run.accelerator.device))
 
 
-def pair_losses(run: Run, pairs: Pairs, cond: dict) -> dict[str, Tensor]:
-    """The loss (B,) of each pair, and what else is worth a look: name -> (B,)."""
+def pair_losses(run: Run, pairs: Pairs, cond: dict, is_pulled: bool) -> Measured:
+    """The loss (B,) of each pair, and what else is worth a look: name -> (B,).
+
+    is_pulled: to the base as well.
+    """
     editor = run.editor
     settings = run.settings
     t = pairs.t[:, None, None]  # (B, 1, 1)
     x_t = (1 - t) * pairs.x_0 + t * pairs.noise  # (B, N, C)
-    with torch.no_grad(), policy(editor, "old"):
-        v_old = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
     v = velocity(editor, x_t, pairs.t, cond)  # (B, N, C), the new policy's
+    v_old = v.detach()
+    if not old_is_new(editor):  # else the forward would give the same bits
+        with torch.no_grad(), policy(editor, "old"):
+            v_old = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
     loss = settings.advantage_clip * nft_loss(
         v, v_old, x_t, pairs.x_0, pairs.t, pairs.r, settings.nft_beta
     )  # (B,)
     drift_old = (v - v_old).square().mean((1, 2))  # (B,)
     measured = {"copy": pairs.copy, "t": pairs.t, "drift_old": drift_old}
-    if settings.kl_weight:  # a fifth of the update's time: not for a weight of 0
+    if is_pulled:
         with torch.no_grad(), policy(editor, "base"):
             v_base = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
         # For Gaussian steps of equal variance the KL divergence is a squared distance.
-        measured["drift_base"] = (v - v_base).square().mean((1, 2))
-        loss = loss + settings.kl_weight * measured["drift_base"]
+        drift = (v - v_base).square().mean((1, 2))  # (B,)
         # The cheapest alarm for a policy that games its judge: its velocities grow long.
-        measured["norm_ratio"] = v.flatten(1).norm(dim=1) / v_base.flatten(1).norm(dim=1)
+        norm_ratio = v.flatten(1).norm(dim=1) / v_base.flatten(1).norm(dim=1)  # (B,)
+        pull = settings.kl_weight * drift
+        if settings.norm_hinge:
+            pull = pull + settings.norm_hinge * (norm_ratio - 1).relu().square()
+        # This time stands for all of its edit's, any of which it might have been.
+        loss = loss + settings.train_timesteps * pull
+        measured |= {"drift_base": drift, "norm_ratio": norm_ratio}
     return measured | {"loss": loss}
+
+
+def old_is_new(editor: Editor) -> bool:
+    """Whether the old policy is the new one bit for bit."""
+    old = lora_parameters(editor, "old").values()
+    return all(map(torch.equal, old, lora_parameters(editor, "new").values()))
 
 
 def mean_gradient(
     run: Run, groups: list[Group | None], r: Tensor, epoch: int
-) -> tuple[dict[str, Tensor], float]:
+) -> tuple[Measured, float]:
     """Leaves in new's parameters the mean gradient over all kept pairs of all ranks, clipped.
 
-    groups, r (G, K): of all ranks. Returns what was measured of the P trained pairs, name -> (P,),
-    and the gradient's norm, NaN for P = 0.
+    groups, r (G, K): of all ranks. Returns what was measured of the P trained pairs, name -> (P,)
+    or, of the pull to the base, fewer; and the gradient's norm, NaN for P = 0.
     """
     chunks = deal_chunks(run, r)
     if not chunks:
@@ -508,12 +572,12 @@ def mean_gradient(
         parameter.grad = torch.zeros_like(parameter)
     parts = []
     with parked(run.editor, run.settings.offload):
-        for chunk in tqdm(chunks, f"update {epoch + 1}", leave=False, disable=not run.is_main):
-            with run.together():
+        for chunk in tqdm(chunks, desc=f"update {epoch + 1}", leave=False):
+            with run.together(), in_step(run):
                 group = groups[chunk.number]
                 pairs = draw_pairs(run, group, chunk, r[chunk.number], epoch)
                 cond = send_to_device(group.cond, run.accelerator.device)
-                measured = pair_losses(run, pairs, cond)
+                measured = pair_losses(run, pairs, cond, chunk.is_pulled)
                 (chunk.share * measured["loss"].sum() / total).backward()
                 if chunk.share:
                     measured["group"] = torch.full_like(pairs.copy, chunk.number)
@@ -521,52 +585,64 @@ def mean_gradient(
 
     parts = gather_object(send_to_device(parts, "cpu"))
     measured = {}
-    for name in parts[0]:
-        measured[name] = torch.cat([part[name] for part in parts])  # (P,)
+    for name in sorted(set().union(*parts)):
+        measured[name] = torch.cat([part[name] for part in parts if name in part])
     grads = [parameter.grad for parameter in trained]
     message = run.accelerator.reduce(parameters_to_vector(grads), "sum")  # one for the whole step
     vector_to_parameters(message, grads)
     return measured, clip_grad_norm_(trained, GRAD_CLIP).item()
 
 
+@contextmanager
+def all_or_nothing(run: Run) -> Iterator[None]:
+    """A step: after an error in it, all weights and AdamW's moments are what they were before."""
+    weights = []
+    for name in run.editor.policies:
+        weights += lora_parameters(run.editor, name).values()
+    before = parameters_to_vector(weights).detach()
+    moments = deepcopy(run.optimizer.state_dict())
+    try:
+        yield
+    except Exception:
+        vector_to_parameters(before, weights)
+        run.optimizer.load_state_dict(moments)
+        raise
+
+
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(run: Run, name: str) -> list[dict]:
+def evaluate(run: Run, name: str) -> Rows:
     """One policy's held-out edits, the same noises for every policy: a dict for each row, in order.
 
     `row` (its number), `judge`, for the toy's rows also `oracle` and `success`, NaN where unknown;
     the first SHOWN_ROWS have their picture as `image`.
     """
     settings = run.settings
-    rows = list(enumerate(run.rows["test"]))
-    # Padded, so that every rank draws equally many; what is double goes at the end.
-    with run.accelerator.split_between_processes(rows, apply_padding=True) as mine:
-        jobs = [Job(row, (settings.seed, "eval", number)) for number, row in mine]
-        with policy(run.editor, name):
-            groups, verdicts = draw(
-                run,
-                jobs,
-                1,
-                f"held-out, {name}",
-                steps=settings.eval_steps,
-                guidance=settings.eval_guidance,
-                evaluation=True,
-            )
-    await_scores(run, verdicts, 1)
+    jobs = draw(
+        run,
+        name,
+        run.rows["test"],
+        1,
+        "eval",
+        steps=settings.eval_steps,
+        guidance=settings.eval_guidance,
+        evaluation=True,
+    )
+    await_scores(run, jobs, 1)
     results = []
-    for (number, row), group, verdict in zip(mine, groups, verdicts, strict=True):
-        edit = group.images[0] if group else None
-        result = {"row": number, "judge": verdict.result().score.item()}
-        result["image"] = edit if number < SHOWN_ROWS else None
-        truth = oracle(row, edit) if edit else None  # None, too, for rows that are not the toy's
+    for job in jobs:
+        edit = job.group.images[0] if job.group else None
+        result = {"row": job.number, "judge": job.verdict.result().score.item()}
+        result["image"] = edit if job.number < SHOWN_ROWS else None
+        truth = oracle(job.row, edit) if edit else None  # None, too, for rows not of the toy
         result["oracle"], result["success"] = truth or (math.nan, math.nan)
         results.append(result)
     every = {result["row"]: result for result in gather_object(results)}
     return list(every.values())
 
 
-def held_out_record(base: list[dict], results: list[dict], name: str) -> dict:
+def held_out_record(base: Rows, results: Rows, name: str) -> dict:
     """Entries of a record: one policy's held-out scores, and what they gained over the base's."""
     record = {}
     for key in ("judge", "oracle", "success"):
@@ -578,15 +654,15 @@ def held_out_record(base: list[dict], results: list[dict], name: str) -> dict:
     return record
 
 
-def comparison_grid(run: Run, base: list[dict], now: list[dict]) -> Image.Image:
+def comparison_grid(run: Run, base: Rows, now: Rows) -> Image.Image:
     """Of the first held-out rows: source, base's edit, now's, and the target where it is known."""
     pictures = []
     captions = []
     for row, before, after in zip(run.rows["test"], base, now, strict=True):
         if before["image"] and after["image"]:
             with faults_of(row, run.settings.bad_rows == "skip"):
-                target = load_image(row["target"]) if "target" in row else None
                 source = load_image(row["images"][0])
+                target = load_image(row["target"]) if "target" in row else None
                 pictures.append([source, before["image"], after["image"], target])
                 marks = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
                 captions.append([row["prompt"], *marks, "target" if target else ""])
@@ -611,49 +687,80 @@ def timed(record: dict, phase: str, device: torch.device) -> Iterator[None]:
 
 
 def epoch_record(
-    scores: Scores, r: Tensor, reasons: list[str], measured: dict[str, Tensor], norm: float
+    scores: Scores,
+    r: Tensor,
+    reasons: list[str],
+    measured: Measured,
+    norm: float,
 ) -> dict:
     """What scores and update of an epoch say, as flat numbers; what nothing is known of is NaN."""
+    score = scores.score  # (G, K)
+    centred = score - score.nanmean(1, keepdim=True)
+    values = {
+        "reward/mean": score,
+        "reward/spread": centred.square().nanmean().sqrt(),
+        "judge/mass": scores.mass,
+    }
+    for name, term in scores.terms.items():
+        values[f"reward/{name}"] = term
+    for name in measured.keys() - {"group", "copy", "t"}:
+        values[f"update/{name}"] = measured[name]
+    for fifth in range(5 if measured else 0):  # of flow time; t = 1 belongs to the last
+        is_in = (5 * measured["t"]).long().clamp(max=4) == fifth  # (P,)
+        values[f"loss/t{fifth}"] = measured["loss"][is_in]
+    record = {name: values[name].nanmean().item() for name in sorted(values)}
+
     made = int(math.isfinite(norm))
-    centred = scores.score - scores.score.nanmean(1, keepdim=True)  # (G, K)
-    record = {
-        "reward/mean": scores.score.nanmean().item(),
-        "reward/spread": centred.square().nanmean().sqrt().item(),
-        "judge/mass": scores.mass.nanmean().item(),
-        "judge/failed": int(scores.score.isnan().sum()),
+    record |= {
+        "judge/failed": int(score.isnan().sum()),
         "groups/kept": reasons.count("") / len(reasons),
         "grad/norm": norm,
         "steps/made": made,
         "steps/skipped": int(bool(measured)) - made,
     }
-    for name, values in scores.terms.items():
-        record[f"reward/{name}"] = values.nanmean().item()
     for prefix, words in {"judge/failed": scores.causes, "groups": reasons}.items():
-        for word, number in Counter(words).items():
-            if word:
-                record[f"{prefix}/{word}"] = number
+        for word in filter(None, words):
+            record[f"{prefix}/{word}"] = words.count(word)
     for tenth, count in enumerate(torch.histc(r[r.isfinite()], 10, 0, 1).tolist()):
         record[f"r/{tenth}"] = count
-    if measured:
-        for name in sorted(measured.keys() - {"group", "copy", "t"}):
-            record[f"update/{name}"] = measured[name].mean().item()
-        for fifth in range(5):  # of flow time; t = 1 belongs to the last
-            is_in = (5 * measured["t"]).long().clamp(max=4) == fifth  # (P,)
-            record[f"loss/t{fifth}"] = measured["loss"][is_in].mean().item()
     return record
+
+
+def reward_by_task(drawn: Rows, score: Tensor) -> dict:
+    """Entries of a record: the mean score (G, K) of the rows of each task that they name."""
+    tasks = np.array([row.get("task", "") for row in drawn])
+    named = sorted(set(tasks) - {""})
+    return {f"reward/task/{task}": score[tasks == task].nanmean().item() for task in named}
 
 
 def epoch_line(record: dict) -> str:
     """What the terminal shows of a record."""
-    parts = [form.format(record[key]) for key, form in SHOWN.items() if key in record]
+    parts = [f"epoch {record['epoch']}"]
+    for kind in SHOWN:
+        for name, value in record.items():
+            if name.startswith(kind):
+                parts.append(f"{name} {value:.3g}")
     if record["steps/skipped"]:
         parts.append("STEP SKIPPED")
-    for key in record:
-        if key.startswith("heldout/") and key.count("/") == 2:  # heldout/new/judge
-            parts.append(f"\n   {key} {record[key]:.3f}")
-            for part, form in GAIN.items():
-                parts.append(form.format(record.get(f"{key}/{part}", math.nan)))
+    for name, value in record.items():
+        if name.startswith("heldout") and name.count("/") == 2:  # heldout/new/judge
+            parts.append(f"\n   {name} {value:.3f}")
+        if name.endswith(
+            ("/gain", "/low", "/high")
+        ):  # its gain over the base, and how sure that is
+            parts.append(f"{Path(name).name} {value:+.3f}")
     return "  ".join(parts)
+
+
+def show_edits(run: Run, grid: Image.Image, epoch: int):
+    """Puts a picture into samples/, and into the trackers that accelerate can give one."""
+    with whole_file(run.out / "samples" / f"epoch-{epoch:04}.png") as part:
+        grid.save(part)
+    pictures = {"heldout/edits": np.array(grid)[None]}  # (1, height, width, 3)
+    for tracker in run.accelerator.trackers:
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        if hasattr(tracker, "log_images"):
+            tracker.log_images(pictures, epoch, **options)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -798,7 +905,7 @@ def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     return Run(settings, accelerator, stop, rows, editor, judge, optimizer, saved={})
 
 
-def close_epoch(run: Run, state: dict, base: list[dict]):
+def close_epoch(run: Run, state: dict, base: Rows):
     """Evaluates, logs and saves a finished epoch, as far as that is due.
 
     Its record is in the state: a run that is stopped in between makes up for it.
@@ -808,7 +915,8 @@ def close_epoch(run: Run, state: dict, base: list[dict]):
     record = dict(state["record"])
     results = {}
     if epoch == settings.epochs or epoch % settings.eval_every == 0:
-        for name in run.editor.policies:
+        # What the user will keep; the others only at the end.
+        for name in run.editor.policies if epoch == settings.epochs else ["new"]:
             results[name] = evaluate(run, name)
             record |= held_out_record(base, results[name], name)
     known = {key: value for key, value in record.items() if math.isfinite(value)}  # JSON has no NaN
@@ -817,21 +925,20 @@ def close_epoch(run: Run, state: dict, base: list[dict]):
     with run.together():
         if run.is_main:
             if results:
-                with whole_file(run.out / "samples" / f"epoch-{epoch:04}.png") as part:
-                    comparison_grid(run, base, results["new"]).save(part)
+                show_edits(run, comparison_grid(run, base, results["new"]), epoch)
             append_json_line(run.out / "log.jsonl", known)
             say(epoch_line(known))
             run.accelerator.log(known, epoch)
         state["logged"] = epoch
         if is_best:
             state |= {"best": score, "best_epoch": epoch}
-        if run.is_main and (is_best or epoch % settings.save_every == 0):
+        # A rank that waits inside a forward cannot save: with a sharded base it has done so.
+        is_due = is_best or settings.shard or epoch % settings.save_every == 0
+        if run.is_main and is_due:
             save_checkpoint(run, state)
 
 
-def refuse_hopeless(
-    run: Run, state: dict, record: dict, measured: dict[str, Tensor], drawn: list[dict]
-):
+def refuse_hopeless(run: Run, state: dict, record: dict, measured: Measured, drawn: Rows):
     """BadInput after three steps in a row that did harm, or many epochs without a kept group."""
     exploded = EXPLODED * run.settings.advantage_clip
     is_bad = (
@@ -872,7 +979,7 @@ def run_epochs(run: Run, state: dict):
     if state["logged"] < state["epoch"]:
         close_epoch(run, state, base)
 
-    for epoch in tqdm(range(state["epoch"], settings.epochs), "epochs", disable=not run.is_main):
+    for epoch in tqdm(range(state["epoch"], settings.epochs), desc="epochs"):
         record = {"epoch": epoch + 1}
 
         # ---------------- rollout: the old policy draws K edits of each row
@@ -881,29 +988,28 @@ def run_epochs(run: Run, state: dict):
         rows = run.rows["train"]
         numbers = rows_of_epoch(settings.groups, len(rows), settings.seed, epoch)
         drawn = [rows[number] for number in numbers]  # G
-        key = (settings.seed, "rollout", epoch)
-        jobs = [Job(row, (*key, number)) for number, row in enumerate(drawn)]
-        with (
-            timed(record, "rollout", device),
-            policy(run.editor, "old"),
-            run.accelerator.split_between_processes(jobs) as mine,
-        ):
-            groups, verdicts = draw(
+        with timed(record, "rollout", device):
+            jobs = draw(
                 run,
-                mine,
+                "old",
+                drawn,
                 settings.group_size,
-                f"rollout {epoch + 1}",
+                "rollout",
+                epoch,
                 steps=settings.rollout_steps,
                 guidance=settings.guidance,
             )
 
         # ---------------- reward: every rank learns all scores, and gets all edits' latents
         with timed(record, "reward", device):
-            scores = await_scores(run, verdicts, settings.group_size)
-            groups = gather_object([group and group.for_training() for group in groups])
+            scores = await_scores(run, jobs, settings.group_size)
+            groups = gather_object([job.group and job.group.for_training() for job in jobs])
 
         # ---------------- filter: what says nothing goes, the rest becomes optimality
-        r, reasons = group_advantages(scores.score, settings, least_spread)  # r: (G, K)
+        joined = None
+        if settings.normalise_aspects:
+            joined = join_standardised(scores.terms, run.judge.weights)
+        r, reasons = group_advantages(scores.score, settings, least_spread, joined)  # r: (G, K)
         if settings.dry_run:  # whatever the judge says, a full step is to be measured
             r = torch.linspace(0, 1, settings.group_size).expand_as(r)
 
@@ -911,18 +1017,21 @@ def run_epochs(run: Run, state: dict):
         with timed(record, "update", device):
             measured, norm = mean_gradient(run, groups, r, epoch)
         record |= epoch_record(scores, r, reasons, measured, norm)
-        # Nothing from here to the epoch's end waits for another rank or can be stopped, so that
-        # what is saved is always a whole epoch.
-        if math.isfinite(norm):
-            run.optimizer.step()
+        record |= reward_by_task(drawn, scores.score)
 
         # ---------------- the old policy follows, at first at once, later ever more slowly:
         # fresh data while the policy moves fast, a steady anchor once it is good
         record["old_decay"] = min(settings.decay_rate * (epoch + 1), settings.decay_max)
-        soft_update(run.editor, record["old_decay"])
-        if settings.ema_decay:
-            soft_update(run.editor, settings.ema_decay, "ema")
-        state |= {"epoch": epoch + 1, "record": record}
+        if epoch < settings.decay_start:
+            record["old_decay"] = 0.0
+        with run.together(), all_or_nothing(run):  # what is saved is always a whole epoch
+            if math.isfinite(norm):
+                run.optimizer.step()
+            soft_update(run.editor, record["old_decay"])
+            if settings.ema_decay:  # at first an average of few epochs, or it would lag
+                ema_decay = min(settings.ema_decay, (1 + epoch) / (10 + epoch))
+                soft_update(run.editor, ema_decay, "ema")
+            state |= {"epoch": epoch + 1, "record": record}
 
         # ---------------- records; then what cannot learn says so
         close_epoch(run, state, base)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import types
 from concurrent.futures import Future
 from dataclasses import replace
@@ -24,7 +25,7 @@ import data_prep
 import sample
 import train_nft
 from data_prep import BadInput, paired_gain, rows_of_epoch, seeded
-from sample import add_policies, load_editor, lora_parameters
+from sample import add_policies, load_editor, lora_parameters, policy, velocity
 from train_nft import Settings, group_advantages, nft_loss, self_normalised_mse
 
 ROOT = Path(__file__).parents[1]
@@ -191,6 +192,38 @@ def test_nothing_kept_gives_nothing_to_train():
     assert reasons == ["filtered", "filtered"]
 
 
+def test_the_scale_may_be_each_groups_own():
+    scores = torch.tensor([[0.1, 0.3], [0.2, 0.8]])
+    r, reasons = group_advantages(scores, replace(PAPER, scale="group"))
+    assert reasons == ["", ""]
+    assert torch.allclose(r, torch.tensor([[0.4, 0.6], [0.4, 0.6]]).double())
+
+
+def test_standardised_aspects_count_alike_whatever_their_spread():
+    wide = torch.tensor([[0.0, 0.4, 0.8]])
+    narrow = torch.tensor([[0.52, 0.51, 0.5]])
+    terms = {"execution": wide, "consistency": narrow, "not weighted": wide}
+    joined = train_nft.join_standardised(terms, {"consistency": 1.0})
+    assert torch.allclose(joined, torch.zeros(1, 3), atol=1e-4)
+    joined = train_nft.join_standardised(terms, {"consistency": 0.5})
+    assert torch.allclose(joined, 0.5 * train_nft.standardised(wide), atol=1e-4)
+
+
+def test_of_a_plain_aspect_that_is_better_when_small_the_smaller_counts_more():
+    terms = {"execution": torch.full((1, 2), 0.5), "pixel_distance": torch.tensor([[0.1, 0.4]])}
+    joined = train_nft.join_standardised(terms, {"pixel_distance": 1.0})
+    assert joined[0, 0] > joined[0, 1]
+
+
+def test_joined_aspects_take_the_scores_place_only_after_the_filter():
+    scores = torch.tensor([[0.94, 0.96], [0.2, torch.nan], [0.2, 0.6], [0.3, 0.5]])
+    joined = torch.tensor([[1.0, -1.0]]).expand(4, 2)
+    r, reasons = group_advantages(scores, PAPER, joined=joined)
+    assert reasons == ["filtered", "failed", "", ""]
+    assert r[:2].isnan().all()
+    assert torch.allclose(r[2:], torch.tensor([0.6, 0.4]).double())
+
+
 # ---------------------------------------------------------------- which rows
 
 
@@ -248,8 +281,12 @@ def test_a_record_is_flat_and_names_what_happened_and_how_the_held_out_rows_fare
 def test_an_epochs_line_tells_its_record_and_its_held_out_gains(run, capsys):
     run(epochs=1, eval_every=1)
     said = capsys.readouterr().out
-    assert re.search(r"^epoch 1  reward 0\.\d+ .* kept \d+%  loss .* draws .* s", said, re.M)
-    assert re.search(r"^ +heldout/new/judge 0\.\d+  gain [+-]0\.\d+", said, re.M)
+    line = re.search(r"^epoch 1  .*", said, re.M)[0]
+    health = "reward/mean reward/spread groups/kept groups/filtered update/loss update/drift_base"
+    for name in (health + " update/norm_ratio grad/norm seconds/rollout").split():
+        assert re.search(rf"  {name} \d", line), name
+    gain = r"^ +heldout/new/judge 0\.\d+  gain [+-]0\.\d+  low [+-]0\.\d+  high [+-]0\.\d+"
+    assert re.search(gain, said, re.M)
 
 
 def test_diffusers_alone_loads_a_checkpoint(finished, kontext_folder):
@@ -280,6 +317,45 @@ def test_every_epoch_draws_other_noise(run, monkeypatch):
     rollouts = [key for key in keys if "rollout" in key]
     assert len(rollouts) == 2 * 4 * 4
     assert len(set(rollouts)) == len(rollouts)
+
+
+def test_the_old_policy_may_copy_the_new_one_for_some_epochs(run):
+    out = run(epochs=4, eval_every=9, decay_start=2, decay_rate=0.1)
+    assert [line["old_decay"] for line in log(out)] == pytest.approx([0, 0, 0.3, 0.4])
+    for key, weights in lora(out / "checkpoint-2").items():
+        assert torch.equal(weights, lora(out / "checkpoint-2", "old")[key])
+
+
+def test_the_ema_follows_at_once_at_first_and_slowly_later(run):
+    out = run(epochs=3, eval_every=9, ema_decay=0.15)
+    last = 0
+    for epoch, decay in ((1, 1 / 10), (2, 0.15), (3, 0.15)):
+        key = next(key for key in lora(out / "checkpoint-1") if "lora_B" in key)
+        new = lora(out / f"checkpoint-{epoch}")[key]
+        last = decay * last + (1 - decay) * new  # B starts at 0
+        assert torch.allclose(lora(out / f"checkpoint-{epoch}", "ema")[key], last, rtol=1e-4)
+
+
+def test_all_switches_together_train(run):
+    out = run(
+        epochs=2,
+        scale="group",
+        normalise_aspects=True,
+        norm_hinge=0.1,
+        decay_start=1,
+        judge=Weighted(),
+    )
+    assert moved(lora(out / "checkpoint-2"))
+
+
+class Weighted(RuleJudge):
+    weights = {"evenness": 0.5}
+
+    def score(self, row, sources, edits):
+        scores = super().score(row, sources, edits)
+        spread = [np.asarray(edit, float).std() / 255 for edit in edits]
+        scores.terms["evenness"] = 1 - torch.tensor(spread)
+        return scores
 
 
 def test_each_pair_of_edit_and_time_is_trained_once_with_times_of_the_rollout(run, monkeypatch):
@@ -352,8 +428,10 @@ def keep(monkeypatch, kept):
 
 def test_a_dropped_group_costs_no_forward(run, counts, monkeypatch):
     keep(monkeypatch, [1, 3])
-    run(epochs=1, eval_every=5, train_batch=100)
-    assert counts["velocity"] == 2 * 3  # two kept groups; old, new and base
+    run(epochs=2, eval_every=5, train_batch=100)
+    first = 2 * (2 + 1)  # two kept groups: the new policy at two times, the base at one
+    later = 2 * (2 + 2 + 1)  # and the old policy, once it is another
+    assert counts["velocity"] == first + later
 
 
 def test_with_everything_dropped_the_optimizer_does_not_step(run, counts, monkeypatch):
@@ -369,6 +447,107 @@ def test_a_step_is_one_sum_over_ranks_and_a_kl_weight_of_zero_skips_the_base(run
     run(epochs=1, eval_every=5, kl_weight=0.0)
     assert counts["gradients"] == counts["steps"] == 1
     assert counts["base"] == 0
+
+
+def test_the_base_sees_one_of_an_edits_times(run, counts, monkeypatch):
+    keep(monkeypatch, [0, 1, 2, 3])
+    sizes = []
+    velocity = train_nft.velocity
+
+    def noted(editor, x_t, *args):
+        if editor.active == "base":
+            sizes.append(len(x_t))
+        return velocity(editor, x_t, *args)
+
+    monkeypatch.setattr(train_nft, "velocity", noted)
+    run(epochs=1, eval_every=5, train_timesteps=4)
+    assert sum(sizes) == 4 * 4  # of 64 pairs
+
+
+@pytest.fixture
+def small(run, kontext_folder, dataset, monkeypatch):
+    """small(**settings): a Run with a group of four edits, its policies apart; and that group."""
+
+    def make(**changes):
+        words = arguments(kontext_folder, dataset, "unused", groups=1, lora_alpha=64, **changes)
+        settings = data_prep.parse_settings(Settings, words)
+        monkeypatch.setattr(train_nft, "load_judge", lambda *args: RuleJudge())
+        accelerator = data_prep.start_processes()
+        made = train_nft.load_all(settings, accelerator, threading.Event())
+        for name, size in (("new", 0.1), ("old", 0.05)):
+            for key, parameter in lora_parameters(made.editor, name).items():
+                noise = torch.randn(parameter.shape, generator=seeded(name, key))
+                parameter.data += size * noise
+        drawn = train_nft.draw(made, "old", made.rows["train"][:1], 4, "rollout", 0, steps=4)
+        return made, drawn[0].group
+
+    return make
+
+
+def raw_gradient(run, group, epoch=0):
+    """What mean_gradient leaves of a group with r 0.7, in one vector; and what it measured."""
+    measured, _ = train_nft.mean_gradient(run, [group], torch.full((1, 4), 0.7), epoch)
+    parameters = lora_parameters(run.editor, "new").values()
+    return torch.cat([parameter.grad.flatten() for parameter in parameters]), measured
+
+
+def test_the_pull_at_one_time_is_in_the_mean_that_at_all_times(small, monkeypatch):
+    monkeypatch.setattr(train_nft, "nft_loss", lambda v, *args: 0 * v.sum((1, 2)))
+    monkeypatch.setattr(train_nft, "GRAD_CLIP", 1e9)
+    run, group = small(kl_weight=0.3, train_timesteps=4)
+    noise = torch.randn(group.x_0[0].shape, generator=seeded("noise"))
+    monkeypatch.setattr(torch, "randn", lambda times, *shape, **how: noise.expand(times, *shape))
+    turns = []
+    for turn in range(4):  # each time is once the first of its edit's
+        monkeypatch.setattr(torch, "randperm", lambda n, k=turn, **how: torch.arange(n).roll(k))
+        turns.append(raw_gradient(run, group)[0])
+
+    total = 0
+    for t in group.sigmas:
+        x_t = (1 - t) * group.x_0 + t * noise
+        v = velocity(run.editor, x_t, t.expand(4), group.cond)
+        with torch.no_grad(), policy(run.editor, "base"):
+            v_base = velocity(run.editor, x_t, t.expand(4), group.cond)
+        total = total + 0.3 * (v - v_base).square().mean((1, 2)).sum() / 16
+    wanted = torch.autograd.grad(total, list(lora_parameters(run.editor, "new").values()))
+    wanted = torch.cat([part.flatten() for part in wanted])
+    assert wanted.norm() > 0
+    assert (torch.stack(turns).mean(0) - wanted).norm() < 1e-4 * wanted.norm()
+    assert (turns[0] - wanted).norm() > 0.01 * wanted.norm()  # and each alone is another
+
+
+def test_the_hinge_weighs_only_velocities_longer_than_the_bases(small, monkeypatch):
+    monkeypatch.setattr(train_nft, "nft_loss", lambda v, *args: 0 * v.sum((1, 2)))
+    run, group = small(kl_weight=0.0, norm_hinge=3.0)
+    _, measured = raw_gradient(run, group)
+    ratio = measured["norm_ratio"]
+    assert len(ratio) == 4
+    assert ratio.max() > 1 > ratio.min()
+    wanted = 2 * 3.0 * (ratio - 1).clamp(min=0) ** 2  # two times an edit
+    assert torch.allclose(measured["loss"][:4], wanted, atol=1e-6)
+    assert not measured["loss"][4:].any()
+
+
+def test_without_an_old_forward_the_gradient_has_the_same_bits(small, counts, monkeypatch):
+    run, group = small()
+    sample.soft_update(run.editor, 0.0)
+    before = counts["velocity"]
+    saving, _ = raw_gradient(run, group)
+    saved = counts["velocity"] - before
+    monkeypatch.setattr(train_nft, "old_is_new", lambda editor: False)
+    plain, _ = raw_gradient(run, group)
+    assert counts["velocity"] - before - saved == saved + 2  # two chunks
+    assert torch.equal(saving, plain)
+
+
+def test_the_old_policy_is_another_as_soon_as_one_bit_is(small):
+    run, _ = small()
+    assert not train_nft.old_is_new(run.editor)
+    sample.soft_update(run.editor, 0.0)
+    assert train_nft.old_is_new(run.editor)
+    last = list(lora_parameters(run.editor, "old").values())[-1].data.flatten()
+    last[-1] = last[-1].nextafter(torch.tensor(9.0))
+    assert not train_nft.old_is_new(run.editor)
 
 
 def test_an_edits_weight_does_not_depend_on_its_neighbours_in_a_batch(run):
@@ -471,14 +650,14 @@ def test_a_dry_run_makes_one_step_and_says_what_it_took_and_saves_nothing(
     run("dry", dry_run=True, epochs=50, groups=4)
     said = capsys.readouterr().out
     assert counts["steps"] == 1
-    assert re.search(r"draws .* s  update .* s", said)
+    assert re.search(r"seconds/rollout \d.*  seconds/update \d", said)
     assert [path.name for path in (tmp_path / "dry").iterdir()] == ["log.jsonl"]
     assert (tmp_path / "dry" / "log.jsonl").read_text() == "of another run\n"
 
 
 def test_peak_memory_is_told_where_it_is_known():
     record = {"epoch": 1, "steps/skipped": 0, "peak_gb/update": 41.5}
-    assert train_nft.epoch_line(record) == "epoch 1  update 41.5 GB"
+    assert train_nft.epoch_line(record) == "epoch 1  peak_gb/update 41.5"
 
 
 # ---------------------------------------------------------------- several processes
