@@ -33,7 +33,6 @@ import re
 import shutil
 import signal
 import sys
-import tarfile
 import textwrap
 import threading
 import time
@@ -42,11 +41,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -74,7 +73,7 @@ class DiskFault(BadInput):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Calls a script's `main`. BadInput, or a GPU that is too small, ends it in one line, code 2.
+    """Calls a script's `main`; BadInput, Ctrl-C or a GPU too small end it in one line, code 2.
 
     What it prints goes nowhere once nobody reads it any more (`| head`): its work goes on.
     """
@@ -85,6 +84,8 @@ def run_script(main: Callable[[], None]) -> None:
         return
     except BadInput as error:
         message = str(error)
+    except KeyboardInterrupt:
+        message = "stopped"
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". GPU ")[0]
         message = (
@@ -314,18 +315,17 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             write_json(part / "hashes.json", file_hashes(part))
             for path in [part, *part.rglob("*")]:
                 _to_disk(path)
-            old = folder.with_name(f"{folder.name}.old-{time.time_ns()}")
-            # after a kill between the two renamings the old folder is still there, under that name
-            if folder.exists() and any(folder.iterdir()):
-                folder.rename(old)
+            if folder.exists():
+                old = f"{folder.name}.old-{time.time_ns()}"
+                place = room  # what is there goes in the end
+                if any(folder.iterdir()) and not is_whole(folder, alone=True):
+                    place = folder.parent
+                    say(f"{folder}: held files of others; they are in {place / old}", sys.stderr)
+                folder.rename(place / old)
             part.rename(folder)
             _to_disk(folder.parent)
         finally:
             shutil.rmtree(room, ignore_errors=True)
-        if is_whole(old, alone=True):
-            shutil.rmtree(old)
-        elif old.exists():
-            say(f"{folder}: held files of others; they are in {old}", sys.stderr)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -721,25 +721,22 @@ def _check_header(path):
 
 # ---------------------------------------------------------------- tables of others
 
-TABLES = (".parquet", ".arrow", ".tar", ".jsonl", ".csv")  # what is looked for in a folder
 
-
-def table_files(path: str | Path, kinds: tuple = TABLES) -> list[Path]:
-    """A file itself, or the files of these kinds in a folder and below it, by name."""
+def table_files(path: str | Path) -> list[Path]:
+    """A table's file itself, or by name all parquet and arrow files below a folder."""
     path = Path(path)
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in kinds)
+    return sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".arrow"))
 
 
-def read_records(path: str | Path, kinds: tuple = TABLES) -> Iterator[dict]:
-    """The records of a table file, or of all in a folder: {column: value}, a few in memory.
+def read_records(path: str | Path) -> Iterator[dict]:
+    """The records of a table, or of all `table_files` of a folder: {column: value}.
 
-    Parquet, arrow (streams, as `datasets` writes them), JSON lines, a JSON list (a file that is
-    named), csv (all text), or tar: neighbours with one name up to the first dot are a record, whose
-    columns are their endings and what their .json holds. BadInput for a file that is broken.
+    Parquet and arrow (streams, as `datasets` writes them) a few at a time, JSON lines, a JSON list,
+    csv (all is text). BadInput for a broken file.
     """
-    for file in table_files(path, kinds):
+    for file in table_files(path):
         try:
             yield from _records_in(file)
         except ImportError:
@@ -751,13 +748,14 @@ def read_records(path: str | Path, kinds: tuple = TABLES) -> Iterator[dict]:
             raise BadInput(f"{file}: not a readable table ({reason}); get it again") from None
 
 
+read_table = read_records
+
+
 def _records_in(file):
     """The records of one file, by its ending."""
     if file.suffix == ".csv":
         with open(file, encoding="utf-8-sig", newline="") as text:
             yield from csv.DictReader(text)
-    elif file.suffix == ".tar":
-        yield from _records_of_tar(file)
     elif file.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
 
@@ -773,28 +771,6 @@ def _records_in(file):
         yield from json.loads(file.read_bytes())
     else:
         yield from (record for _, record in read_json_lines(file))
-
-
-def _records_of_tar(file):
-    """The records of a tar file as webdataset writes them."""
-    with tarfile.open(file) as tar:
-        members = filter(tarfile.TarInfo.isfile, tar)
-        for name, group in itertools.groupby(members, _tar_name):
-            record = {"__key__": name}
-            for member in group:
-                column = member.name.removeprefix(f"{name}.")
-                record[column] = tar.extractfile(member).read()
-            yield record | json.loads(record.pop("json", "{}"))
-
-
-def _tar_name(member):
-    """The path of a tar's member up to the first dot of its last part."""
-    return re.match(r"(.*/)?[^.]*", member.name).group()
-
-
-def read_table(folder: str | Path) -> Iterator[dict]:
-    """The records of all parquet and arrow files below a folder; none without files."""
-    return read_records(folder, (".parquet", ".arrow"))
 
 
 class PictureFile(io.BytesIO):
@@ -831,6 +807,7 @@ def picture_in(cell: Any, folder: str | Path, where: str) -> Image.Image:
 
 SPLITS = ("train", "test")
 KEYS = ("prompt", "image", "requirement", "task", "target", "mask")  # beside id; others are kept
+WRITTEN = ("image", "target", "mask")  # the keys of pictures, as a file of rows holds them
 
 
 def split_file(folder: Path, split: str) -> Path | None:
@@ -1057,12 +1034,10 @@ def check_dataset(settings: CheckSettings) -> None:
     speed = len(seen) / (time.process_time() - start)
     faults += broken.values()
     for row in rows:
-        if "mask" in row and broken.keys().isdisjoint(row_pictures(row)):
-            size, _ = seen[row["images"][0]]
-            mask_size, _ = seen[row["mask"]]
-            if mask_size != size:
-                words = "`mask` has not the size of the row's first picture; resize it"
-                faults.append(f"{row['where']}: {words}")
+        pair = (row["images"][0], row.get("mask"))
+        if len({seen[path].size for path in pair if path in seen}) > 1:
+            words = "`mask` has not the size of the row's first picture; resize it"
+            faults.append(f"{row['where']}: {words}")
     for benchmark in settings.against:
         faults += _copies(seen, benchmark)
     for fault in faults:
@@ -1073,25 +1048,25 @@ def check_dataset(settings: CheckSettings) -> None:
         print(line)
     print(f"read {speed:.0f} pictures a second and core")
     counts = f"{len(rows)} rows in {' and '.join(splits)}, {len(seen)} pictures"
-    nothing = [f"; nothing of {benchmark}" for benchmark in settings.against]
-    print(f"{folder}: no faults; {counts}{''.join(nothing)}")
+    print(f"{folder}: no faults; " + "; nothing of ".join([counts, *settings.against]))
 
 
 def _summary(rows, seen):
-    """Lines that say what the rows hold; seen: {path: (size, thumbnail)} of their pictures."""
+    """Lines that say what the rows hold; seen: {path: Look} of their pictures."""
     tasks = Counter(row.get("task", "none") for row in rows)
     yield "tasks: " + ", ".join(f"{task} {number}" for task, number in tasks.most_common())
     yield "words of a prompt: " + _spread([len(row["prompt"].split()) for row in rows])
-    sources = set()
+    sources = {}
     for row in rows:
-        sources.update(row["images"])
-    sides = [max(seen[path][0]) for path in sources]
-    yield "longer side of a source picture: " + _spread(sides)
-    looks = {seen[path][1].tobytes() for path in sources}
-    yield f"source pictures: {len(sources)}, of which {len(sources) - len(looks)} repeat another"
-    masks = [100 * seen[row["mask"]][1].mean() for row in rows if "mask" in row]
-    if masks:
-        yield f"white part of a mask in %: {_spread(masks)}"
+        sources |= {path: seen[path] for path in row["images"]}
+    yield "longer side of a source picture: " + _spread(
+        [max(look.size) for look in sources.values()]
+    )
+    different = len({look.thumbnail.tobytes() for look in sources.values()})
+    yield f"source pictures: {len(sources)}, of which {len(sources) - different} repeat another"
+    white = [100 * seen[row["mask"]].thumbnail.mean() for row in rows if "mask" in row]
+    if white:
+        yield f"white part of a mask in %: {_spread(white)}"
 
 
 def _spread(values):
@@ -1099,25 +1074,32 @@ def _spread(values):
     return f"{np.median(values):.0f} in the middle, {min(values):.0f} to {max(values):.0f}"
 
 
+class Look(NamedTuple):
+    """What the check keeps of a picture."""
+
+    size: tuple[int, int]
+    thumbnail: np.ndarray  # float32 (768,) in [0, 1]: 16 x 16 pixels
+
+
 def _look_at(path):
-    """The size of a dataset's picture, decoded as a check of the whole file, and its thumbnail."""
+    """The Look of a dataset's picture, decoded as a check of the whole file."""
     _check_header(path)
     image = load_image(path)
-    return image.size, _thumbnail(image)
+    return Look(image.size, _thumbnail(image))
 
 
 def _thumbnail(image):
-    """float32 (768,) in [0, 1]: 16 x 16 pixels."""
+    """A picture as 768 numbers in [0, 1]."""
     small = image.resize((16, 16), Image.Resampling.BOX)
     return np.asarray(small, np.float32).flatten() / 255
 
 
 def _copies(seen, folder):
-    """A line for each picture of {path: (size, thumbnail)} that shows one of a benchmark's."""
-    own = np.array([thumbnail for _, thumbnail in seen.values()]).reshape(-1, 768)
+    """A line for each picture of {path: Look} that shows one of a benchmark's."""
+    own = np.array([look.thumbnail for look in seen.values()]).reshape(-1, 768)
     faults = []
-    name = ""
-    for name, picture in _benchmark_pictures(folder):
+    picture = None
+    for picture in _benchmark_pictures(folder):
         try:
             theirs = _thumbnail(load_image(picture))
         except BadInput:
@@ -1125,37 +1107,36 @@ def _copies(seen, folder):
         distances = np.sqrt(np.square(own - theirs).mean(1))  # (pictures,)
         for path, distance in zip(seen, distances, strict=True):
             if distance < NEAR:
-                faults.append(f"{path}: shows {name} of the benchmark; remove its rows")
-    if not name:
+                faults.append(f"{path}: shows {picture} of the benchmark; remove its rows")
+    if not picture:
         raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
     return faults
 
 
 def _benchmark_pictures(folder):
-    """(name, file) of every picture in a benchmark's folder, its parquet and arrow files too."""
+    """Every picture in a benchmark's folder, as load_image takes it; its tables' pictures too."""
     known = Image.registered_extensions()
-    for file in sorted(Path(folder).rglob("*")):
-        if file.suffix.lower() in known:
-            yield file.relative_to(folder), file
-    for number, record in enumerate(read_table(folder)):
+    yield from (file for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in known)
+    for number, record in enumerate(read_records(folder), 1):
         for column, cell in record.items():
             if isinstance(cell, dict) and cell.get("bytes"):
-                yield f"row {number}, {column}", io.BytesIO(cell["bytes"])
+                yield PictureFile(cell["bytes"], f"row {number}, {column}")
 
 
 # ---------------------------------------------------------------- import
 
 # The columns of public sets, as their cards or readers name them; none was tried on the original.
 FORMATS = {
-    "released": "--prompt prompt --image image --requirement requirement",
-    "cocoedit": "--prompt prompt --image image --mask mask",
-    "editscore-rl": "--prompt instruction --image input_images --task task_type",
-    "gpt-image-edit": "--prompt instruction --image input --target output --task task",
-    "imgedit": "--prompt prompt --image input_images --target output_images",
-    "magicbrush": "--prompt instruction --image source_img --target target_img",
-    "omniedit": "--prompt edited_prompt_list.0 --image src_img --target edited_img --task task",
-    "pico-banana": "--prompt text --image local_input_image --target output_image --task edit_type",
-    "unirl": "--prompt prompt --image media.0.uri",
+    "": "",
+    "released": "requirement=requirement",
+    "cocoedit": "mask=mask",
+    "editscore-rl": "prompt=instruction image=input_images task=task_type",
+    "gpt-image-edit": "prompt=instruction image=input target=output task=task",
+    "imgedit": "image=input_images target=output_images",
+    "magicbrush": "prompt=instruction image=source_img target=target_img",
+    "omniedit": "prompt=edited_prompt_list.0 image=src_img target=edited_img task=task",
+    "pico-banana": "prompt=text image=local_input_image target=output_image task=edit_type",
+    "unirl": "image=media.0.uri",
 }
 
 
@@ -1165,7 +1146,7 @@ class ImportSettings(CheckedSettings):
 
     source: str = setting("", "A table, or a folder of them; also the first word after import.")
     dataset: str = setting("", "The dataset folder to be made; also the second word.")
-    format: str = setting("", f"Columns of a public set: {', '.join(FORMATS)}.")
+    format: Literal[tuple(FORMATS)] = setting("", "A public set, whose columns are known.")
     prompt: str = setting("prompt", "Column of the instruction.")
     image: str = setting("image", "Column of the source picture, or of a list of them.")
     target: str = setting("", "Column of a right edit.")
@@ -1180,26 +1161,28 @@ class ImportSettings(CheckedSettings):
 
 
 def import_dataset(settings: ImportSettings) -> None:
-    """Makes a dataset of tables: train.jsonl, test.jsonl, left_out.jsonl, pictures by content.
+    """Makes a dataset of a table: train.jsonl, test.jsonl, left_out.jsonl, pictures by content.
 
     Started again after a stop it goes on; pictures that are there are not decoded again. BadInput
     for a folder that holds something else, and where no rows are left for one of the splits.
     """
+    columns = FORMATS[settings.format].split()
+    settings = replace(settings, **dict(column.split("=") for column in columns))
     folder = Path(settings.dataset)
     with locked(folder):
         if _is_imported(folder, asdict(settings)):
             say(f"{folder}: was imported before; nothing to do")
             return
         rows, faults = _take_rows(settings)
-        train, test = _split_by_picture(rows, settings)
-        if not train or not test:
+        test, train = _split_by_picture(rows, settings, faults)
+        if not train:
             raise BadInput(
-                f"{settings.source}: {len(rows)} good rows give {len(train)} to train on and "
-                f"{len(test)} held out; see --test. Left out: {len(faults)} {faults[:1]}"
+                f"{settings.source}: {len(rows)} good rows, none of them left to train on; see "
+                f"--test. Left out: {len(faults)} {faults[:1]}"
             )
         used = set()
-        for row in rows:
-            used.update(row_pictures(row, ("image", "target", "mask")))
+        for row in test + train:
+            used.update(row_pictures(row, WRITTEN))
         for path in (folder / "pictures").iterdir():
             if f"pictures/{path.name}" not in used:  # of a row that was left out, or of a kill
                 path.unlink()
@@ -1227,68 +1210,60 @@ def _is_imported(folder, settings):
 
 
 def _take_rows(settings):
-    """(rows, faults): the good rows of the tables, their pictures written, and all others."""
-    stop = catch_signals()
+    """(rows, faults): a table's good rows, their pictures written, and the faults of the others."""
     rows = []
     faults = []
     places = {}
-    records = _numbered_records(Path(settings.source))
+    records = _numbered_records(settings.source)
     with ThreadPoolExecutor() as pool, tqdm(desc="rows", leave=False) as bar:
         while not settings.rows or len(rows) < settings.rows:
             batch = list(itertools.islice(records, 64))
             if not batch:
                 break
-            futures = [pool.submit(_import_row, record, place, settings) for place, record in batch]
-            for future in futures:
+            futures = [pool.submit(_import_row, place, record, settings) for place, record in batch]
+            for (place, _), future in zip(batch, futures, strict=True):
                 with _noted(faults):
                     row = future.result()
-                    place = row.pop("where")
                     _refuse_repeats([row["id"], row | {"id": None}], places, place, place)
                     rows.append(row)
-            if stop.is_set():
-                raise BadInput(f"{settings.dataset}: stopped; the same command goes on")
             bar.update(len(batch))
     return rows[: settings.rows or None], faults
 
 
 def _numbered_records(source):
     """(place, record) of all records of a table, or of the tables in a folder."""
-    files = table_files(source)
-    if not files:
-        raise BadInput(f"{source}: holds no table ({' '.join(TABLES)}); name another")
-    for file in files:
+    for file in table_files(source):
         for number, record in enumerate(read_records(file), 1):
-            yield f"{file.relative_to(_folder_of(source))} row {number}", record
+            yield f"{os.path.relpath(file, _folder_of(source))} row {number}", record
 
 
 def _folder_of(source):
-    """Where the paths of a table's pictures begin."""
-    return source if source.is_dir() else source.parent
+    """The folder of a table's pictures: its own."""
+    return Path(source) if os.path.isdir(source) else Path(source).parent
 
 
-def _import_row(record, place, settings):
+def _import_row(place, record, settings):
     """A record as a row of a dataset, its pictures written; BadInput where it is unfit for one."""
-    row = {"id": re.sub("[ /]", "-", place), "where": place}
-    for key in ("id", "prompt", "requirement", "task"):
+    base = settings.pictures or _folder_of(settings.source)
+    row = {"id": re.sub("[ /]", "-", place)}
+    for key in ("id", *KEYS):
         value = _value_at(record, getattr(settings, key))
-        if isinstance(value, bytes):
-            value = value.decode(errors="replace")
-        if value is not None:
-            row[key] = str(value) if key == "id" else value
-    _check_texts(row)
-    base = settings.pictures or _folder_of(Path(settings.source))
-    first = {}
-    for key in ("image", "target", "mask"):
-        cells = _as_list(_value_at(record, getattr(settings, key)) or [])
-        files = [picture_file(cell, base, f"{place}, {key}") for cell in cells]
-        if files:
-            names = [_keep_picture(file, settings.dataset) for file in files]
-            row[key] = names if key == "image" and len(names) > 1 else names[0]
-            first[key] = files[0]
-    if "image" not in row:
-        raise BadInput(f"{place}: no picture in column {settings.image}; see --image")
-    if "mask" in row and load_image(first["mask"]).size != load_image(first["image"]).size:
-        raise BadInput(f"{place}: the mask has not the size of the picture; resize it")
+        if value in (None, "", []):
+            continue
+        if key in WRITTEN:
+            files = [picture_file(cell, base, f"{place}, {key}") for cell in _as_list(value)]
+            value = [_keep_picture(file, settings.dataset) for file in files]
+            if len(value) == 1 or key != "image":
+                value = value[0]
+        row[key] = value
+    row["id"] = str(row["id"])
+    checked = row | {"where": place}
+    _check_texts(checked)
+    _find_pictures(checked, settings.dataset)
+    if "mask" in row:
+        sizes = [load_image(path).size for path in (checked["mask"], checked["images"][0])]
+        if sizes[0] != sizes[1]:
+            raise BadInput(f"{place}: the mask has not the size of the picture; resize it")
     return row
 
 
@@ -1316,34 +1291,27 @@ def _keep_picture(file, folder):
     return name
 
 
-def _split_by_picture(rows, settings):
-    """(train, test): groups of rows that share no source or target, drawn by content and seed."""
-    parents = {}  # of each picture one that it goes together with, in the end itself
+def _split_by_picture(rows, settings, faults):
+    """(test, train), drawn by the content of the first source picture.
 
-    def root(name):
-        while parents.setdefault(name, name) != name:
-            name = parents[name]
-        return name
+    A row that would bring a source or a target of the one into the other is added to `faults`.
+    """
 
-    for row in rows:
-        first, *others = row_pictures(row, ("image", "target"))
-        for name in others:
-            parents[root(name)] = root(first)
-    groups = {}
-    for row in rows:
-        groups.setdefault(root(_as_list(row["image"])[0]), []).append(row)
+    def lot(row):
+        return seeded(settings.seed, "held out", _as_list(row["image"])[0]).initial_seed()
 
-    def lot(name):
-        return seeded(settings.seed, "held out", name).initial_seed()
-
-    test = []
+    rows = sorted(rows, key=lot)
+    test = rows[: settings.test]
+    held_out = set()
+    for row in test:
+        held_out.update(row_pictures(row, ("image", "target")))
     train = []
-    for name in sorted(groups, key=lot):
-        if len(test) + len(groups[name]) <= settings.test:
-            test += groups[name]
+    for row in rows[settings.test :]:
+        if held_out.isdisjoint(row_pictures(row, ("image", "target"))):
+            train.append(row)
         else:
-            train += groups[name]
-    return train, test
+            faults.append(f"row {row['id']}: shares a picture with a row that is held out")
+    return test, train
 
 
 # ---------------------------------------------------------------- statistics
@@ -1774,28 +1742,29 @@ def write_rows(folder: Path, settings: ToySettings) -> None:
 def main(argv: list[str] | None = None) -> None:
     """python data_prep.py COMMAND ..."""
     command, *words = argv or sys.argv[1:] or ["no command"]
-    commands = {  # settings, what is called with them, and what may stand first without its name
-        "toy": (ToySettings, build_toy, ()),
-        "check": (CheckSettings, check_dataset, ("dataset",)),
-        "import": (ImportSettings, import_dataset, ("source", "dataset")),
-    }
-    if command not in commands:
+    if command == "check":
+        words = _named(words, "dataset")
+        check_dataset(parse_settings(CheckSettings, words, check_dataset.__doc__))
+    elif command == "import":
+        words = _named(words, "source", "dataset")
+        import_dataset(parse_settings(ImportSettings, words, import_dataset.__doc__))
+    elif command == "toy":
+        build_toy(parse_settings(ToySettings, words, build_toy.__doc__))
+    else:
         raise BadInput(
             f"{command}: say what to do: python data_prep.py toy [--out DIR], check DIR "
             "[--against BENCH], or import SRC DIR --prompt COLUMN --image COLUMN"
         )
-    cls, function, places = commands[command]
+
+
+def _named(words, *names):
+    """The words of a command, with names before the first ones where they have none."""
     named = []
-    for place in places:
+    for name in names:
         if words and not words[0].startswith("-"):
-            named += [f"--{place}", words.pop(0)]
-    words = named + words
-    settings = parse_settings(cls, words, function.__doc__)
-    if command == "import" and settings.format:
-        if settings.format not in FORMATS:
-            raise BadInput(f"--format {settings.format}: is none of {', '.join(FORMATS)}")
-        settings = parse_settings(cls, FORMATS[settings.format].split() + words)
-    function(settings)
+            named += [f"--{name}", words[0]]
+            words = words[1:]
+    return named + words
 
 
 # ------------- how the toy's two models were grown: not needed to read the method

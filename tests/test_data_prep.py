@@ -109,6 +109,15 @@ def test_a_fault_is_one_line_whatever_a_name_holds():
     assert str(BadInput("a\nb\u2028c: broken")) == "a b c: broken"
 
 
+def test_ctrl_c_is_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: stopped\n"
+
+
 def test_a_broken_pipe_that_is_not_stdout_is_not_hidden():
     def main():
         raise BrokenPipeError("a judge's server")
@@ -1094,7 +1103,8 @@ def test_check_compares_with_several_benchmarks(tmp_path, capsys):
     with pytest.raises(BadInput, match="2 faults"):
         data_prep.main(["check", str(tmp_path / "data"), "--against", *benches])
     first, second = capsys.readouterr().out.splitlines()
-    assert "0.png: shows x.png of" in first and "1.png: shows x.png of" in second
+    assert f"0.png: shows {benches[0]}/x.png of" in first
+    assert f"1.png: shows {benches[1]}/x.png of" in second
     data_prep.main(["check", str(tmp_path / "data"), "--against", benches[2]])
     assert f"nothing of {benches[2]}" in capsys.readouterr().out
 
@@ -1114,9 +1124,9 @@ def test_check_finds_exact_resized_and_recompressed_benchmark_pictures(tmp_path,
     with pytest.raises(BadInput, match="3 faults"):
         data_prep.main(["check", str(data), "--against", str(bench)])
     said = capsys.readouterr().out
-    assert "same.bmp: shows singleturn/0.png of the benchmark" in said
-    assert "resized.png: shows singleturn/0.png of" in said
-    assert "recompressed.jpg: shows singleturn/0.png of" in said
+    assert f"same.bmp: shows {bench}/singleturn/0.png of the benchmark" in said
+    assert f"resized.png: shows {bench}/singleturn/0.png of" in said
+    assert f"recompressed.jpg: shows {bench}/singleturn/0.png of" in said
     (data / "train.jsonl").write_text(
         "\n".join(json.dumps({"prompt": "p", "image": f"{i}.png"}) for i in range(10, 14))
     )
@@ -1146,7 +1156,7 @@ def test_pictures_inside_a_parquet_or_arrow_benchmark_are_compared_too(tmp_path,
             stream.write_table(table)
     with pytest.raises(BadInput, match="1 fault"):
         data_prep.main(["check", str(data), "--against", str(bench)])
-    assert "0.png: shows row 0, input_image of" in capsys.readouterr().out
+    assert "0.png: shows row 1, input_image of" in capsys.readouterr().out
 
 
 def test_check_wants_a_mask_of_the_size_of_its_rows_first_picture(tmp_path, capsys):
