@@ -1595,10 +1595,10 @@ def scenes_of(examples: list[Example]) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _likeness():
     """0.3 each for the colour and the shape that two objects have in common: (16, 16)."""
-    likeness = torch.zeros(len(OBJECTS), len(OBJECTS))
-    for (i, one), (j, other) in itertools.product(enumerate(OBJECTS), repeat=2):
-        common = set(one.split()) & set(other.split())
-        likeness[i, j] = 0.3 * len(common)
+    words = [set(name.split()) for name in OBJECTS]
+    likeness = torch.zeros(len(words), len(words))
+    for (i, one), (j, other) in itertools.product(enumerate(words), repeat=2):
+        likeness[i, j] = 0.3 * len(one & other)
     return likeness
 
 
