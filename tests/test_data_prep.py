@@ -1283,6 +1283,15 @@ def test_an_instruction_that_does_not_fit_the_scene_is_none():
     assert after(2, red_circle, "change the black background to white").background == 0
 
 
+def test_the_number_of_a_background_is_not_taken_for_that_of_an_object():
+    red_circle = data_prep.OBJECTS.index("red circle")
+    scene = Scene(red_circle, 0, red_circle, 0, 0)
+    after = _apply_change(scene, _instructions()["replace the red circle with a blue square"])
+    assert after == (red_circle, 0, data_prep.OBJECTS.index("blue square"), 0, 0)
+    after = _apply_change(scene, _instructions()["change the gray background to pink"])
+    assert after == (list(data_prep.BACKGROUNDS).index("pink"), 0, red_circle, 0, 0)
+
+
 @pytest.fixture(scope="module")
 def world():
     examples = _toy_examples(200, "test", 0)
@@ -1311,6 +1320,15 @@ def test_a_grey_smear_is_no_success(world):
     _, sources, targets = world
     score, success = oracle_scores(0.4 * _render(targets) + 0.3, sources, targets)
     assert not success.any()
+
+
+def test_a_pale_edit_that_is_nearest_to_its_target_but_not_near_is_no_success(world):
+    _, sources, targets = world
+    pale = 0.5 * _render(targets) + 0.5 * _render(targets).mean((2, 3), keepdim=True)
+    nearest = data_prep._cell_distances(pale).argmin(2)
+    is_target = (nearest == data_prep._shown_in(targets)).all(1)
+    _, success = oracle_scores(pale, sources, targets)
+    assert is_target.sum() > 100 and success[is_target].float().mean() < 0.5
 
 
 def test_spoiled_scenes_are_mostly_wrong(world):
@@ -1415,6 +1433,18 @@ def test_the_same_settings_rebuild_nothing_and_others_do(toy, monkeypatch, capsy
         build_toy(tiny(toy, editor_steps=3))
     assert "built anew: editor_steps was 2 and is 3" in capsys.readouterr().out
     assert (toy / "toy.json").exists()  # what was there stays until the new one is whole
+
+
+def test_a_toy_that_was_moved_or_knows_no_place_is_not_built_again(toy, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(data_prep, "write_rows", lambda *a: pytest.fail("built again"))
+    shutil.copytree(toy, tmp_path / "toy")
+    build_toy(tiny(tmp_path / "toy"))
+    recipe = json.loads((tmp_path / "toy" / "toy.json").read_text())
+    del recipe["out"]  # as toys made before have it
+    (tmp_path / "toy" / "toy.json").write_text(json.dumps(recipe))
+    build_toy(tiny(tmp_path / "toy"))
 
 
 def made_of(folder, recipe="{}", **files):
