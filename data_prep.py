@@ -1567,12 +1567,12 @@ def _apply_change(scene, change):
 def _toy_examples(number, split, *key):
     """Seeded examples of one split; tasks take turns, the objects of a scene are distinct."""
     is_test = split == "test"
-    # random's draws are the same on every machine, and seeded by a name like all others
+    # a generator of Python's own: its draws, too, are named and the same on every machine
     rng = random.Random(seeded("toy", split, *key).initial_seed())
     examples = []
     while len(examples) < number:
         task = TASKS[len(examples) % len(TASKS)]
-        filled = rng.choice((1, 2, 2, 3, 3))
+        filled = rng.choice((1, 2, 2, 3, 3))  # of the four cells
         cells = rng.sample(range(1, len(OBJECTS)), filled) + (4 - filled) * [0]
         rng.shuffle(cells)
         source = Scene(rng.randrange(len(BACKGROUNDS)), *cells)
@@ -1627,7 +1627,7 @@ def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[T
     credit = credit.scatter(2, new_things[..., None], 1.0)
     things = (seen.sum(2) * credit).sum(2)  # (B, 4)
     is_kept = old_things == new_things  # (B, 4), all True where the background should change
-    changed = things.where(~is_kept, 1.0).prod(1)  # of one object at most
+    done = things.where(~is_kept, 1.0).prod(1)  # of one object at most
     kept = things.where(is_kept, 0.0).sum(1) / is_kept.sum(1)
     is_wanted = F.one_hot(new_ground, len(BACKGROUNDS))  # (B, 1, 5), the same in every cell
     ground = (seen.sum(3) * is_wanted).sum(2).mean(1)
@@ -1635,7 +1635,7 @@ def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[T
     # success is strict: a smear may be nearest to its target, but it is not near
     nearest = distances.min(2)  # values and indices, (B, 4) each
     success = (nearest.indices == _shown_in(targets)) & (nearest.values < 0.015)
-    return changed * (ground * kept), success.all(1)
+    return done * (ground * kept), success.all(1)
 
 
 def oracle(row: dict, image: Image.Image) -> tuple[float, bool] | None:
