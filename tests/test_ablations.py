@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -172,6 +174,35 @@ def test_what_stops_a_run_is_said_and_kept_beside_it(place, capsys):
     said = capsys.readouterr().out
     assert "default, seed 0: 0 of 40 epochs" in said and "see broken/default/seed-0.txt" in said
     assert "error: --lr 7" in (place / "broken/default/seed-0.txt").read_text()
+
+
+def test_a_run_takes_one_core(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["ablation_run.py", str(ablations.HERE.parent), "--lr", "1"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(train_nft, "evaluate", train_nft.evaluate)
+    monkeypatch.setattr(train_nft, "run_script", lambda main: seen.append(os.cpu_count()))
+    ablation_run.main()
+    assert seen == [1] and sys.argv[1:] == ["--lr", "1"]
+
+
+def test_a_stop_ends_the_runs_and_begins_no_other(place, monkeypatch, capsys):
+    started = []
+
+    def start(command, **how):
+        started.append(subprocess.Popen(["sleep", "60"]))
+        return started[-1]
+
+    monkeypatch.setattr(ablations, "subprocess", SimpleNamespace(Popen=start, STDOUT=-2))
+    settings = ablations.Settings(out="stopped")
+    run = ablations.Run("default", 0, ablations.VARIANTS["default"], settings)
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    ablations.train(run, stop)
+    ablations.train(run, stop)
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
+    assert "default, seed 0: 0 of 40 epochs" in capsys.readouterr().out
 
 
 def test_an_unknown_variant_is_refused_by_name():

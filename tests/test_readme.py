@@ -357,6 +357,9 @@ RUN_BY = {
     "reward_mllm.py requirements": (
         "test_served_judge.py: test_a_judge_writes_the_requirements_that_nobody_wrote"
     ),
+    "reward_mllm.py propose": (
+        "test_propose.py: test_a_folder_of_pictures_becomes_a_dataset_that_check_finds_faultless"
+    ),
     "evaluate.py imgedit": (
         "test_evaluate.py: test_trained_base_and_source_are_drawn_judged_and_compared"
     ),
@@ -374,6 +377,7 @@ RUN_BY = {
     "data_prep.py check": (
         "test_data_prep.py: test_check_finds_exact_resized_and_recompressed_benchmark_pictures"
     ),
+    "data_prep.py import": "test_import.py: test_what_is_imported_passes_the_check",
     "data_prep.py toy": "test_data_prep.py: test_both_models_load_as_from_the_hub",
     "tests/ablations.py": (
         "test_ablations.py: test_a_run_goes_on_where_it_was_and_a_finished_one_is_not_run_again"
