@@ -85,21 +85,18 @@ VARIANTS = {
     "beta-0.1": Variant("--nft_beta 0.1"),
     "kl-0": Variant("--kl_weight 0"),
     "kl-1e-4": Variant("--kl_weight 1e-4"),
+    "kl-1e-4-hinge": Variant("--kl_weight 1e-4 --norm_hinge 10"),
     # advantages
-    "std-per-group": Variant(
-        patch=Patch(
-            "train_nft.py",
-            "    scale = scores[scores.isfinite()].std(unbiased=False)\n",
-            "    centred = scores - scores.nanmean(1, keepdim=True)  # (G, K)\n"
-            "    scale = centred.square().nanmean(1, keepdim=True).sqrt()  # (G, 1)\n",
-        )
-    ),
+    "std-per-group": Variant("--scale group"),
+    "psnr": Variant("--judge_aspects psnr=0.3"),
+    "psnr-normalised": Variant("--judge_aspects psnr=0.3 --normalise_aspects"),
     "4-copies": Variant("--group_size 4"),
     "4-copies-of-48-rows": Variant("--group_size 4 --groups 48"),
     # rollout
     "euler": Variant("--solver_order 1"),
     "old-is-new": Variant("--decay_max 0"),
     "old-is-slow": Variant("--decay_rate 1 --decay_max 0.9"),
+    "decay-late": Variant("--decay_rate 0.02 --decay_start 10"),
     "ema": Variant("--ema_decay 0.9", policy="ema"),
     # judge
     "judge-sampled": Variant("--judge_strategy sampled"),

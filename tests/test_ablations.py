@@ -80,20 +80,6 @@ def test_a_patch_whose_old_text_is_not_there_once_is_refused(text):
         ablations.patched(text, ablations.Patch("train_nft.py", "old", "new"))
 
 
-def test_std_per_group_gives_each_group_a_spread_of_one(tmp_path, monkeypatch):
-    patch = ablations.VARIANTS["std-per-group"].patch
-    names = dict(vars(train_nft))
-    text = (ablations.HERE.parent / "train_nft.py").read_text()
-    start = text.index("def group_advantages")
-    exec(ablations.patched(text[start : text.index("# -----", start)], patch), names)
-    scores = torch.tensor([[0.1, 0.3, 0.5], [0.2, 0.3, 0.4], [0.5, 0.5, 0.5]])
-    settings = SimpleNamespace(advantage_clip=5.0, filter="none", filter_mean=0.9, filter_std=0.05)
-    r, _ = names["group_advantages"](scores, settings)
-    advantage = 10 * (r - 0.5)
-    assert advantage[:2].std(1, unbiased=False).tolist() == pytest.approx([1, 1])
-    assert advantage[2].isnan().all()
-
-
 def test_the_hacked_judge_sees_how_bright_an_edit_is_and_nothing_else():
     edits = [Image.new("RGB", (8, 8), colour) for colour in ("black", "white")]
     assert ablation_run.brightness({}, [], edits) == [0, 1]

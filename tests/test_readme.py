@@ -18,7 +18,7 @@ import torch
 from ablations import SCRIPTS, VARIANTS, Patch, patched
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
-from rule_judge import arguments, log, lora
+from rule_judge import arguments, log, lora, write_dataset
 from test_evaluate import Figure
 
 import data_prep
@@ -81,7 +81,7 @@ EDITS = {
             ),
         ),
     ),
-    "std per group": Edit("group_advantages", (VARIANTS["std-per-group"].patch,)),
+    "std per group": Edit("--scale", flags="--scale group"),
     "a Python function as the reward": Edit("--judge FILE.py", flags="--judge reward.py"),
     "two judges": Edit("--judge FILE.py", flags="--judge two.py"),
     "logit-normal times": Edit(
@@ -141,16 +141,16 @@ EDITS = {
         ),
     ),
     "one more scalar by task": Edit(
-        "run_epochs",
+        "reward_by_task",
         (
             in_train(
-                "        record |= epoch_record(scores, r, reasons, measured, norm)\n",
-                "        record |= epoch_record(scores, r, reasons, measured, norm)\n"
-                "        for row, group in zip(drawn, scores.score, strict=True):\n"
-                "            key = f\"best/{row.get('task', 'none')}\"\n"
-                "            record[key] = max(record.get(key, 0.0), group.max().item())\n",
+                '    return {f"reward/task/',
+                "    best = {}\n"
+                "    for task in named:\n"
+                '        best[f"reward/best/{task}"] = score[tasks == task].max().item()\n'
+                '    return best | {f"reward/task/',
             ),
-            Patch("evaluate.py", '    "reward/psnr",\n)', '    "best/none",\n)'),
+            Patch("evaluate.py", '    "reward/psnr",\n)', '    "reward/best/remove",\n)'),
         ),
     ),
 }
@@ -187,8 +187,21 @@ def imported(folder):
             signal.signal(number, handler)
 
 
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Eight training rows and two held-out ones, whose task is the first word of their prompt."""
+    folder = write_dataset(tmp_path_factory.mktemp("tasks"))
+    for split in ("train", "test"):
+        file = folder / f"{split}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            row["task"] = row["prompt"].split()[0]
+        data_prep.write_json_lines(file, rows)
+    return folder
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"], scope="module")
-def edited(request, kontext_folder, dataset, tmp_path_factory):
+def edited(request, kontext_folder, tasks, tmp_path_factory):
     """edited(name) trains three epochs with an edit, by a base of one precision: the run's folder.
 
     "" is no edit.
@@ -203,7 +216,7 @@ def edited(request, kontext_folder, dataset, tmp_path_factory):
         write_edited(folder, edit)
         words = arguments(
             kontext_folder,
-            dataset,
+            tasks,
             folder / "run",
             judge="reward.py",
             epochs=3,
@@ -268,8 +281,11 @@ def test_one_more_scalar_by_task_is_logged_and_drawn(edited, monkeypatch):
     folder = edited("one more scalar by task")
     with imported(folder.parent):
         importlib.import_module("evaluate").curves([str(folder), "--out", "curves.png"])
-    axes = {axes.title: axes for axes in Figure.last.axes}["best/none"]
-    assert axes.line == {record["epoch"]: record["best/none"] for record in log(folder)}
+    axes = {axes.title: axes for axes in Figure.last.axes}["reward/best/remove"]
+    records = [record for record in log(folder) if "reward/best/remove" in record]
+    assert axes.line == {record["epoch"]: record["reward/best/remove"] for record in records}
+    assert all(record["reward/best/remove"] >= record["reward/task/remove"] for record in records)
+    assert records
 
 
 # ---------------------------------------------------------------- commands
