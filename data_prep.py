@@ -413,7 +413,7 @@ def prune_folders(newest: Path, keep: int, best: int) -> None:
     with disk_faults(folder):
         for number in numbers[keep:]:
             if number != best:
-                folders[number].rename(folder / f".part-{name}-{number}")  # never half of it
+                folders[number].rename(folder / f".part-{name}-{number}-old")  # never half of it
         for path in folder.glob(f".part-{name}-[0-9]*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -448,17 +448,22 @@ def _check_plain(path, kind, fix):
         raise BadInput(f"{path}: no such {kind}; {fix}")
 
 
+def _read_plain(path, kind, fix):
+    """The content of a plain file; BadInput where there is none or it cannot be read."""
+    _check_plain(path, kind, fix)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error}); {fix}") from None
+
+
 def read_json_lines(path: str | Path, faults: list | None = None) -> list[tuple[int, dict]]:
     """(line number, object) of each line of a JSON lines file; lines end at b"\\n" alone.
 
     utf-8 with or without BOM; empty lines are passed over. The first line that is no JSON object
     raises BadInput; with a list as `faults` it is left out and the message appended.
     """
-    _check_plain(path, "file", "name another")
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error}); name another file") from None
+    lines = _read_plain(path, "file", "name another").split(b"\n")
     objects = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -767,8 +772,8 @@ def _records_in(file):
         for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))):
             for start in range(0, len(batch), 16):
                 yield from batch.slice(start, 16).to_pylist()
-    elif file.read_bytes().lstrip()[:1] == b"[":
-        yield from json.loads(file.read_bytes())
+    elif file.suffix == ".json" and file.read_bytes().lstrip().startswith(b"["):
+        yield from map(dict, json.loads(file.read_bytes()))
     else:
         yield from (record for _, record in read_json_lines(file))
 
@@ -792,9 +797,7 @@ def picture_file(cell: Any, folder: str | Path, where: str) -> PictureFile:
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if not isinstance(cell, bytes):
-        path = inside(folder, cell, where)
-        _check_plain(path, "picture", f"{where} names it")
-        cell = Path(path).read_bytes()
+        cell = _read_plain(inside(folder, cell, where), "picture", f"{where} names it")
     return PictureFile(cell, where)
 
 
@@ -1166,6 +1169,8 @@ def import_dataset(settings: ImportSettings) -> None:
     Started again after a stop it goes on; pictures that are there are not decoded again. BadInput
     for a folder that holds something else, and where no rows are left for one of the splits.
     """
+    if not (settings.source and settings.dataset):
+        raise BadInput("import: name what is read and what is made: import SRC DIR")
     columns = FORMATS[settings.format].split()
     settings = replace(settings, **dict(column.split("=") for column in columns))
     folder = Path(settings.dataset)

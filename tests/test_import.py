@@ -79,7 +79,7 @@ def test_a_folders_tables_are_read_by_name_and_its_texts_are_not(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.json", "x.jsonl"])
-@pytest.mark.parametrize("content", [b"[text", b"\xff" * 600])
+@pytest.mark.parametrize("content", [b"[text", b"\xff" * 600, b"[3]"])
 def test_a_broken_table_is_one_line_that_names_it(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=f"{name}:") as error:
@@ -421,6 +421,29 @@ def test_an_import_that_gives_no_dataset_is_one_line(source, words, message):
         load(source, *words)
     assert "\n" not in str(error.value)
     assert not (source / "out" / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["src"], ["--dataset", "out"]])
+def test_a_source_or_a_folder_that_is_not_named_is_one_line(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="import SRC DIR"):
+        data_prep.main(["import", *words])
+    assert not os.listdir(tmp_path)
+
+
+def test_a_picture_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
+    write_rows(tmp_path, *({"prompt": "p", "image": f"{i}.png"} for i in range(3)))
+    write_pictures(tmp_path, "0.png", "1.png", "2.png")
+    read_bytes = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "1.png":
+            raise PermissionError(13, "Permission denied")  # root, who runs CI, may read anything
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    (fault,) = left_out(load(tmp_path, "--test", "1"))
+    assert "1.png: cannot be read ([Errno 13] Permission denied); rows.jsonl row 2, image" in fault
 
 
 def test_a_source_without_tables_is_one_line(tmp_path):
