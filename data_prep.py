@@ -420,12 +420,12 @@ def prune_folders(newest: Path, keep: int, best: int) -> None:
 
 def check_names(folder: str | Path, files: list[str], folders: list[str]) -> None:
     """BadInput where one of these is to be written in a folder and something else has its name."""
-    for path in (Path(folder, name) for name in files):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise BadInput(f"{path}: is no plain file; move it, or name another")
-    for path in (Path(folder, name) for name in folders):
-        if os.path.exists(path) and not os.path.isdir(path):
-            raise BadInput(f"{path}: is a file; move it, or name another folder")
+    kinds = dict.fromkeys(files, os.path.isfile) | dict.fromkeys(folders, os.path.isdir)
+    for name, is_right in kinds.items():
+        path = Path(folder, name)
+        if os.path.exists(path) and not is_right(path):
+            what = "is no plain file" if name in files else "is a file"
+            raise BadInput(f"{path}: {what}; move it, or name another")
 
 
 # ---------------------------------------------------------------- JSON lines

@@ -327,6 +327,20 @@ def test_a_full_disk_leaves_the_old_folder_and_nothing_else(tmp_path, full_disk)
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_two_threads_may_write_one_file_at_once(tmp_path):
+    def write(text):
+        with whole_file(tmp_path / "x") as part:
+            part.write_text(text)
+
+    with whole_file(tmp_path / "x") as part:
+        part.write_text("first")
+        other = threading.Thread(target=write, args=["second"])
+        other.start()
+        other.join()
+        assert part.read_text() == "first"
+    assert (tmp_path / "x").read_text() == "first" and os.listdir(tmp_path) == ["x"]
+
+
 def test_an_error_of_the_writer_leaves_nothing_and_stays_what_it_is(tmp_path):
     for whole in (whole_file, whole_folder):
         with pytest.raises(ZeroDivisionError), whole(tmp_path / "x") as part:
