@@ -4,7 +4,8 @@
     python evaluate.py gedit --language both ...     # the same settings
     python evaluate.py heldout --bench DATASET ...   # the test split of a dataset folder
     python evaluate.py compare RUN_A RUN_B           # the paired difference with its interval
-    python evaluate.py agree FILE.jsonl --judge ...  # how far a judge orders edits as people do
+    python evaluate.py seeds RUN RUN [RUN ...]       # mean and spread over runs, as of --seed
+    python evaluate.py agree TABLE --judge ...       # how far a judge orders edits as people do
     python evaluate.py curves RUN [RUN ...]          # training runs as curves.png (matplotlib)
 
 Three stages, each resumable, each alone with --stage: `sample` draws the edits in the benchmark's
@@ -41,13 +42,14 @@ import threading
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from html import escape
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -66,18 +68,24 @@ from data_prep import (
     inside,
     load_image,
     locked,
+    one_line,
     oracle,
     parse_settings,
+    picture_file,
     picture_grid,
+    picture_in,
+    read_json,
     read_json_lines,
+    read_records,
     read_rows,
-    read_table,
     run_script,
+    say_once,
     setting,
     spearman,
     start_processes,
     together,
     whole_file,
+    write_json,
 )
 from reward_mllm import (
     TOY,
@@ -94,12 +102,20 @@ METRICS = {  # the main one first
     "gedit": ("O", "SC", "PQ"),
     "heldout": ("judge", "oracle", "success"),
 }
+PARTS = {  # the scores that a row's answers hold, in their order
+    "imgedit": ("adherence", "quality", "preservation"),
+    "gedit": ("success", "overediting", "naturalness", "artifacts"),
+    "heldout": (),
+}
+SCORES = {"imgedit": 3, "gedit": 2, "heldout": 1}  # in one answer
+FLOOR = {"imgedit": 1.0, "gedit": 0.0, "heldout": 0.0}  # what counts in place of no score
 KEPT = ("psnr", "ssim")  # how much of the source an edit keeps, beside each benchmark's METRICS
 CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG")  # of pictures, ours first
 MADE_FROM = "made from"  # the key of the PNG text with the hash of what an edit was drawn from
 MISSING = "no edit"  # what stands in place of an answer where there is no edit
 ALL_DIGITS = 99  # round() to so many leaves a float as it is; to None it would make an int
+FIX = "take the benchmark's own"
 Rows = list[dict]
 
 # ---------------------------------------------------------------- settings
@@ -121,6 +137,10 @@ class Settings(JudgeSettings):
     language: Literal["en", "cn", "both"] = setting("en", "GEdit's rows.")
     masks: str = setting(
         "", "A folder of masks in the layout of edits, white where one may change."
+    )
+    repeats: int = setting(1, "How often each question is asked.", at_least=1, at_most=1000)
+    ask_again: Literal["failed", "unread"] = setting(
+        "failed", "What a next run asks again: failed calls, or replies without scores, too."
     )
     reply_tokens: int = setting(1400, "Tokens of a judge's reply.", at_least=1, at_most=2**20)
     steps: int = setting(28, "Solver steps.", at_least=1, at_most=1000)
@@ -159,15 +179,11 @@ def _hash_of(value):
 
 
 def _read_json(file, fix):
-    """The object in a JSON file, not an empty one; BadInput with the fix for anything else."""
-    fault = "holds no entries"
+    """The object in a JSON file; BadInput with the fix for anything else."""
     try:
-        value = json.loads(file.read_bytes())
-        if value and isinstance(value, dict):
-            return value
-    except (OSError, ValueError, RecursionError) as error:
-        fault = f"not JSON ({error})"
-    raise BadInput(f"{file}: {fault}; {fix}")
+        return read_json(file)
+    except (OSError, BadInput) as error:
+        raise BadInput(f"{one_line(error).partition(';')[0]}; {fix}") from None
 
 
 # ---------------------------------------------------------------- reading an answer
@@ -179,7 +195,8 @@ LABEL = r"\W*?(?:\d+[.)]\s*)?([^\W\d][\w &/()'’-]{1,60}?)"  # bullets, perhaps
 SEPARATOR = r"(?:\s*[:=|]+|\s+[-–—]|\s+is\b)\s*"
 NUMBER = r"(\d+(?:\.\d+)?)(?!\.?\d)"  # whole: not the 4.5 of 4.56
 VALUE_END = r"(?=\s*(?:[,;.|(){}\n]|$)|\s+[-–—]\s)"  # else "4 objects" or "3-4" would be scores
-OFFICIAL_LINE = r"(?:(?!: ).)*: (\d{1,9})"  # one ": " and only digits behind it
+# one ": " and only digits behind it
+OFFICIAL_LINE = r"(?m)^(?:(?!: ).)*: (\d{1,9})\s*$"
 # labels of what is no score of its own: taken for one, it would stand in for a missing one
 UNWANTED = re.compile(r"(?i)reason|overall|average|total|\bsum\b|final|expla|analysis|rationale")
 EASTERN = str.maketrans("。、【】「」", ".,[][]")  # what NFKC leaves as it is
@@ -218,8 +235,8 @@ def parse_imgedit(
     size, as ImgEdit's own script splits lines.
     """
     if mode == "official":
-        matches = [re.fullmatch(OFFICIAL_LINE, line.strip()) for line in reply.splitlines()]
-        return [int(match[1]) for match in matches if match] or None
+        lines = "\n".join(reply.splitlines())
+        return list(map(int, re.findall(OFFICIAL_LINE, lines))) or None
     text = _final_answer(reply)
     # Lines first: the reasoning may hold "..., seams: 2". Only then several scores in one line.
     scores = _labelled_scores(text, LINE_START, 5, labels)
@@ -254,7 +271,7 @@ def _labelled_scores(text, start, top, labels=()):
         # without known labels every label counts that is not plainly something else
         if wanted or not (labels or UNWANTED.search(name)):
             found[wanted or name] = float(number)
-    return list(found.values())
+    return [found[name] for name in labels or found if name in found]
 
 
 def _columns_as_lines(text):
@@ -277,40 +294,30 @@ def parse_gedit(reply: str, mode: str = "strict") -> list[float] | None:
     if mode == "official":
         return _official_gedit(reply)
     text = _final_answer(reply)
-    found = _json_scores(text) or _listed_scores(text)
+    found = _listed_scores(text)
     if found:
-        scores = [_score_of_ten(value) for value in found[-1]]  # the judge's last word
+        scores = list(map(_score_of_ten, found[-1].split(",")))  # the judge's last word
     else:
         scores = _labelled_scores(text, PHRASE_START, 10)
     return _if_valid(scores, 2, 0, 10)
 
 
-def _json_scores(text):
-    """A list for each JSON object in the text whose `score` or `scores` is a list or an object."""
-    found = []
-    for brace in re.finditer("{", text):  # each may begin an object, which is a dict
-        with suppress(ValueError, RecursionError):
-            value, _ = json.JSONDecoder(strict=False).raw_decode(text, brace.start())
-            scores = value.get("score") or value.get("scores")
-            if isinstance(scores, dict):
-                scores = list(scores.values())
-            if isinstance(scores, list):
-                found.append(scores)
-    return found
-
-
 def _listed_scores(text):
-    """Lists after `score`, or alone, as texts: for what is no JSON because of quotes in the
-    reasoning or an end cut off."""
-    # score: [8, 7], "scores" = (8, 7) ...; or else 8, 7 as the whole answer
-    found = re.findall(r"(?i)scores?[\"']?\s*[:=]\s*[\"']?[\[(]([^\])]*)[\])]", text)
-    found = found or re.findall(r"^\s*\[?((?:[\d./\s]+,)+[\d./\s]+)\]?\s*$", text)
-    return [values.split(",") for values in found]
+    """What stands in brackets after `score`, or alone, be it JSON or only nearly so, because of
+    quotes in the reasoning or an end cut off."""
+    brackets = r"\s*[:=]\s*[\"']?[\[({]([^\])}]*)[\])}]"
+    return (
+        # the key of an object; in a text within JSON there would be a backslash before the quote
+        re.findall(r"(?i)(?<!\\)[\"']scores?[\"']" + brackets, text)
+        or re.findall(r"(?i)scores?[\"']?" + brackets, text)  # score: [8, 7], scores = (8, 7) ...
+        or re.findall(r"^\s*\[?((?:[\d./\s]+,)+[\d./\s]+)\]?\s*$", text)  # 8, 7
+    )
 
 
 def _score_of_ten(value):
-    """8, "8" or "8/10" as a number; NaN for anything else."""
-    number = re.fullmatch(r"\s*[\"']?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\s*分?[\"']?\s*", str(value))
+    """8, "8", "8/10" or "success": 8 as a number; NaN for anything else."""
+    key = r"\s*(?:[\"'][^\"']*[\"']\s*:)?\s*"
+    number = re.fullmatch(key + r"[\"']?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\s*分?[\"']?\s*", value)
     return float(number[1]) if number else math.nan
 
 
@@ -362,66 +369,79 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
     """A benchmark's result from the judge's calls.
 
     Returns {"rows": one dict for each row of the benchmark, "groups": {"all" or a language: what
-    tabulate gives}}. A row's dict is its first record with METRICS, `answered` and `said` (text).
+    tabulate gives}}. A row's dict is its first record with METRICS, `answered`, `said` (text) and
+    `repeats`, the main metric in each round of questions; METRICS are the means over the rounds.
 
-    records: row after row, each with one record for each of its CALLS, in their order. A record has
-    `row`, `task`, `source`, and `reply` or `failure`; it may have `psnr` (dB) and `ssim`, ImgEdit's
-    `labels`, GEdit's `language` and `intersection`. In a held-out set `scores` is [the judge's own
-    score], and `truth` the oracle's of a toy row, which is one with a `target_scene`.
+    records: for each row, and for each round of questions about it, one record for each of its
+    CALLS, in their order. A record has `row`, `task`, `source`, and `reply` or `failure`; it may
+    have KEPT, ImgEdit's `labels`, GEdit's `language` and `intersection`. In a held-out set `scores`
+    is [the judge's own score], and `truth` the oracle's of a toy row, which has a `target_scene`.
 
     strict: a metric without a value counts at the floor, ImgEdit's 1 or else 0. official: a row
     that lacks one has none (NaN), and ImgEdit's rows and tasks are rounded to 2 digits.
     """
-    is_imgedit = benchmark == "imgedit"
-    digits = 2 if is_imgedit and mode == "official" else ALL_DIGITS
-    calls_per_row = len(CALLS[benchmark])
+    digits = 2 if (benchmark, mode) == ("imgedit", "official") else ALL_DIGITS
     rows = []
-    for start in range(0, len(records), calls_per_row):
-        calls = records[start : start + calls_per_row]
-        metrics = MEASURED_BY[benchmark](calls, mode)
-        missing = [name for name, value in metrics.items() if math.isnan(value)]
-        if missing and mode == "official":
-            metrics = dict.fromkeys(metrics, math.nan)
-        elif missing:
-            metrics |= dict.fromkeys(missing, 1.0 if is_imgedit else 0.0)
-        said = [record.get("reply") or record.get("failure", "") for record in calls]
-        outcome = {"answered": not missing, "said": "\n".join(said).strip()}
-        rows.append(calls[0] | metrics | outcome)
-    return {"rows": rows, "groups": _grouped(rows, METRICS[benchmark], digits)}
+    for _, calls in itertools.groupby(records, itemgetter("row")):
+        rows.append(_scored_row(benchmark, list(calls), mode, digits))
+    return {"rows": rows, "groups": _grouped(rows, METRICS[benchmark] + PARTS[benchmark], digits)}
 
 
-def _imgedit_metrics(calls, mode):
-    """The mean of the three scores, in [1, 5]; NaN without any."""
-    (record,) = calls
-    scores = parse_imgedit(record.get("reply", ""), mode, record.get("labels", ()))
-    return {"score": _average(scores or [math.nan], 2 if mode == "official" else ALL_DIGITS)}
+def _scored_row(benchmark, calls, mode, digits):
+    """A row of `score` from all of its calls."""
+    size = len(CALLS[benchmark])
+    starts = range(0, len(calls), size)
+    rounds = [_measured(benchmark, calls[i : i + size], mode) for i in starts]
+    main = METRICS[benchmark][0]
+    answered = [found for found in rounds if not math.isnan(found[main])]
+    said = [record.get("reply") or record.get("failure", "") for record in calls]
+    row = calls[0] | {"answered": len(answered) == len(rounds), "said": "\n".join(said).strip()}
+    row["repeats"] = [found[main] for found in rounds]
+    for name in rounds[0]:
+        if mode == "official":  # what has no score is left out
+            values = [found[name] for found in answered] or [math.nan]
+        else:
+            values = [found[name] for found in rounds]
+            values = np.nan_to_num(values, nan=FLOOR[benchmark])
+        row[name] = _average(values, digits)
+    return row
 
 
-def _gedit_metrics(calls, mode):
-    """SC (semantic consistency) and PQ (perceptual quality), each the lower of its two scores, and
-    O, the square root of their product; in [0, 10]."""
-    scores = [parse_gedit(record.get("reply", ""), mode) for record in calls]
-    sc, pq = (min(values or [math.nan]) for values in scores)
-    # false for NaN, and for what official reading lets through: a negative score
-    overall = math.sqrt(sc * pq) if sc * pq >= 0 else math.nan
-    return {"O": overall, "SC": sc, "PQ": pq}
+def _scores_in(benchmark, record, mode="strict"):
+    """The list of scores in the answer to one call; None where there are none."""
+    reply = record.get("reply", "")
+    if benchmark == "imgedit":
+        return parse_imgedit(reply, mode, record.get("labels", ()))
+    if benchmark == "gedit":
+        return parse_gedit(reply, mode)
+    if record.keys() & {"scores", "truth"}:
+        return [*record.get("scores", [math.nan]), *record.get("truth", {}).values()]
+    return None
 
 
-def _heldout_metrics(calls, mode):
-    """The judge's score in [0, 1], and for a toy row the oracle's score and success."""
-    (record,) = calls
-    truth = record.get("truth", {})
-    if not truth and "target_scene" in record:  # a toy row without an edit
-        truth = dict.fromkeys(METRICS["heldout"][1:], math.nan)
-    return {"judge": record.get("scores", [math.nan])[0], **truth}
-
-
-MEASURED_BY = {"imgedit": _imgedit_metrics, "gedit": _gedit_metrics, "heldout": _heldout_metrics}
+def _measured(benchmark, calls, mode):
+    """{metric: its value in one round of calls about a row}, NaN where there is none."""
+    scores = []
+    for call in calls:
+        # a toy row has the oracle's two besides
+        count = 3 if "target_scene" in call else SCORES[benchmark]
+        scores.append(_scores_in(benchmark, call, mode) or [math.nan] * count)
+    values = []
+    if benchmark == "imgedit":
+        values = [_average(scores[0])]
+    elif benchmark == "gedit":
+        sc, pq = map(min, scores)
+        # false for NaN, and for what official reading lets through: a negative score
+        overall = math.sqrt(sc * pq) if sc * pq >= 0 else math.nan
+        values = [overall, sc, pq]
+    if mode == "strict" or benchmark == "heldout":
+        values += itertools.chain(*scores)  # official reading does not know which is which
+    return dict(zip(METRICS[benchmark] + PARTS[benchmark], values, strict=False))
 
 
 def _average(values, digits=ALL_DIGITS):
-    """The mean of a list that is not empty, rounded."""
-    return round(sum(values) / len(values), digits)
+    """The mean of what is not empty, rounded."""
+    return round(float(sum(values) / len(values)), digits)
 
 
 def _grouped(rows, metrics, digits=ALL_DIGITS):
@@ -430,9 +450,9 @@ def _grouped(rows, metrics, digits=ALL_DIGITS):
     groups = {}
     for row in rows:
         name = row.get("language", "all")
-        groups.setdefault(name, []).append(row)
-        if row.get("intersection"):
-            groups.setdefault(f"{name} intersection", []).append(row)
+        names = [name, f"{name} intersection"] if row.get("intersection") else [name]
+        for name in names:
+            groups.setdefault(name, []).append(row)
     metrics = (*metrics, *KEPT)
     return {name: tabulate(members, metrics, digits) for name, members in groups.items()}
 
@@ -454,16 +474,16 @@ def tabulate(rows: Rows, metrics: tuple, digits: int = ALL_DIGITS) -> dict:
         known = [row for row in rows if not math.isnan(row.get(metric, math.nan))]
         if not known and metric != metrics[0]:
             continue
-        values = [row[metric] for row in known]
+        values = np.array([row[metric] for row in known])
+        tasks = np.array([row["task"] for row in known])
         sources = [row["source"] for row in known]
-        tasks, draws = bootstrap(values, [row["task"] for row in known], sources)  # (D draws, T)
+        names, draws = bootstrap(values, tasks, sources)  # (D draws, T)
         _, overall = bootstrap(values, ["all"] * len(known), sources)  # (D, 1)
         # a draw may hold no picture of a rare task, NaN: its mean is over the tasks that it holds
         macro = np.ma.masked_invalid(draws).mean(1).filled(np.nan)  # (D,)
         by_task = {}
-        for task, of_task in zip(tasks, draws.T, strict=True):
-            mean = _average([row[metric] for row in known if row["task"] == task], digits)
-            by_task[task] = _interval([mean], of_task)
+        for name, of_task in zip(names, draws.T, strict=True):
+            by_task[name] = _interval(values[tasks == name], of_task, digits)
         means = [mean for mean, _, _ in by_task.values()]
         table[metric] = {
             "macro": _interval(means, macro),
@@ -473,12 +493,12 @@ def tabulate(rows: Rows, metrics: tuple, digits: int = ALL_DIGITS) -> dict:
     return table
 
 
-def _interval(values, draws):
+def _interval(values, draws, digits=ALL_DIGITS):
     """[mean of the values, 2.5 % and 97.5 % quantile of the draws (D,) or (D, 1)]; None in place of
     a mean of nothing, and of both quantiles when all draws are NaN."""
     draws = draws[~np.isnan(draws)]
     ends = np.quantile(draws, (0.025, 0.975)).tolist() if len(draws) else [None, None]
-    return [_average(values) if values else None, *ends]
+    return [_average(values, digits) if len(values) else None, *ends]
 
 
 def paired_differences(a: Rows, b: Rows, metrics: tuple) -> dict[str, dict]:
@@ -534,15 +554,14 @@ def _read_imgedit(folder, settings):
     """ImgEdit-Bench, single turn: a file {key: {id, prompt, edit_type}}, where id is the picture's
     path, and a file {edit_type: the judge's prompt}. Its archive and its repository name both
     differently."""
-    fix = "take the benchmark's own file"
     file = _find_file((folder, folder / "singleturn"), ("singleturn.json", "basic_edit.json"))
     folders = (file.parent, file.parent.parent)
     prompt_file = _find_file(folders, ("judge_prompt.json", "prompts.json"))
-    texts = _read_json(prompt_file, fix)
+    texts = _read_json(prompt_file, FIX)
     # two versions circulate, one of which says alter for adjust
     prompts = {kind.replace("alter", "adjust"): text for kind, text in texts.items()}
     rows = []
-    for key, entry in _read_json(file, fix).items():
+    for key, entry in _read_json(file, FIX).items():
         where = f"{file}: row {key}"
         _check_entry(entry, ("id", "prompt", "edit_type"), where)
         inside(folder, f"{key}.png", where)
@@ -552,18 +571,24 @@ def _read_imgedit(folder, settings):
                 f"{prompt_file}: has no prompt for the task {task!r} of row {key}; take both files "
                 "of one version"
             )
-        row = {"row": key, "prompt": entry["prompt"], "task": task, "source": entry["id"]}
-        row["images"] = [inside(file.parent, entry["id"], where)]
-        row["files"] = [key]
-        row["labels"] = labels_of(prompts[task])
-        rows.append(row)
+        rows.append(
+            {
+                "row": key,
+                "prompt": entry["prompt"],
+                "images": [inside(file.parent, entry["id"], where)],
+                "task": task,
+                "source": entry["id"],
+                "files": [key],
+                "labels": labels_of(prompts[task]),
+            }
+        )
     return rows, prompts
 
 
 def _check_entry(entry, keys, where):
     """BadInput for an entry of a benchmark that has not a text under each of these keys."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
-        raise BadInput(f"{where} lacks {' or '.join(keys)}; take the benchmark's own metadata")
+        raise BadInput(f"{where} lacks {' or '.join(keys)}; {FIX} metadata")
 
 
 def _read_gedit(folder, settings):
@@ -572,9 +597,7 @@ def _read_gedit(folder, settings):
     folders = (folder, folder / "viescore", folder.parent / "viescore")
     prompts = _read_vie_prompts(_find_file(folders, ("vie_prompts.py",)))
     listed = folder / "metadata.jsonl"
-    entries = read_table(folder)
-    if listed.is_file():
-        entries = [entry for _, entry in read_json_lines(listed)]
+    entries = read_records(listed if listed.is_file() else folder, (".parquet", ".arrow"))
     rows = []
     times = Counter()  # how often each place has come so far
     for number, entry in enumerate(entries, 1):
@@ -589,39 +612,31 @@ def _read_gedit(folder, settings):
             # with and without fullset/; the short one is what the method's authors write
             short = "{task_type}/{key}".format(**entry)
             rows[-1]["files"] = [f"fullset/{name}", f"fullset/{place}", name, place, short]
-    if not rows:
-        raise BadInput(
-            f"{folder}: holds no rows in --language {settings.language}, in parquet, arrow or "
-            "metadata.jsonl; name GEdit-Bench's folder"
-        )
     return rows, prompts
 
 
 def _gedit_row(entry, name, folder, out, where):
-    """A checked row of GEdit-Bench; pictures that are stored in it are written below `out`. The raw
-    one is edited, the one shown to the judge is resized; either stands in for the other."""
-    inside(out, f"{name}.png", where)
-    raw = _stored_picture(entry.get("input_image_raw"), out / f"sources/{name}.png")
-    shown = _stored_picture(entry.get("input_image"), out / f"sources/{name}_shown.png")
-    if not (raw or shown):
+    """A checked row of GEdit-Bench, whose pictures are written below `out`. The raw one is edited,
+    the one shown to the judge is resized; either stands in for the other."""
+    inside(out, f"{name}.png", where)  # only the check: a key may hold ".."
+    resized = entry.get("input_image")
+    raw = entry.get("input_image_raw") or resized or entry.get("file_name")
+    if not raw:
         _check_entry(entry, ("file_name",), where)
-        raw = inside(folder, entry["file_name"], where)
     return {
         "row": name,
         "prompt": entry["instruction"],
-        "images": [raw or shown],
-        "shown": shown or raw,
+        "images": [_stored(out / f"sources/{name}.png", raw, folder, where)],
+        "shown": _stored(out / f"sources/{name}_shown.png", resized or raw, folder, where),
         "task": entry["task_type"],
         "language": entry["instruction_language"],
         "intersection": bool(entry.get("Intersection_exist")),
     }
 
 
-def _stored_picture(value, path):
-    """Writes the bytes of a table's picture to `path`, unless they are there; "" for no picture."""
-    content = value.get("bytes") if isinstance(value, dict) else None
-    if not content:
-        return ""
+def _stored(path, cell, folder, where):
+    """Writes the file of a table's picture to `path`, unless it is there, and returns the path."""
+    content = picture_file(cell, folder, where).getvalue()
     if not path.is_file() or path.read_bytes() != content:
         with whole_file(path) as part:
             part.write_bytes(content)
@@ -682,6 +697,11 @@ def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
     if not settings.bench or not folder.is_dir():
         raise BadInput(f"--bench {settings.bench}: no such folder; name the benchmark's")
     rows, prompts = READERS[settings.benchmark](folder, settings)
+    if not rows:
+        raise BadInput(
+            f"{folder}: holds no rows in --language {settings.language}; name the benchmark's "
+            "folder, with parquet, arrow or metadata.jsonl for GEdit-Bench"
+        )
     for row in rows:
         hashes = []
         for path in map(Path, [*row["images"], row.get("shown", row["images"][0])]):
@@ -710,6 +730,11 @@ class Job:
     prompts: dict[str, str]  # of the judge, by task or by call
 
     @property
+    def out(self) -> Path:
+        """The folder of edits, calls, scores and report."""
+        return Path(self.settings.out)
+
+    @property
     def mine(self) -> Rows:
         """This process's share of the rows: every n-th where there are n."""
         return self.rows[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -723,11 +748,6 @@ class Job:
         """Raises Stopped once a signal came."""
         if self.stop.is_set():
             raise Stopped
-
-    def warn(self, text: str) -> None:
-        """Says something once, whatever the number of processes."""
-        if self.accelerator.is_main_process:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def bar(self, work, name: str, total: int | None = None) -> tqdm:
         """An iterable with a progress bar, shown by one process. total: its length, if unknown."""
@@ -798,35 +818,6 @@ def _is_current(path, recipe):
         return False
 
 
-class Undrawn(NamedTuple):
-    """An edit to be drawn."""
-
-    subject: str
-    row: dict
-    path: Path
-    recipe: str  # a hash of all that it is made from
-
-
-def _find_undrawn(job):
-    """Which edits of this process's share are not there or not current."""
-    settings = job.settings
-    todo = []
-    # only these are ours to draw; sorted, as the order of a set differs from run to run
-    for subject in sorted({*_subjects_of(settings)} & {"trained", "base"}):
-        if not settings.base:
-            raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
-        made_from = [getattr(settings, name) for name in SAMPLING_FLAGS]
-        made_from.append(_weights_hash(settings.base))
-        if subject == "trained":
-            made_from.append(_weights_hash(settings.lora))
-        for row in job.mine:
-            path = Path(settings.out, subject, f"{row['files'][0]}.png")
-            recipe = _hash_of([made_from, row["hash"]])
-            if not _is_current(path, recipe):
-                todo.append(Undrawn(subject, row, path, recipe))
-    return todo
-
-
 def draw_edits(job: Job) -> None:
     """Draws this process's missing and stale edits as PNG into --out/SUBJECT. BadInput when the
     editor cannot be loaded or cannot take a row, Stopped after a signal.
@@ -835,9 +826,44 @@ def draw_edits(job: Job) -> None:
     drawn before it.
     """
     settings = job.settings
-    todo = _find_undrawn(job)
-    if not todo:
-        return
+    editor = None
+    if job.accelerator.device.type == "cpu":
+        # Another number of threads adds up in another order, and a grey level may then differ; so
+        # several processes would not draw what one draws.
+        torch.set_num_threads(1)
+    # only these are ours to draw; sorted, as the order of a set differs from run to run
+    for subject in sorted({*_subjects_of(settings)} & {"trained", "base"}):
+        if not settings.base:
+            raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
+        made_from = [getattr(settings, name) for name in SAMPLING_FLAGS]
+        made_from.append(_weights_hash(settings.base))
+        if subject == "trained":
+            made_from.append(_weights_hash(settings.lora))
+        for row in job.bar(job.mine, f"{subject} edits"):
+            path = job.out / subject / f"{row['files'][0]}.png"
+            recipe = _hash_of([made_from, row["hash"]])
+            if not _is_current(path, recipe):
+                job.refuse_when_stopped()
+                editor = editor or _editor_of(job)
+                with policy(editor, "new" if subject == "trained" else "base"):
+                    group = rollout(
+                        editor,
+                        list(map(load_image, row["images"])),
+                        row["prompt"],
+                        [torch.Generator().manual_seed(settings.seed)],
+                        settings.steps,
+                        settings.guidance,
+                        evaluation=True,
+                    )
+                if settings.benchmark == "gedit":  # whose layout has the source beside
+                    source = load_image(row["shown"])
+                    _save_png(path.with_name(f"{path.stem}_SRCIMG.png"), source, "")
+                _save_png(path, group.images[0], recipe)
+
+
+def _editor_of(job):
+    """The editor, with the LoRA if there is one."""
+    settings = job.settings
     editor = load_editor(
         settings.base,
         job.accelerator.device,
@@ -847,70 +873,49 @@ def draw_edits(job: Job) -> None:
     )
     if settings.lora:
         add_policies(editor, averages=(), start=settings.lora)
-    for edit in job.bar(todo, "edits"):
-        job.refuse_when_stopped()
-        sources = [load_image(path) for path in edit.row["images"]]
-        generator = torch.Generator().manual_seed(settings.seed)
-        with policy(editor, "new" if edit.subject == "trained" else "base"):
-            group = rollout(
-                editor,
-                sources,
-                edit.row["prompt"],
-                [generator],
-                settings.steps,
-                settings.guidance,
-                evaluation=True,
-            )
-        if settings.benchmark == "gedit":  # whose layout has the source beside
-            with whole_file(edit.path.with_name(f"{edit.path.stem}_SRCIMG.png")) as part:
-                load_image(edit.row["shown"]).save(part, "PNG")
-        info = PngImagePlugin.PngInfo()
-        info.add_text(MADE_FROM, edit.recipe)
-        with whole_file(edit.path) as part:
-            group.images[0].save(part, "PNG", pnginfo=info)
+    return editor
+
+
+def _save_png(path, picture, recipe):
+    """Writes a picture, whole or not at all, with the hash of what it was made from."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(MADE_FROM, recipe)
+    with whole_file(path) as part:
+        picture.save(part, "PNG", pnginfo=info)
 
 
 # ---------------------------------------------------------------- judge: the calls
 
 
-# what a record repeats of its row, so that a file of calls can be read alone
-ROW_KEYS = ("row", "task", "source", "language", "intersection", "labels", "target_scene")
-
-
-class Call(NamedTuple):
-    """One question about one edit."""
-
-    record: dict  # ROW_KEYS, `subject`, `call` (of CALLS), `key`: a hash of what the answer is for
-    row: dict
-    text: str  # what the judge is asked
-    path: Path | None  # of the edit
-
-
 def _find_calls(job, rows):
-    """A Call for each question on each edit of these rows, missing ones too, subject by subject."""
+    """The questions on each edit of these rows, missing ones too, subject by subject: a row each,
+    with `subject`, `call` (of CALLS), `repeat`, the path of the `edit` ("" for none) and `key`, a
+    hash of what the answer is for."""
     calls = []
     for subject in _subjects_of(job.settings):
         for row in rows:
             path = _find_edit(job.settings, row, subject)
             edit_hash = _hash_of(path) if path else ""
-            for name in CALLS[job.settings.benchmark]:
-                text = _question(job, row, name)
-                record = {key: row[key] for key in ROW_KEYS if key in row}
-                record |= {"subject": subject, "call": name}
-                record["key"] = _hash_of([name, text, row["hash"], edit_hash])
-                calls.append(Call(record, row, text, path))
+            names = CALLS[job.settings.benchmark]
+            for repeat, name in itertools.product(range(job.settings.repeats), names):
+                call = row | {"subject": subject, "edit": str(path or "")}
+                call |= {"call": name, "repeat": repeat}
+                # a first answer counts, whether or not there are to be others
+                asked = f"{name} again {repeat}" if repeat else name
+                call["key"] = _hash_of([asked, _question(job, call), row["hash"], edit_hash])
+                calls.append(call)
     return calls
 
 
-def _question(job, row, call):
+def _question(job, call):
     """What the judge is asked: the prompt with the instruction in its place. A held-out set's judge
     words its own question; the text then only says in the key what it is about."""
     if job.settings.benchmark == "heldout":
-        return f"{row['prompt']}\n{requirement_of(row)}"
-    text = job.prompts.get(call) or job.prompts[row["task"]]
+        return f"{call['prompt']}\n{requirement_of(call)}"
+    text = job.prompts.get(call["call"]) or job.prompts[call["task"]]
     # A function, as a backslash in a replacement text has a meaning; one pass for both names, as an
     # instruction may itself hold the other.
-    return re.sub("<edit_prompt>|<instruction>", lambda place: row["prompt"], text)
+    return re.sub("<edit_prompt>|<instruction>", lambda place: call["prompt"], text)
 
 
 def _read_answers(job, label):
@@ -918,11 +923,11 @@ def _read_answers(job, label):
     read, such as one cut short by a crash, does not count."""
     records = []
     faults = []
-    for file in Path(job.settings.out).glob(f"calls-{label}-*.jsonl"):
+    for file in job.out.glob(f"calls-{label}-*.jsonl"):
         found = [record for _, record in read_json_lines(file, faults)]
         records += [record for record in found if isinstance(record.get("time"), float)]
     if faults:
-        job.warn(f"{len(faults)} calls do not count, such as {faults[0]}")
+        say_once(f"warning: {len(faults)} calls do not count, such as {faults[0]}", sys.stderr)
     records.sort(key=itemgetter("time"))  # in a dict the last of a key stays
     return {str(record.get("key")): record for record in records}
 
@@ -943,10 +948,10 @@ def judge_edits(job: Job) -> None:
     judge = load_judge(settings, job.accelerator.device, job.dtype, stop=job.stop)
     _warn_of_own_judge(job, judge)
     label = _label_of(job, judge)
-    done = {key for key, call in _read_answers(job, label).items() if "failure" not in call}
-    calls = [call for call in _find_calls(job, job.mine) if call.path]
-    todo = [call for call in calls if call.record["key"] not in done]
-    file = Path(settings.out, f"calls-{label}-{job.accelerator.process_index}.jsonl")
+    answers = _read_answers(job, label)
+    calls = _find_calls(job, job.mine)
+    todo = [call for call in calls if _is_asked(settings, call, answers)]
+    file = job.out / f"calls-{label}-{job.accelerator.process_index}.jsonl"
     # so many at each server; several are named with commas
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
     call_of = {pool.submit(_answer, job, judge, call): call for call in todo}
@@ -956,7 +961,7 @@ def judge_edits(job: Job) -> None:
             record = future.result()
             if job.stop.is_set() and "failure" in record:
                 continue  # given up because of the stop, no failure of the judge
-            append_json_line(file, call_of[future].record | record | {"time": time.time()})
+            append_json_line(file, call_of[future] | record | {"time": time.time()})
             failures.append(record.get("failure"))
             if len(failures) == 8 and all(failures):
                 raise BadInput(
@@ -968,17 +973,25 @@ def judge_edits(job: Job) -> None:
         judge.close()
 
 
+def _is_asked(settings, call, answers):
+    """Whether a call is to be made: there is an edit, and no answer, or none that counts."""
+    answer = answers.get(call["key"], {"failure": "not judged"})
+    if settings.ask_again == "unread" and not _scores_in(settings.benchmark, answer):
+        return call["edit"]
+    return call["edit"] and "failure" in answer
+
+
 def _warn_of_own_judge(job, judge):
     """A warning when the LoRA was trained with this very judge."""
     lora = job.settings.lora  # RUN/checkpoint-N
     config = Path(lora).parent / "config.json"
-    if lora and config.is_file():
-        trained = _read_json(config, "take a run's own folder")
-        if trained.get("judge") == job.settings.judge:
-            job.warn(
-                f"{judge.name} is the judge that {lora} was trained with; its scores tell how well "
-                "it is pleased: let another judge have the last word"
-            )
+    trained = _read_json(config, "take a run's own folder") if config.is_file() else {}
+    if lora and trained.get("judge") == job.settings.judge:
+        say_once(
+            f"warning: {judge.name} is the judge that {lora} was trained with; its scores tell how "
+            "well it is pleased: let another judge have the last word",
+            sys.stderr,
+        )
 
 
 def _answer(job, judge, call):
@@ -986,14 +999,15 @@ def _answer(job, judge, call):
     if job.stop.is_set():
         return {"failure": "stopped"}
     try:
-        *sources, edit = map(load_image, [*call.row["images"], call.path])
+        *sources, edit = map(load_image, [*call["images"], call["edit"]])
         if job.settings.benchmark == "heldout":
-            return _heldout_answer(judge, call.row, sources, edit)
+            return _heldout_answer(judge, call, sources, edit)
         if job.settings.benchmark == "gedit":
-            source, edit = _as_gedit_shows(load_image(call.row["shown"]), edit)
+            source, edit = _as_gedit_shows(load_image(call["shown"]), edit)
             # VIEScore judges quality without the source
-            sources = [] if call.record["call"] == "PQ" else [source]
-        return {"reply": judge.ask(call.text, [*sources, edit], job.settings.reply_tokens)}
+            sources = [] if call["call"] == "PQ" else [source]
+        pictures = [*sources, edit]
+        return {"reply": judge.ask(_question(job, call), pictures, job.settings.reply_tokens)}
     except (JudgeFailure, BadInput) as failure:
         return {"failure": str(failure)}
 
@@ -1033,14 +1047,14 @@ def _kept_of_source(job, call):
     """PSNR in dB and SSIM of an edit to its first source, outside the mask if there is one; {} for
     no edit, for one that cannot be opened, and for the source itself (it would be perfect)."""
     job.refuse_when_stopped()
-    if call.path is None or call.record["subject"] == "source":
+    if call["subject"] == "source":
         return {}
-    mask = call.row.get("mask")
+    mask = call.get("mask")
     if job.settings.masks:
-        mask = _find_picture(job.settings.masks, call.row["files"])
+        mask = _find_picture(job.settings.masks, call["files"])
     try:
-        source = load_image(call.row["images"][0])
-        edit = load_image(call.path)
+        source = load_image(call["images"][0])
+        edit = load_image(call["edit"])
         mask = load_image(mask) if mask else None
     except BadInput:
         return {}
@@ -1056,14 +1070,13 @@ def _ssim(source, edit, mask=None):
     default.
     """
 
-    def luminance(picture):
-        grey = picture.convert("L").resize(edit.size, Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(grey, np.float64) / 255)  # (H, W)
-
-    x, y = luminance(source), luminance(edit)
-    moments = torch.stack([x, y, x * x + y * y, x * y])  # (4, H, W)
-    # E[x], E[y], E[x^2 + y^2] and E[x y] of each window
-    mean_x, mean_y, squares, product = F.avg_pool2d(moments, 7, stride=1)  # (H - 6, W - 6) each
+    pictures = []
+    for picture in (source, edit, mask or edit):
+        pictures.append(picture.convert("L").resize(edit.size, Image.Resampling.LANCZOS))
+    x, y, white = torch.from_numpy(np.stack(pictures) / 255)  # (H, W) each, in float64
+    moments = torch.stack([x, y, x * x + y * y, x * y])
+    # of each window; (H - 6, W - 6) each
+    mean_x, mean_y, squares, product = F.avg_pool2d(moments, 7, stride=1)
     means = mean_x**2 + mean_y**2
     # n / (n - 1) of the n = 49 pixels of a window makes sample moments of them
     variances = 49 / 48 * (squares - means)  # of x and y, added
@@ -1072,8 +1085,8 @@ def _ssim(source, edit, mask=None):
     # stable
     ssim = (2 * mean_x * mean_y + 1e-4) / (means + 1e-4)
     ssim = ssim * (2 * covariance + 9e-4) / (variances + 9e-4)
-    if mask is not None:
-        ssim = ssim[luminance(mask)[3:-3, 3:-3] < 0.5]  # by the middle pixel of each window
+    if mask:
+        ssim = ssim[white[3:-3, 3:-3] < 0.5]  # by the middle pixel of each window
     return ssim.mean().item()
 
 
@@ -1087,44 +1100,47 @@ def score_calls(job: Job) -> Rows:
     Scores that lay there before go: they were of other edits or questions, or in the other mode.
     BadInput when no judge has answered anything on the edits as they are now.
     """
-    out = Path(job.settings.out)
-    benchmark = job.settings.benchmark
-    mode = job.settings.mode
+    settings = job.settings
     calls = _find_calls(job, job.rows)
-    kept = [_kept_of_source(job, call) for call in job.bar(calls, "kept of the source")]
+    calls_per_row = len(CALLS[settings.benchmark]) * settings.repeats
+    for first in job.bar(calls[::calls_per_row], "kept of the source"):
+        first.update(_kept_of_source(job, first))
     results = {}
-    labels = {  # of calls-LABEL-PROCESS.jsonl
-        file.stem.removeprefix("calls-").rpartition("-")[0] for file in out.glob("calls-*.jsonl")
-    }
-    for label in sorted(labels):
+    # of calls-LABEL-PROCESS.jsonl
+    stems = {file.stem.rpartition("-")[0] for file in job.out.glob("calls-*.jsonl")}
+    for stem in sorted(stems):
+        label = stem.removeprefix("calls-")
         answers = _read_answers(job, label)
-        if answers.keys() & {call.record["key"] for call in calls}:
-            records = _records_of(calls, kept, answers)
-            results[out / f"scores-{label}-{mode}.json"] = {
-                "benchmark": benchmark,
-                "judge": label,
-                "mode": mode,
-                "metadata": _hash_of([row["hash"] for row in job.rows]),
-                "subjects": {name: score(benchmark, records[name], mode) for name in records},
-            }
+        if any(call["key"] in answers for call in calls):
+            results[f"scores-{label}-{settings.mode}.json"] = _result(job, label, calls, answers)
     if not results:
-        raise BadInput(f"{out}: holds no calls of a judge on these edits; run --stage judge first")
-    for file, result in results.items():
-        with whole_file(file) as part:
-            part.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
-    for file in set(out.glob("scores-*.json")) - results.keys():
-        file.unlink()
+        raise BadInput(
+            f"{job.out}: holds no calls of a judge on these edits; run --stage judge first"
+        )
+    for name, result in results.items():
+        write_json(job.out / name, result)
+    for file in job.out.glob("scores-*.json"):
+        if file.name not in results:
+            file.unlink()
     return list(results.values())
 
 
-def _records_of(calls, kept, answers):
-    """{subject: a record of each of its calls, answered or not, in the order of the calls}."""
-    records = {}
-    for call, values in zip(calls, kept, strict=True):
-        empty = {"failure": "not judged" if call.path else MISSING}
-        said = answers.get(call.record["key"], empty)
-        records.setdefault(call.record["subject"], []).append(said | call.record | values)
-    return records
+def _result(job, label, calls, answers):
+    """What all calls amount to under one judge, answered or not."""
+    records = {}  # of each subject, in the order of the calls
+    for call in calls:
+        unanswered = {"failure": "not judged" if call["edit"] else MISSING}
+        answer = answers.get(call["key"], unanswered)
+        records.setdefault(call["subject"], []).append(answer | call)
+    benchmark = job.settings.benchmark
+    mode = job.settings.mode
+    return {
+        "benchmark": benchmark,
+        "judge": label,
+        "mode": mode,
+        "metadata": _hash_of([row["hash"] for row in job.rows]),
+        "subjects": {name: score(benchmark, records[name], mode) for name in records},
+    }
 
 
 def _interval_text(mean, form=".3f"):
@@ -1137,20 +1153,6 @@ def _interval_text(mean, form=".3f"):
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def _as_text(groups, title):
-    """A result's tables: for each group its coverage, and a line a task with the mean and interval
-    of each metric."""
-    lines = []
-    for group, table in groups.items():
-        names = _metrics_in(table)
-        lines.append(f"{title}, {group}: {table['answered']} of {table['rows']} rows answered")
-        lines.append(_line("", names))
-        for task in table[names[0]]:  # macro and micro, then the tasks
-            means = [_interval_text(table[name].get(task, [None] * 3)) for name in names]
-            lines.append(_line(task, means))
-    return "\n".join(lines)
-
-
 def _line(first, cells):
     """A line of a table, in columns wide enough for a mean with its interval."""
     return f"  {first:16} " + " ".join(f"{cell:26}" for cell in cells).rstrip()
@@ -1161,18 +1163,33 @@ def _metrics_in(table):
     return [name for name in table if name not in ("rows", "answered")]
 
 
+def _as_text(groups, title):
+    """A result's tables as lines: for each group its coverage, and a line a task with the mean and
+    interval of each metric."""
+    lines = []
+    for group, table in groups.items():
+        names = _metrics_in(table)
+        lines.append(f"{title}, {group}: {table['answered']} of {table['rows']} rows answered")
+        lines.append(_line("", names))
+        for task in table[names[0]]:  # macro and micro, then the tasks
+            means = [_interval_text(table[name].get(task, [None] * 3)) for name in names]
+            lines.append(_line(task, means))
+    return lines
+
+
 def _differences(a, b, benchmark, names):
     """The paired differences of two lists of scored rows, as tables and in words."""
-    groups = paired_differences(a, b, METRICS[benchmark])
-    lines = [_as_text(groups, " - ".join(names))]
+    main, *_ = METRICS[benchmark]
+    groups = paired_differences(a, b, METRICS[benchmark] + PARTS[benchmark])
+    lines = _as_text(groups, " - ".join(names))
     for group, table in groups.items():
         psnr = table.get("psnr", {}).get("macro")
-        lines.append(f"{group}: " + _verdict(table[METRICS[benchmark][0]]["macro"], *names, psnr))
-    return "\n".join(lines)
+        lines.append(f"{group}: {_verdict(table[main]['macro'], *names, psnr)}")
+    return lines
 
 
 def _describe(settings, result):
-    """What a person reads first: every table, the gain over the baselines, and a row for a table of
+    """What a person reads first: every table, the gain over the baselines, and rows for tables of
     published numbers."""
     rows = {subject: content["rows"] for subject, content in result["subjects"].items()}
     first, *others = rows
@@ -1181,34 +1198,56 @@ def _describe(settings, result):
         f"{len(rows[first])} rows, metadata {result['metadata']}"
     ]
     for subject, content in result["subjects"].items():
-        lines.append(_as_text(content["groups"], subject))
+        lines += _as_text(content["groups"], subject)
         unanswered = [row["said"] for row in content["rows"] if not row["answered"]]
+        missing = sum(MISSING in said for said in unanswered)
+        unread = len(unanswered) - missing
         if unanswered:
-            missing = sum(MISSING in said for said in unanswered)
-            lines.append(
-                f"warning: {subject}: {missing} edits missing, {len(unanswered) - missing} without "
-                "a score"
-            )
+            lines.append(f"warning: {subject}: {missing} edits missing, {unread} without a score")
+        if settings.repeats > 1:
+            lines.append(_spread(subject, content["rows"]))
     for other in others:
-        lines.append(_differences(rows[first], rows[other], settings.benchmark, (first, other)))
-    return "\n".join([*lines, *_markdown_row(settings, result, first)])
+        lines += _differences(rows[first], rows[other], settings.benchmark, (first, other))
+    return "\n".join([*lines, *_pasted_rows(settings, result, first)])
 
 
-def _markdown_row(settings, result, subject):
-    """The lines of a Markdown table with one row, a subject, to be pasted beside published ones."""
+def _spread(subject, rows):
+    """How far the judge's answers on one edit lie apart, and how far the rows do, in one line."""
+    scores = np.array([row["repeats"] for row in rows])  # (rows, repeats)
+    within = np.sqrt(np.nanmean(scores.var(1, ddof=1)))
+    between = np.nanstd(scores.mean(1), ddof=1)
+    return (
+        f"{subject}: standard deviation {within:.3f} between the repeats of a row, {between:.3f} "
+        "between rows"
+    )
+
+
+def _macros(result, subject):
+    """{"GROUP METRIC": [mean over tasks, low, high]} of a subject."""
+    macros = {}
+    for group, table in result["subjects"][subject]["groups"].items():
+        for metric in _metrics_in(table):
+            macros[f"{group} {metric}"] = table[metric]["macro"]
+    return macros
+
+
+def _pasted_rows(settings, result, subject):
+    """A subject's row to be pasted beside published ones: the lines of a Markdown table, and the
+    same row for LaTeX."""
     name = settings.edits or settings.base or subject
     if subject == "trained":
         name += f" + {settings.lora}"
     cells = {"model": name, "judge": result["judge"], "mode": result["mode"]}
+    for column, mean in _macros(result, subject).items():
+        cells[column] = _interval_text(mean)
     for group, table in result["subjects"][subject]["groups"].items():
-        for metric in _metrics_in(table):
-            cells[f"{group} {metric}"] = _interval_text(table[metric]["macro"])
         cells[f"{group} rows answered"] = f"{table['answered']} of {table['rows']}"
     lines = (cells, ["---"] * len(cells), cells.values())
-    return [f"| {' | '.join(line)} |" for line in lines]
+    latex = re.sub(r"([#$%&_{}])", r"\\\1", "\t".join(cells.values())).replace("\t", " & ")
+    return [*(f"| {' | '.join(line)} |" for line in lines), rf"{latex} \\"]
 
 
-# The report is one page without any library: rows are filtered by task and failure, and ordered.
+# The report is one page without any library: rows are filtered by task, language and failure.
 PAGE = """<!doctype html><meta charset="utf-8"><title>edit-nft: evaluation</title><style>
 body {font: 14px system-ui, sans-serif; margin: 1.5em; color: #222}
 pre {background: #f4f4f4; padding: .8em; overflow: auto}
@@ -1220,31 +1259,33 @@ img {width: 260px; height: 260px; object-fit: contain; background: #f4f4f4}
 details:has(span:empty) {display: none}</style>
 <h1>edit-nft: evaluation</h1><pre>@SUMMARY@</pre>
 <label>task <select id="task"><option value="">all</option></select></label>
-<label>rows <select id="kind"><option value="">all</option></select></label>
+<label>language <select id="language"><option value="">all</option></select></label>
+<label>rows <select id="state"><option value="">all</option></select></label>
 <label>order <select id="order"><option value="1">worst first</option>
 <option value="-1">best first</option></select></label>
 <span id="count"></span><main>@ROWS@</main><script>
 for (const image of document.querySelectorAll("img"))
   image.onload = () => image.classList.toggle("tiny", image.naturalWidth <= 128);
 const rows = [...document.querySelectorAll("article")];
-const [task, kind, order, count] = ["task", "kind", "order", "count"].map(
+const [task, language, state, order, count] = ["task", "language", "state", "order", "count"].map(
   id => document.getElementById(id));
-const fill = (menu, names) => {
+const menus = [task, language, state];
+for (const menu of menus) {
+  const names = rows.map(row => row.dataset[menu.id]).filter(name => name);
   for (const name of [...new Set(names)].sort()) menu.add(new Option(name, name));
-};
-fill(task, rows.map(row => row.dataset.task));
-fill(kind, rows.flatMap(row => row.dataset.kinds.split(" ").filter(name => name)));
-const shown = row => (!task.value || row.dataset.task === task.value)
-  && (!kind.value || row.dataset.kinds.split(" ").includes(kind.value));
-task.onchange = kind.onchange = order.onchange = () => {
-  rows.sort((a, b) => order.value * (a.dataset.score - b.dataset.score));
+}
+const shown = row => menus.every(menu => !menu.value || row.dataset[menu.id] === menu.value);
+task.onchange = language.onchange = state.onchange = order.onchange = () => {
+  const score = row => +row.dataset.score || -1;  // of no score: below the worst
+  rows.sort((a, b) => order.value * (score(a) - score(b)));
   rows.forEach(row => row.parentNode.append(row));
   rows.forEach(row => row.hidden = !shown(row));
   count.textContent = rows.filter(row => !row.hidden).length + " rows";
 };
 order.onchange();</script>
 """
-ARTICLE = """<article data-task="{task}" data-kinds="{kinds}" data-score="{score}">
+ARTICLE = """<article data-task="{task}" data-language="{language}" data-state="{state}"
+ data-score="{score}">
 <div><b>{prompt}</b><p>{task}</p><small>{row}</small></div>{figures}</article>
 """
 FIGURE = """<figure><figcaption>{caption}</figcaption>
@@ -1256,83 +1297,120 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
     """Writes report.html, small pictures beside it, and grid.png: of each task the row with the
     median score. results: as score_calls returns them; the first one's judge orders the rows.
     """
-    out = Path(job.settings.out)
-    main_metric = METRICS[job.settings.benchmark][0]
-    subjects = _subjects_of(job.settings)
-    ranking = results[0]["subjects"][subjects[0]]["rows"]  # of the subject in question
+    main = METRICS[job.settings.benchmark][0]
+    rows = next(iter(results[0]["subjects"].values()))["rows"]  # of the subject in question
     articles = ""
     by_task = {}
-    for number, row in enumerate(job.bar(job.rows, "report")):
+    for number in job.bar(np.argsort([row[main] for row in rows]), "report"):  # the worst first
         job.refuse_when_stopped()
-        names = dict.fromkeys(["source", *reversed(subjects)])  # source, base, trained
-        edits = [_show_edit(job, results, number, name) for name in names]
-        rank = np.nan_to_num(ranking[number][main_metric], nan=-1.0)  # below the worst
-        texts = {key: escape(row[key]) for key in ("task", "prompt", "row")}
-        kinds = [row.get("language", ""), "" if ranking[number]["answered"] else "failed"]
-        figures = "".join(figure for _, _, figure in edits)
-        articles += ARTICLE.format(**texts, kinds=" ".join(kinds), score=rank, figures=figures)
-        by_task.setdefault(row["task"], []).append((rank, number, edits))
+        row = rows[number]
+        shown = _shown(job, results, number)
+        figures = "".join(FIGURE.format(**_escaped(edit)) for edit in shown)
+        state = "" if row["answered"] else "failed"
+        texts = {"language": "", "state": state, "score": row[main]} | row
+        articles += ARTICLE.format(**_escaped(texts), figures=figures)
+        by_task.setdefault(row["task"], []).append(shown)
     page = PAGE.replace("@SUMMARY@", escape(summary)).replace("@ROWS@", articles)
-    with whole_file(out / "report.html") as part:
+    with whole_file(job.out / "report.html") as part:
         part.write_text(page, encoding="utf-8")
     pictures = []
     captions = []
-    for task in sorted(by_task):
-        ranked = sorted(by_task[task])  # no two have one number, so that edits are never compared
-        _, _, edits = ranked[len(ranked) // 2]
-        pictures.append([picture for picture, _, _ in edits])
-        captions.append([caption for _, caption, _ in edits])
-    with whole_file(out / "grid.png") as part:
+    for _, ranked in sorted(by_task.items()):
+        median = ranked[len(ranked) // 2]
+        pictures.append([_picture_or_none(job.out / edit["link"]) for edit in median])
+        captions.append([edit["caption"] for edit in median])
+    with whole_file(job.out / "grid.png") as part:
         picture_grid(pictures, captions, "of each task the row with the median score").save(part)
 
 
-def _show_edit(job, results, number, name):
-    """(picture, caption, html) of a subject's edit of a row, with its scores under each judge and
-    what was said of it; None for a picture that is not there. The picture is written, small.
-    """
-    row = job.rows[number]
-    caption = f"source: {row['prompt']}" if name == "source" else name
-    said = ""
-    for result in results:
-        if name in result["subjects"]:
-            scored = result["subjects"][name]["rows"][number]
-            metrics = [key for key in (*METRICS[result["benchmark"]], "psnr") if key in scored]
-            values = " ".join(f"{key} {scored[key]:.2f}" for key in metrics)
-            caption += f" {values.replace('nan', 'missing')} by {result['judge']};"
-            said += f"{scored['said']}\n"
-    picture = None
-    link = ""
+def _escaped(texts):
+    """Values of a dict as texts that are shown and never taken for HTML."""
+    return {name: escape(str(text)) for name, text in texts.items()}
+
+
+def _picture_or_none(path):
+    """The picture at a path; None where there is none that can be read."""
     with suppress(BadInput):
-        picture = load_image(_find_edit(job.settings, row, name) or MISSING)
-    if picture:
-        link = f"report/{number:05}-{name}.jpg"
-        picture.thumbnail((384, 384))
-        with whole_file(Path(job.settings.out, link)) as part:
-            picture.save(part, quality=95, subsampling=0)
-    figure = FIGURE.format(caption=escape(caption), link=link, said=escape(said.strip()))
-    return picture, caption, figure
+        return load_image(path)
+
+
+def _shown(job, results, number):
+    """What is shown of a row: for source, base, trained the `caption` with the scores under each
+    judge, the `link` of the picture, which is written, small, and what was `said`."""
+    shown = []
+    for name in dict.fromkeys(["source", *reversed(results[0]["subjects"])]):
+        row = job.rows[number]
+        picture = _picture_or_none(_find_edit(job.settings, row, name) or MISSING)
+        link = ""
+        if picture:
+            picture.thumbnail((384, 384))
+            link = f"report/{number:05}-{name}.jpg"
+            with whole_file(job.out / link) as part:
+                picture.save(part, quality=95, subsampling=0)
+        caption = name
+        if name == "source":  # the grid's font has no letters but these
+            caption += f": {row['prompt'] if row['prompt'].isascii() else row['row']}"
+        said = ""
+        for result in results:
+            if name in result["subjects"]:
+                scored = result["subjects"][name]["rows"][number]
+                caption += f" {_scores_text(scored, result)};"
+                said += f"{scored['said']}\n"
+        shown.append({"caption": caption, "link": link, "said": said.strip()})
+    return shown
+
+
+def _scores_text(scored, result):
+    """A row's scores under a judge; where one is missing it is said what counts."""
+    names = [name for name in (*METRICS[result["benchmark"]], "psnr") if name in scored]
+    values = " ".join(f"{name} {scored[name]:.2f}" for name in names)
+    state = "" if scored["answered"] else "missing, counts as "
+    return f"{state}{values} by {result['judge']}"
 
 
 # ---------------------------------------------------------------- two runs
 
 
 def compare(runs: list[str]) -> None:
-    """Prints the paired differences of the first subjects of two --out folders, under each judge
-    and mode that both have. BadInput when they have none in common, or not the same rows."""
-    if len(runs) != 2:
-        raise BadInput("compare: name two runs, python evaluate.py compare RUN_A RUN_B")
-    first, second = map(_read_results, runs)
-    both = " and ".join(runs)
-    shared = first.keys() & second.keys()
+    """Prints the paired differences of the first subjects of --out folders, the first folder's
+    against each of the others', under each judge and mode that all have. BadInput when they have
+    none in common, or not the same rows."""
+    for results in _shared_results(runs):
+        first, *others = [next(iter(result["subjects"].values()))["rows"] for result in results]
+        for run, rows in zip(runs[1:], others, strict=True):
+            lines = _differences(first, rows, results[0]["benchmark"], (runs[0], run))
+            print("\n".join(lines))
+
+
+def seeds(runs: list[str]) -> None:
+    """Prints the mean of several --out folders' first subjects, such as one for each --seed, and
+    how far apart they are: rows are not pooled. BadInput as for compare."""
+    for results in _shared_results(runs):
+        macros = [_macros(result, next(iter(result["subjects"]))) for result in results]
+        for name in macros[0]:
+            # None is NaN, as is a metric that a run has no value of
+            values = np.array([found.get(name, [None])[0] for found in macros], float)
+            spread = values.std(ddof=1)
+            cell = f"{values.mean():.3f}, standard deviation {spread:.3f} over {len(runs)} runs"
+            print(_line(name, [cell]))
+
+
+def _shared_results(runs):
+    """The runs' results under each judge and mode that all of them have."""
+    if len(runs) < 2:
+        raise BadInput("compare, seeds: name two runs or more, evaluate.py compare RUN_A RUN_B")
+    found = [_read_results(run) for run in runs]
+    shared = set(found[0]).intersection(*found)
+    names = " and ".join(runs)
     if not shared:
-        raise BadInput(f"{both}: no result under one judge, prompts and reading; score both alike")
+        raise BadInput(f"{names}: no result under one judge, prompts and reading; score all alike")
     for name in sorted(shared):
-        a, b = first[name], second[name]
-        if a["metadata"] != b["metadata"]:
-            raise BadInput(f"{both}: another version of the benchmark in each; score both on one")
-        print(f"judge and prompts {a['judge']}, {a['mode']} reading")
-        rows = [next(iter(result["subjects"].values()))["rows"] for result in (a, b)]
-        print(_differences(*rows, a["benchmark"], runs))
+        results = [run[name] for run in found]
+        first = results[0]
+        if any(result["metadata"] != first["metadata"] for result in results):
+            raise BadInput(f"{names}: another version of the benchmark in each; score all on one")
+        print(f"judge and prompts {first['judge']}, {first['mode']} reading")
+        yield results
 
 
 def _read_results(run):
@@ -1347,29 +1425,48 @@ def _read_results(run):
 # ---------------------------------------------------------------- does a judge agree with people?
 
 
-def read_ratings(file: Path) -> Rows:
-    """The rows of a JSON lines file of edits that people rated, with `sources` and `edits`, lists
-    of pictures, and `labels`, a float for each edit. BadInput for a row without them.
+@dataclass(frozen=True)
+class AgreeSettings(JudgeSettings):
+    """Edits that people rated, and the judge that is to rate them, too."""
 
-    A line has `prompt`, `image`, `edits` and `scores`, a number for each edit, the higher the
-    better; for two edits also `preference` in place of scores: 0 the first is better, 1 the
-    second, 0.5 neither. Paths are relative to the file.
+    table: str = setting("", "Parquet, arrow, jsonl, json, csv or tar; also the first word.")
+    columns: list[str] = setting(
+        [], "NAME=COLUMN[,COLUMN] ...: where prompt, image, edits, scores, preference stand."
+    )
+
+
+def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
+    """The rows of a table of edits that people rated, one by one, as a judge takes them, with
+    `sources` and `edits`, lists of pictures, and `labels`, a float for each edit.
+
+    table: as read_records takes it. A record has `prompt`, `image`, `edits` and `scores`, a number
+    for each edit, the higher the better; for two edits also `preference` in place of scores: 0 the
+    first is better, 1 the second, 0.5 neither. columns: "NAME=COLUMN" for what is called otherwise,
+    with several columns for a list. BadInput for a record without them.
     """
-    rows = read_rows(file.parent, file.stem)
-    for row in rows:
+    for number, record in enumerate(read_records(table), 1):
+        where = f"{table}: record {number}"
         try:
-            labels = row.get("scores") or [1 - row["preference"], row["preference"]]
-            row["labels"] = [float(label) for label in labels]
-            row["edits"] = [load_image(file.parent / path) for path in row["edits"]]
-            if len(labels) != len(row["edits"]):
+            for entry in columns:
+                name, _, places = entry.partition("=")
+                cells = [record[place] for place in places.split(",")]
+                record[name] = cells if len(cells) > 1 else cells[0]
+            scores = record.get("scores")
+            if not scores:
+                second = float(record["preference"])
+                scores = [1 - second, second]
+            row = {"prompt": str(record["prompt"]), "labels": list(map(float, scores))}
+            for name in ("image", "edits"):
+                cells = record[name] if isinstance(record[name], list) else [record[name]]
+                row[name] = [picture_in(cell, Path(table).parent, where) for cell in cells]
+            if len(scores) != len(row["edits"]):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise BadInput(
-                f"{file}: {row['id']} lacks `edits` with as many `scores`, or with a `preference`; "
-                "add them"
+                f"{where} lacks `prompt`, `image` or `edits` with as many `scores`, or with a "
+                "`preference`; add them, or say in --columns what they are called"
             ) from None
-        row["sources"] = [load_image(path) for path in row["images"]]
-    return rows
+        yield {"task": record.get("task"), "requirement": record.get("requirement")} | row
 
 
 def _ordered_pairs(scores, labels):
@@ -1387,22 +1484,23 @@ def _ordered_pairs(scores, labels):
 
 def agree(words: list[str]) -> None:
     """Prints how far the judge orders edits as people do."""  # also what --help says
-    if not words or not words[0].endswith(".jsonl"):
-        raise BadInput("agree: names no file; write evaluate.py agree FILE.jsonl --judge ...")
-    settings = parse_settings(JudgeSettings, words[1:], agree.__doc__, judge=TOY)
-    rows = read_ratings(Path(words[0]))
-    judge = load_judge(settings, stop=catch_signals())
+    settings = parse_settings(AgreeSettings, ["--table", *words], agree.__doc__, judge=TOY)
+    stop = catch_signals()
+    judge = None
     outcomes = []
     row_of_pair = []  # its number: pairs of a row are resampled together
     scores = []
     labels = []
-    for number, row in enumerate(rows):
-        found = judge.score(row, row["sources"], row["edits"]).score.tolist()
+    for number, row in enumerate(read_ratings(settings.table, settings.columns)):
+        judge = judge or load_judge(settings, stop=stop)  # not before a row is known to be whole
+        found = judge.score(row, row["image"], row["edits"]).score.tolist()
         pairs = _ordered_pairs(found, row["labels"])
         outcomes += pairs
         row_of_pair += [number] * len(pairs)
         scores += found
         labels += row["labels"]
+    if judge is None:
+        raise BadInput(f"agree {settings.table}: holds no records; name a table of rated edits")
     judge.close()
     _, draws = bootstrap(outcomes, ["all"] * len(outcomes), row_of_pair)
     right = _interval_text(_interval(outcomes, draws), ".1%")
@@ -1411,7 +1509,7 @@ def agree(words: list[str]) -> None:
     known = ~scores.isnan()
     order = spearman(scores[known], labels[known])
     print(
-        f"{settings.judge}, {settings.judge_strategy}: {len(scores)} edits of {len(rows)} "
+        f"{settings.judge}, {settings.judge_strategy}: {len(scores)} edits of {number + 1} "
         f"sources; right pairs {right}, ties {ties:.1%}, Spearman {order:.3f}, "
         f"failed {1 - known.float().mean():.1%}"
     )
@@ -1431,6 +1529,41 @@ CURVES = (  # keys of log.jsonl, one for each of 2 x 4 axes
 )
 
 
+@contextmanager
+def _figure(file):
+    """A figure of matplotlib's, written at the end; BadInput where that is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BadInput(f"{file}: needs matplotlib; pip install matplotlib") from None
+    figure = Figure((14, 7), layout="constrained")
+    yield figure
+    with whole_file(file) as part:
+        figure.savefig(part, format="png")
+    print(f"wrote {file}")
+
+
+def draw_bars(result: dict, file: Path) -> None:
+    """Draws a result's main metric by task, a bar with its interval for each subject."""
+    metric = METRICS[result["benchmark"]][0]
+    subjects = result["subjects"]
+    width = 0.8 / len(subjects)
+    with _figure(file) as figure:
+        axes = figure.subplots()
+        for number, (name, content) in enumerate(subjects.items()):
+            bars = {}
+            for group, table in content["groups"].items():
+                for task, mean in table[metric].items():
+                    bars[f"{group} {task}"] = mean
+            means, lows, highs = np.array(list(bars.values()), float).T  # None is NaN
+            # official means are rounded, so that one may lie beside its interval
+            errors = np.maximum([means - lows, highs - means], 0)
+            axes.bar(np.arange(len(bars)) + number * width, means, width, yerr=errors, label=name)
+        axes.set_xticks(range(len(bars)), bars, rotation=45, ha="right")
+        axes.set_title(f"{metric} by {result['judge']}")
+        axes.legend()
+
+
 @dataclass(frozen=True)
 class CurvesSettings(CheckedSettings):
     """Training runs of one setting, such as its seeds."""
@@ -1442,26 +1575,19 @@ class CurvesSettings(CheckedSettings):
 def curves(words: list[str]) -> None:
     """Draws what runs logged, by epoch: their mean as a line, from lowest to highest as a band."""
     settings = parse_settings(CurvesSettings, ["--runs", *words], curves.__doc__)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BadInput("curves: needs matplotlib; pip install matplotlib") from None
     # with a list for faults, a last line that a crash cut short is passed over
     logs = [read_json_lines(Path(run, "log.jsonl"), faults=[]) for run in settings.runs]
-    figure = Figure((14, 7), layout="constrained")
-    for axes, name in zip(figure.subplots(2, 4).flat, CURVES, strict=True):
-        values = {}  # epoch -> what the runs that have come so far logged
-        for _, record in itertools.chain(*logs):
-            if name in record:
-                values.setdefault(record["epoch"], []).append(record[name])
-        epochs = sorted(values)
-        found = [values[epoch] for epoch in epochs]
-        axes.plot(epochs, list(map(np.mean, found)), marker=".")
-        axes.fill_between(epochs, list(map(min, found)), list(map(max, found)), alpha=0.3)
-        axes.set_title(name)
-    with whole_file(settings.out) as part:
-        figure.savefig(part, format="png")
-    print(f"wrote {settings.out}")
+    with _figure(settings.out) as figure:
+        for axes, name in zip(figure.subplots(2, 4).flat, CURVES, strict=True):
+            values = {}  # epoch -> what the runs that have come so far logged
+            for _, record in itertools.chain(*logs):
+                if name in record:
+                    values.setdefault(record["epoch"], []).append(record[name])
+            epochs = sorted(values)
+            found = [values[epoch] for epoch in epochs]
+            axes.plot(epochs, list(map(np.mean, found)), marker=".")
+            axes.fill_between(epochs, list(map(min, found)), list(map(max, found)), alpha=0.3)
+            axes.set_title(name)
 
 
 # ---------------------------------------------------------------- the command
@@ -1479,8 +1605,7 @@ def _begin(settings, accelerator, stop):
                 f"{settings.out}: was begun with --{name} {value}, not {getattr(settings, name)}; "
                 "give another --out"
             )
-    with whole_file(file) as part:
-        part.write_text(json.dumps(asdict(settings), indent=1))
+    write_json(file, asdict(settings))
     job = Job(settings, accelerator, stop, *load_benchmark(settings))
     _check_folder(job, "edits")
     _check_folder(job, "masks")
@@ -1489,23 +1614,23 @@ def _begin(settings, accelerator, stop):
 
 def _run_stages(settings, accelerator, stop):
     """Draws, judges and adds up. Raises Stopped on all processes when one has to stop."""
-    job = None
-    with ExitStack() as held:
+    for is_first in (True, False):  # the main process alone at first: it writes what others read
         with together(accelerator, stop):
-            if accelerator.is_main_process:  # alone at first: it writes what the others read
-                held.enter_context(locked(settings.out))
+            if accelerator.is_main_process == is_first:
                 job = _begin(settings, accelerator, stop)
+    for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
         with together(accelerator, stop):
-            job = job or _begin(settings, accelerator, stop)
-        for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
-            with together(accelerator, stop):
-                if settings.stage in ("all", stage):
-                    work(job)
-        if settings.stage in ("all", "score") and accelerator.is_main_process:
-            results = score_calls(job)
-            summary = "\n".join(_describe(job.settings, result) for result in results)
-            write_report(job, results, summary)
-            print(f"{summary}\nwrote {settings.out}/report.html and grid.png")
+            if settings.stage in ("all", stage):
+                work(job)
+    if settings.stage in ("all", "score") and accelerator.is_main_process:
+        results = score_calls(job)
+        summary = "\n".join(_describe(settings, result) for result in results)
+        write_report(job, results, summary)
+        print(f"{summary}\nwrote {settings.out}/report.html and grid.png")
+        try:
+            draw_bars(results[0], job.out / "tasks.png")
+        except BadInput as fault:  # there is no matplotlib
+            print(fault)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1513,7 +1638,7 @@ def main(argv: list[str] | None = None) -> None:
     after a signal it exits with 1, and the same command goes on."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else "no command"
-    others = {"compare": compare, "agree": agree, "curves": curves}
+    others = {"compare": compare, "seeds": seeds, "agree": agree, "curves": curves}
     if command in others:
         return others[command](argv[1:])
     if command not in METRICS:
@@ -1524,14 +1649,13 @@ def main(argv: list[str] | None = None) -> None:
     stop = catch_signals()
     accelerator = start_processes()
     try:
-        _run_stages(settings, accelerator, stop)
+        with locked(settings.out, accelerator.is_main_process):
+            _run_stages(settings, accelerator, stop)
     except Stopped as stopped:
-        # the process that failed says why; the others only stop with it
-        if stopped.__cause__ and not isinstance(stopped.__cause__, Stopped):
+        if stopped.__cause__:  # the process that failed says why; the others only stop with it
             raise stopped.__cause__ from None
-        if accelerator.is_main_process:
-            kept = "every finished edit and call is kept; the same command goes on"
-            print(f"stopped: {settings.out}: {kept}", file=sys.stderr)
+        kept = "every finished edit and call is kept; the same command goes on"
+        say_once(f"stopped: {settings.out}: {kept}", sys.stderr)
         sys.exit(1)
     accelerator.end_training()
 

@@ -1006,6 +1006,15 @@ class Axes:
     def set_title(self, title):
         self.title = title
 
+    def bar(self, places, means, width, yerr, label):
+        self.bars = getattr(self, "bars", {}) | {label: (list(means), np.array(yerr))}
+
+    def set_xticks(self, places, names, rotation, ha):
+        self.names = list(names)
+
+    def legend(self):
+        pass
+
 
 class Figure:
     """What evaluate.curves uses of matplotlib's, which need not be installed here."""
@@ -1013,8 +1022,10 @@ class Figure:
     def __init__(self, size, layout):
         Figure.last = self
 
-    def subplots(self, rows, columns):
+    def subplots(self, rows=1, columns=1):
         self.axes = [Axes() for _ in range(rows * columns)]
+        if len(self.axes) == 1:
+            return self.axes[0]
         return np.array(self.axes).reshape(rows, columns)
 
     def savefig(self, place, format):
@@ -1042,7 +1053,7 @@ def test_curves_draw_the_mean_of_runs_and_the_band_between_them(tmp_path, monkey
 
 def test_curves_of_what_is_no_run_or_without_matplotlib_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(BadInput, match="curves: needs matplotlib; pip install matplotlib"):
+    with pytest.raises(BadInput, match="curves.png: needs matplotlib; pip install matplotlib"):
         evaluate.main(["curves", *logs(tmp_path, [1], [2])])
     monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=Figure))
@@ -1116,21 +1127,52 @@ def test_agree_prints_a_line_for_a_strategy(judge_folder, tmp_path, capsys):
     [
         (
             {"edits": ["1.png", "2.png"]},
-            "lacks `edits` with as many `scores`, or with a `preference`",
+            "`edits` with as many `scores`, or with a `preference`",
         ),
-        ({"scores": [1]}, "lacks `edits`"),
-        ({"edits": ["1.png"], "scores": [1, 2]}, "lacks `edits` with as many `scores`"),
+        ({"scores": [1]}, "lacks .*`edits`"),
+        ({"edits": ["1.png"], "scores": [1, 2]}, "lacks .*`edits` with as many `scores`"),
         ({"edits": ["9.png"], "scores": [1]}, "9.png: no such picture"),
-        ({"edits": ["1.png"], "scores": ["good"]}, "lacks `edits`"),
+        ({"edits": ["1.png", "2.png"], "scores": None, "preference": None}, "lacks `prompt`"),
+        ({"edits": ["1.png"], "scores": ["good"]}, "lacks .*`edits`"),
     ],
 )
 def test_a_rating_that_cannot_be_read_is_refused(tmp_path, line, message):
     with pytest.raises(BadInput, match=message):
-        evaluate.read_ratings(ratings(tmp_path, line))
+        list(evaluate.read_ratings(ratings(tmp_path, line)))
+
+
+def test_agree_takes_a_public_table_whose_columns_are_named(judge_folder, tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def cell(*key):
+        content = io.BytesIO()
+        noise_picture(*key).save(content, "PNG")
+        return {"bytes": content.getvalue(), "path": None}
+
+    names = ("instruction", "before", "left", "right", "vote")
+    rows = []
+    for i in range(3):
+        cells = ("make it", cell(i), cell(i, 1), cell(i, 2), i % 2)
+        rows.append(dict(zip(names, cells, strict=True)))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    columns = ["prompt=instruction", "image=before", "edits=left,right", "preference=vote"]
+    words = ["agree", str(tmp_path / "pairs.parquet"), "--judge", f"local:{judge_folder}"]
+    evaluate.main([*words, "--columns", *columns])
+    assert "logits: 6 edits of 3 sources" in capsys.readouterr().out
+    found = list(evaluate.read_ratings(tmp_path / "pairs.parquet", columns))
+    assert [row["labels"] for row in found] == [[1, 0], [0, 1], [1, 0]]
+    assert np.array_equal(found[2]["edits"][1], noise_picture(2, 2))
+
+
+def test_agree_refuses_a_table_without_the_columns_before_it_loads_a_judge(tmp_path):
+    file = ratings(tmp_path, {"edits": ["1.png", "2.png"], "preference": 1})
+    with pytest.raises(BadInput, match="say in --columns what they are called"):
+        evaluate.main(["agree", str(file), "--judge", "local:nowhere", "--columns", "prompt=text"])
 
 
 def test_agree_refuses_what_it_does_not_know(judge_folder, tmp_path):
-    with pytest.raises(BadInput, match="names no file"):
+    with pytest.raises(BadInput, match="--table: expected one argument"):
         evaluate.main(["agree", "--judge", f"local:{judge_folder}"])
     with pytest.raises(BadInput, match="--judge_strategy"):
         evaluate.main(["agree", str(ratings(tmp_path)), "--judge_strategy", "guess"])
@@ -1397,6 +1439,165 @@ def test_a_verdict_says_how_much_of_the_source_is_kept(imgedit, edits, tmp_path,
     )
 
 
+# ---------------------------------------------------------------- what a table needs
+
+
+def test_the_parts_of_imgedits_score_stand_in_the_order_of_the_prompts_labels():
+    labels = ["prompt compliance", "visual seamlessness", "detail fidelity"]
+    reply = "Detail Fidelity: 3\nPrompt Compliance: 4\nVisual Seamlessness: 5"
+    record = {"row": "a", "task": "add", "source": "a", "reply": reply, "labels": labels}
+    (row,) = score("imgedit", [record])["rows"]
+    assert (row["adherence"], row["quality"], row["preservation"]) == (4, 5, 3)
+
+
+def test_gedits_four_scores_stand_beside_what_is_made_of_them():
+    (row,) = score("gedit", list(gedit_records("a", "ps_human", [9, 4], [8, 7])))["rows"]
+    parts = [row[name] for name in evaluate.PARTS["gedit"]]
+    assert parts == [9, 4, 8, 7] and row["SC"] == 4 and row["PQ"] == 7
+
+
+def test_parts_without_a_score_count_at_the_floor_too():
+    (row,) = score("imgedit", [imgedit_record("a", "add")])["rows"]
+    assert [row[name] for name in evaluate.PARTS["imgedit"]] == [1, 1, 1]
+
+
+def test_official_reading_tells_no_parts():
+    table = score("imgedit", [imgedit_record("a", "add", 4, 5, 3)], "official")["groups"]["all"]
+    assert set(table) == {"rows", "answered", "score"}
+
+
+def in_turn(*marks):
+    """A rule that answers every instruction with these scores, one after the other."""
+    times = {}
+
+    def rule(text, pictures):
+        times[text] = times.get(text, -1) + 1
+        return THREE.format(*[marks[times[text] % len(marks)]] * 3)
+
+    return rule
+
+
+def test_repeats_are_asked_apart_and_paid_for_once(imgedit, edits, tmp_path, server):
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits, repeats=3)
+    assert (
+        len(server.asked) == 18 and len({record["key"] for record in calls(tmp_path / "out")}) == 18
+    )
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits, repeats=3)
+    assert len(server.asked) == 18
+
+
+def test_a_row_counts_with_the_mean_of_its_repeats(imgedit, edits, tmp_path, server):
+    server.rule = in_turn(2, 5)
+    (result,) = run("imgedit", imgedit, tmp_path / "out", server, edits=edits, repeats=2).values()
+    table = result["subjects"]["edits"]["groups"]["all"]
+    assert table["rows"] == 6 and table["score"]["macro"][0] == 3.5
+
+
+def test_the_spread_of_repeats_is_told_apart_from_that_of_rows(
+    imgedit, edits, tmp_path, server, capsys
+):
+    server.rule = in_turn(2, 4)
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits, repeats=2)
+    within = math.sqrt(2)
+    wanted = f"standard deviation {within:.3f} between the repeats of a row, 0.000 between rows"
+    assert f"edits: {wanted}" in capsys.readouterr().out
+
+
+def test_unread_replies_are_asked_again_where_that_is_wanted(imgedit, edits, tmp_path, server):
+    server.rule = lambda text, shown: "no" if "circle 2" in text else THREE.format(5, 5, 5)
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    server.rule = lambda *a: THREE.format(4, 4, 4)
+    server.asked.clear()
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    assert not server.asked
+    options = dict(edits=edits, ask_again="unread")
+    (result,) = run("imgedit", imgedit, tmp_path / "out", server, **options).values()
+    assert len(server.asked) == 1 and scores_of(result)["2"] == 4 and scores_of(result)["1"] == 5
+
+
+def test_seeds_are_a_mean_and_a_spread_and_not_more_rows(imgedit, edits, tmp_path, server, capsys):
+    for mark in (2, 3, 4):
+        server.rule = in_turn(mark)
+        run("imgedit", imgedit, tmp_path / str(mark), server, edits=edits)
+    capsys.readouterr()
+    evaluate.main(["seeds", *(str(tmp_path / str(mark)) for mark in (2, 3, 4))])
+    assert re.search(
+        r"all score +3\.000, standard deviation 1\.000 over 3 runs", capsys.readouterr().out
+    )
+
+
+def test_a_row_for_latex_is_printed_with_its_marks_escaped(
+    imgedit, edits, tmp_path, server, capsys
+):
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits.rename(tmp_path / "my_50%"))
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.endswith("\\\\"))
+    assert r"/my\_50\% & rule-7b-" in row and row.endswith(r" & 6 of 6 \\")
+
+
+def test_the_picture_by_task_has_a_bar_with_its_interval_for_each_subject(
+    imgedit, edits, tmp_path, server, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=Figure))
+    out = tmp_path / "out"
+    options = dict(edits=edits, baselines=["source"])
+    (result,) = run("imgedit", imgedit, out, server, **options).values()
+    (axes,) = Figure.last.axes
+    assert axes.names == ["all macro", "all micro", "all add", "all adjust", "all style"]
+    assert set(axes.bars) == {"edits", "source"} and (out / "tasks.png").read_text() == "png"
+    means, (below, above) = axes.bars["edits"]
+    mean, low, high = result["subjects"]["edits"]["groups"]["all"]["score"]["style"]
+    assert (means[4], below[4], above[4]) == (mean, mean - low, high - mean)
+
+
+def test_without_matplotlib_the_picture_by_task_is_a_line(
+    imgedit, edits, tmp_path, server, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    assert "tasks.png: needs matplotlib; pip install matplotlib" in capsys.readouterr().out
+
+
+def test_a_score_that_is_missing_is_shown_as_missing(imgedit, edits, tmp_path, server):
+    server.rule = lambda text, shown: "no" if "circle 2" in text else THREE.format(5, 5, 5)
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("edits missing, counts as score 1.00") == 1
+    assert page.count('data-state="failed"') == 1
+
+
+def test_an_instruction_that_the_grids_font_has_not_is_named_by_its_row(
+    imgedit, edits, tmp_path, server, monkeypatch
+):
+    table = json.loads((imgedit / "singleturn/singleturn.json").read_text())
+    table["0"]["prompt"] = table["3"]["prompt"] = "把圆变成蓝色"
+    (imgedit / "singleturn/singleturn.json").write_text(json.dumps(table))
+    seen = []
+    draw = evaluate.picture_grid
+    monkeypatch.setattr(evaluate, "picture_grid", lambda *a: seen.append(a[1]) or draw(*a))
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    (captions,) = seen
+    assert captions[0][0] in ("source: 0", "source: 3")
+    assert "把圆变成蓝色" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+
+
+def test_edits_are_drawn_by_one_thread_whatever_the_number_of_cores(
+    imgedit, tmp_path, kontext_folder, monkeypatch
+):
+    threads = []
+    draw = evaluate.rollout
+
+    def watched(*args, **options):
+        threads.append(torch.get_num_threads())
+        return draw(*args, **options)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(evaluate, "rollout", watched)
+    run("imgedit", imgedit, tmp_path / "out", base=kontext_folder, steps=1, stage="sample")
+    assert set(threads) == {1}
+
+
 # ---------------------------------------------------------------- a stop
 
 
@@ -1635,7 +1836,11 @@ def test_a_judge_without_pictures_stops_after_a_few_calls_in_one_line(imgedit, t
         (lambda f: (f / "singleturn/singleturn.json").unlink(), "holds no singleturn.json"),
         (lambda f: (f / "judge_prompt.json").unlink(), "holds no (judge_prompt|vie_prompts)"),
         (lambda f: (f / "singleturn/singleturn.json").write_text("{"), "not JSON"),
-        (lambda f: (f / "singleturn/singleturn.json").write_text("[]"), "holds no entries"),
+        (
+            lambda f: (f / "singleturn/singleturn.json").write_text("[]"),
+            "not an object; take the benchmark's own",
+        ),
+        (lambda f: (f / "singleturn/singleturn.json").write_text("{}"), "holds no rows"),
         (lambda f: (f / "singleturn/animal/1.jpg").unlink(), "the picture of row 2 is not there"),
         ({"edit_type": "remove"}, "has no prompt for the task 'remove'"),
         ({"id": "../../x.jpg"}, "leaves the dataset folder"),
