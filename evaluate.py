@@ -24,7 +24,9 @@ Departures from the benchmarks' own scripts, the first three undone by --mode of
 3. Means are not rounded on the way.
 4. Edits are stored as PNG. GEdit's are still shown at the size and through the JPEG of its scorer,
    but the judge answers at temperature 0, unless its server takes none or --judge_draws is over 1.
-5. PSNR and SSIM to the source stand beside the scores of every subject but the source itself.
+5. PSNR and SSIM to the source stand beside the scores of every subject but the source itself, and
+   in strict reading the scores that a benchmark's own are made of.
+6. With --repeats a row counts with the mean of its answers, and as answered if all can be read.
 Never reproduced, in no mode: random scores for answers that cannot be read, endless retries, rows
 that count twice, and scores out of thoughts (<think>) or out of a reply cut by its token limit.
 """
@@ -35,7 +37,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import sys
 import threading
@@ -393,17 +394,17 @@ def _scored_row(benchmark, calls, mode, digits):
     starts = range(0, len(calls), size)
     rounds = [_measured(benchmark, calls[i : i + size], mode) for i in starts]
     main = METRICS[benchmark][0]
-    answered = [found for found in rounds if not math.isnan(found[main])]
+    repeats = [found[main] for found in rounds]
     said = [record.get("reply") or record.get("failure", "") for record in calls]
-    row = calls[0] | {"answered": len(answered) == len(rounds), "said": "\n".join(said).strip()}
-    row["repeats"] = [found[main] for found in rounds]
+    row = calls[0] | {"repeats": repeats, "said": "\n".join(said).strip()}
+    row["answered"] = not any(map(math.isnan, repeats))
     for name in rounds[0]:
         if mode == "official":  # what has no score is left out
-            values = [found[name] for found in answered] or [math.nan]
+            values = [found[name] for found in rounds if not math.isnan(found[main])]
         else:
             values = [found[name] for found in rounds]
             values = np.nan_to_num(values, nan=FLOOR[benchmark])
-        row[name] = _average(values, digits)
+        row[name] = _average(values, digits) if len(values) else math.nan
     return row
 
 
@@ -542,10 +543,9 @@ def _read_heldout(folder, settings):
     """The test split of a dataset folder, which has no prompts: the judge brings its own."""
     rows = read_rows(folder, "test")
     for row in rows:
-        row["row"] = row["id"]
         row.setdefault("task", "all")
-        row["source"] = row["images"][0]
-        row["files"] = [row["id"]]  # an edit is called by its row's id
+        # an edit is called by its row's id
+        row.update(row=row["id"], source=row["images"][0], files=[row["id"]])
         inside(folder, f"{row['id']}.png", row["where"])  # only the check: an id may hold ".."
     return rows, {}
 
@@ -670,15 +670,10 @@ def _read_vie_prompts(file):
 
 def _find_file(folders, names):
     """The first of `names` in the first of `folders` that has one; BadInput when none has."""
-    found = _first_file(folder / name for folder, name in itertools.product(folders, names))
-    if found is None:
-        raise BadInput(f"{folders[0]}: holds no {' or '.join(names)}; put the benchmark's there")
-    return found
-
-
-def _first_file(paths):
-    """The first path that is a file; None without one."""
-    return next(filter(os.path.isfile, paths), None)
+    for folder, name in itertools.product(folders, names):
+        if (folder / name).is_file():
+            return folder / name
+    raise BadInput(f"{folders[0]}: holds no {' or '.join(names)}; put the benchmark's there")
 
 
 READERS = {"imgedit": _read_imgedit, "gedit": _read_gedit, "heldout": _read_heldout}
@@ -769,17 +764,20 @@ def _subjects_of(settings):
 
 def _find_picture(folder, stems):
     """The first of `stems` (paths without ending) that is a picture in a folder; None without."""
-    names = itertools.product(stems, ENDINGS)
-    return _first_file(Path(folder, stem + ending) for stem, ending in names)
+    for stem, ending in itertools.product(stems, ENDINGS):
+        path = Path(folder, stem + ending)
+        if path.is_file():
+            return path
+    return None
 
 
-def _find_edit(settings, row, subject):
+def _find_edit(job, row, subject):
     """The path of a subject's edit of a row; None where there is none."""
     if subject == "source":
         return Path(row["images"][0])
     if subject == "edits":
-        return _find_picture(settings.edits, row["files"])
-    return _find_picture(Path(settings.out, subject), row["files"][:1])  # only what we wrote
+        return _find_picture(job.settings.edits, row["files"])
+    return _find_picture(job.out / subject, row["files"][:1])  # only what we wrote
 
 
 def _check_folder(job, flag):
@@ -894,7 +892,7 @@ def _find_calls(job, rows):
     calls = []
     for subject in _subjects_of(job.settings):
         for row in rows:
-            path = _find_edit(job.settings, row, subject)
+            path = _find_edit(job, row, subject)
             edit_hash = _hash_of(path) if path else ""
             names = CALLS[job.settings.benchmark]
             for repeat, name in itertools.product(range(job.settings.repeats), names):
@@ -924,8 +922,9 @@ def _read_answers(job, label):
     records = []
     faults = []
     for file in job.out.glob(f"calls-{label}-*.jsonl"):
-        found = [record for _, record in read_json_lines(file, faults)]
-        records += [record for record in found if isinstance(record.get("time"), float)]
+        for _, record in read_json_lines(file, faults):
+            if isinstance(record.get("time"), float):
+                records.append(record)
     if faults:
         say_once(f"warning: {len(faults)} calls do not count, such as {faults[0]}", sys.stderr)
     records.sort(key=itemgetter("time"))  # in a dict the last of a key stays
@@ -1191,23 +1190,24 @@ def _differences(a, b, benchmark, names):
 def _describe(settings, result):
     """What a person reads first: every table, the gain over the baselines, and rows for tables of
     published numbers."""
-    rows = {subject: content["rows"] for subject, content in result["subjects"].items()}
-    first, *others = rows
+    rows_of = {subject: content["rows"] for subject, content in result["subjects"].items()}
+    first, *others = rows_of
     lines = [
         f"{settings.benchmark}, {result['mode']} reading, judge and prompts {result['judge']}, "
-        f"{len(rows[first])} rows, metadata {result['metadata']}"
+        f"{len(rows_of[first])} rows, metadata {result['metadata']}"
     ]
-    for subject, content in result["subjects"].items():
-        lines += _as_text(content["groups"], subject)
-        unanswered = [row["said"] for row in content["rows"] if not row["answered"]]
+    for subject, rows in rows_of.items():
+        lines += _as_text(result["subjects"][subject]["groups"], subject)
+        unanswered = [row["said"] for row in rows if not row["answered"]]
         missing = sum(MISSING in said for said in unanswered)
         unread = len(unanswered) - missing
         if unanswered:
             lines.append(f"warning: {subject}: {missing} edits missing, {unread} without a score")
         if settings.repeats > 1:
-            lines.append(_spread(subject, content["rows"]))
+            lines.append(_spread(subject, rows))
     for other in others:
-        lines += _differences(rows[first], rows[other], settings.benchmark, (first, other))
+        names = (first, other)
+        lines += _differences(rows_of[first], rows_of[other], settings.benchmark, names)
     return "\n".join([*lines, *_pasted_rows(settings, result, first)])
 
 
@@ -1301,7 +1301,8 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
     rows = next(iter(results[0]["subjects"].values()))["rows"]  # of the subject in question
     articles = ""
     by_task = {}
-    for number in job.bar(np.argsort([row[main] for row in rows]), "report"):  # the worst first
+    scores = np.nan_to_num([row[main] for row in rows], nan=-1.0)  # below the worst
+    for number in job.bar(np.argsort(scores), "report"):  # the worst first
         job.refuse_when_stopped()
         row = rows[number]
         shown = _shown(job, results, number)
@@ -1340,7 +1341,7 @@ def _shown(job, results, number):
     shown = []
     for name in dict.fromkeys(["source", *reversed(results[0]["subjects"])]):
         row = job.rows[number]
-        picture = _picture_or_none(_find_edit(job.settings, row, name) or MISSING)
+        picture = _picture_or_none(_find_edit(job, row, name) or MISSING)
         link = ""
         if picture:
             picture.thumbnail((384, 384))
