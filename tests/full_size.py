@@ -101,6 +101,7 @@ def watched(meter, pipe):
         "parked": parked,
         "close_epoch": close_epoch,
         "evaluate": lambda *args: [],
+        "old_is_new": lambda editor: False,  # as in all epochs but the first
         "refuse_hopeless": lambda *args: None,
     }
     encoders = [pipe.components.get(name) for name in ("text_encoder", "text_encoder_2")]
@@ -204,8 +205,7 @@ def highest(meter, phases):
 def times_an_epoch(settings):
     """How often an epoch has what was counted by phase: for one group, one held-out edit."""
     times = dict.fromkeys((*DRAWING, *TRAINING), settings.groups) | {"step": 1}
-    policies = 3 if settings.ema_decay else 2
-    times["evaluate"] = settings.eval_rows * policies / settings.eval_every
+    times["evaluate"] = settings.eval_rows / settings.eval_every
     return times
 
 
@@ -233,14 +233,19 @@ def epoch_copies(meter, settings):
 
 
 def flops_on_slowest(meter, settings, ranks):
-    """FLOPs of an epoch on the rank that has most to do: groups are drawn whole, chunks dealt."""
-    pairs = settings.group_size * settings.train_timesteps
-    chunks = settings.groups * math.ceil(pairs / settings.train_batch)
-    units = dict.fromkeys(DRAWING, settings.groups) | dict.fromkeys(TRAINING, chunks)
-    units |= {"step": 1, "evaluate": settings.eval_rows}
+    """FLOPs of an epoch on the rank that has most to do.
+
+    Groups are drawn whole; chunks are dealt, those with the pull to the base by themselves.
+    """
+    pulled = settings.groups * math.ceil(settings.group_size / settings.train_batch)
+    others = settings.group_size * (settings.train_timesteps - 1)  # pairs of a group
+    others = settings.groups * math.ceil(others / settings.train_batch)
+    units = dict.fromkeys(DRAWING, [settings.groups]) | dict.fromkeys(TRAINING, [pulled, others])
+    units |= {"base": [pulled], "step": [1], "evaluate": [settings.eval_rows]}
     flops = 0
     for phase, whole in epoch_flops(meter, settings).items():
-        flops += whole / units[phase] * math.ceil(units[phase] / ranks)
+        on_slowest = sum(math.ceil(number / ranks) for number in units[phase])
+        flops += whole * on_slowest / sum(units[phase])
     return flops
 
 

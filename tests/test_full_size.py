@@ -1,9 +1,8 @@
 """full_size.py: its editors have the released sizes, its pretended GPU counts as a real device."""
 
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
+from contextlib import redirect_stdout
+from io import StringIO
 from types import SimpleNamespace
 
 import full_size
@@ -16,8 +15,6 @@ from released import NAMES, build_editor, build_judge, parameters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-
-SCRIPT = Path(full_size.__file__)
 
 # ---------------------------------------------------------------- sizes
 
@@ -193,10 +190,20 @@ def test_every_second_belongs_to_one_phase(monkeypatch):
     assert seconds == {"loading": 1, "denoise": 3, "encode": 1, "decode": 1}
 
 
+def settings_of(**changes):
+    """Those of a tiny epoch: 3 edits in 2 steps, 2 trained times."""
+    few = {"group_size": 3, "rollout_steps": 2, "train_timesteps": 2, "eval_steps": 1}
+    values = {"base": "x", "data": "x", "judge": "local:x", "resolution": 64} | few | changes
+    return full_size.train_nft.Settings(**values)
+
+
+FEW = ["group_size=3", "rollout_steps=2", "train_timesteps=2", "eval_steps=1"]
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """The meter of a tiny Kontext's epoch, and the settings."""
-    settings = full_size.train_nft.Settings(base="x", data="x", judge="local:x", resolution=64)
+    settings = settings_of()
     meter = Meter(GPU)
     full_size.run_model("kontext", settings, meter, is_tiny=True)
     return meter, settings
@@ -228,10 +235,10 @@ def test_the_forward_of_an_edit_costs_the_same_wherever_it_is_made(tiny):
 
 
 def test_without_recompute_backward_costs_a_forward_less_and_more_memory(tiny):
-    meter, settings = tiny
+    meter, _ = tiny
     kept = Meter(GPU)
-    settings = full_size.dataclasses.replace(settings, gradient_checkpointing=False)
-    full_size.run_model("kontext", settings, kept, is_tiny=True)
+    without = settings_of(gradient_checkpointing=False)
+    full_size.run_model("kontext", without, kept, is_tiny=True)
     before, after = meter.figures["backward"], kept.figures["backward"]
     saved = full_size.flops_of(before) - full_size.flops_of(after)
     assert 0.5 < saved / full_size.flops_of(meter.figures["new"]) <= 1
@@ -239,13 +246,13 @@ def test_without_recompute_backward_costs_a_forward_less_and_more_memory(tiny):
 
 
 def test_the_slowest_rank_has_whole_groups_to_draw_and_chunks_to_train():
-    settings = full_size.train_nft.Settings(base="x", data="x", judge="local:x", groups=4)
+    settings = settings_of(groups=4, group_size=12, rollout_steps=6, train_timesteps=5)
     meter = Meter(GPU)
     for phase in ("denoise", "backward"):
         meter.figures[phase].flops = Counter({torch.bfloat16: 10})
-    # 4 groups of 60 pairs in 5 chunks
+    # 4 groups; 4 chunks with the pull to the base and 16 without it
     assert full_size.flops_on_slowest(meter, settings, 1) == pytest.approx(40 + 40)
-    assert full_size.flops_on_slowest(meter, settings, 3) == pytest.approx(20 + 2 * 7)
+    assert full_size.flops_on_slowest(meter, settings, 3) == pytest.approx(20 + 2 * (2 + 6))
 
 
 # ---------------------------------------------------------------- the command
@@ -255,26 +262,32 @@ def cells_of(line):
     return line.strip("| \n").split(" | ")
 
 
-def test_tiny_editors_make_the_simulated_tables(capsys):
-    full_size.main(["--tiny", "--models", "kontext", "klein"])
-    said = capsys.readouterr().out
-    assert "Simulated, not measured" in said
-    assert "adds 17 GB (Qwen2.5-VL-7B; 32B: 67 GB)" in said
-    lines = said.splitlines()
-    (start,) = [number for number, line in enumerate(lines) if "share of FLOPs" in line]
-    for row in lines[start + 2 : start + 4]:
-        name, *shares, judge = cells_of(row)
-        assert name in (NAMES["kontext"][0], NAMES["klein"][0])
-        assert sum(float(share.rstrip("%")) for share in shares) == pytest.approx(100, abs=0.5)
+@pytest.fixture(scope="module")
+def simulated():
+    """What the command prints of a tiny editor."""
+    with redirect_stdout(StringIO()) as said:
+        full_size.main(["--tiny", "--models", "klein", "--set", "groups=7", *FEW])
+    return said.getvalue()
 
 
-def test_settings_of_train_nft_can_be_set(capsys):
-    full_size.main(["--tiny", "--models", "klein", "--set", "groups=7", "group_size=3"])
-    assert "7 x 3 edits an epoch at 64 pixels" in capsys.readouterr().out
+def test_the_tables_say_that_they_are_simulated_and_what_a_judge_adds(simulated):
+    assert simulated.startswith("Simulated, not measured: ")
+    assert "A judge on the same card adds 17 GB (Qwen2.5-VL-7B; 32B: 67 GB)" in simulated
+
+
+def test_the_shares_of_the_phases_add_up_to_an_epoch(simulated):
+    head, _, row = simulated[simulated.index("| share of FLOPs") :].splitlines()[:3]
+    name, *shares, judge = cells_of(row)
+    assert (name, cells_of(head)[-1]) == (NAMES["klein"][0], "7B judge, besides")
+    assert sum(float(share.rstrip("%")) for share in shares) == pytest.approx(100, abs=0.5)
+
+
+def test_settings_of_train_nft_can_be_set(simulated):
+    assert "7 x 3 edits an epoch at 64 pixels" in simulated
 
 
 def test_measured_tiny_editors_make_a_row(capsys):
-    full_size.main(["--tiny", "--measure", "--models", "klein", "--set", "group_size=3"])
+    full_size.main(["--tiny", "--measure", "--models", "klein", "--set", *FEW])
     *_, head, line, row, _ = capsys.readouterr().out.split("\n")[:-1]
     assert cells_of(head)[:4] == ["measured", "drawing", "training", "both"]
     _, drawing, training, both, _ = cells_of(row)
@@ -290,15 +303,13 @@ def test_a_model_that_does_not_fit_is_a_row_and_no_crash(monkeypatch):
 
     forward = FluxTransformer2DModel.forward
     monkeypatch.setattr(FluxTransformer2DModel, "forward", full)
-    settings = full_size.train_nft.Settings(base="x", data="x", judge="local:x", resolution=64)
-    (cell,) = full_size.measured_cells("kontext", settings, CPU, is_tiny=True)
+    (cell,) = full_size.measured_cells("kontext", settings_of(), CPU, is_tiny=True)
     assert cell.startswith("does not fit")
     assert cell.endswith("in phase denoise")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_cuda_a_measurement_says_so_in_one_line():
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--measure"], capture_output=True, text=True, check=True
-    )
-    assert (done.stdout.count("\n"), done.stdout[:7]) == (1, "skipped")
+def test_without_cuda_a_measurement_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    full_size.main(["--measure"])
+    said = capsys.readouterr().out
+    assert (said.count("\n"), said[:7]) == (1, "skipped")
