@@ -393,9 +393,6 @@ def main(argv=None):
     parser.add_argument("--cap", type=float, default=0.0, help="GB of the card to use; 0: all")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.measure and not args.tiny and not torch.cuda.is_available():
-        print("skipped: no CUDA device here; without --measure none is needed")
-        return
     words = ["--base", "x", "--data", "x", "--judge", "local:x"]
     for pair in args.set:
         name, _, value = pair.partition("=")
@@ -403,6 +400,9 @@ def main(argv=None):
     if args.tiny:
         words += ["--resolution", "64"]
     settings = parse_settings(train_nft.Settings, words, "")
+    if args.measure and not args.tiny and not torch.cuda.is_available():
+        print("skipped: no CUDA device here; without --measure none is needed")
+        return
     if args.measure:
         print_measured(args, settings)
         return
