@@ -406,6 +406,7 @@ RUN_BY = {
         "test_evaluate.py: test_a_held_out_set_is_scored_by_the_judge_and_by_the_oracle"
     ),
     "evaluate.py compare": "test_evaluate.py: test_a_verdict_says_how_much_of_the_source_is_kept",
+    "evaluate.py seeds": ("test_evaluate.py: test_seeds_are_a_mean_and_a_spread_and_not_more_rows"),
     "evaluate.py agree": "test_evaluate.py: test_agree_prints_a_line_for_a_strategy",
     "evaluate.py curves": (
         "test_evaluate.py: test_curves_draw_the_mean_of_runs_and_the_band_between_them"
@@ -446,8 +447,8 @@ def understand(command, patch):
         parse_args(parser, command.words)
         raise Parsed
 
-    if command.what == "evaluate.py compare":  # takes two runs and no options
-        assert len(command.words) == 3
+    if command.what in ("evaluate.py compare", "evaluate.py seeds"):  # take runs and no options
+        assert len(command.words) >= 3 and not any(word.startswith("-") for word in command.words)
         return
     with pytest.raises(Parsed):
         if parse_settings:
