@@ -3,6 +3,7 @@
     python data_prep.py toy                          # builds data/toy: rows, pictures, two models
     python data_prep.py check DIR                    # lists every fault of a dataset folder
     python data_prep.py check DIR --against BENCH    # and a benchmark's pictures in it
+    python data_prep.py import SRC DIR --prompt COLUMN --image COLUMN    # a dataset of a table
 
 A dataset is a folder with train.jsonl and test.jsonl (or *_metadata.jsonl) and pictures. A row is a
 JSON object: `prompt`, `image` (a path in the folder, or a list of them), and optional `id`,
@@ -753,7 +754,7 @@ def read_records(path: str | Path) -> Iterator[dict]:
             raise BadInput(f"{file}: not a readable table ({reason}); get it again") from None
 
 
-read_table = read_records
+read_table = read_records  # its name in evaluate.py
 
 
 def _records_in(file):

@@ -19,6 +19,7 @@ import data_prep
 from data_prep import BadInput, picture_in, read_records, read_table, write_json_lines
 
 pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 ROOT = Path(__file__).parents[1]
 
 
@@ -207,6 +208,32 @@ def test_several_source_pictures_stay_a_list(tmp_path):
     folder = load(tmp_path, "--test", "1")
     rows = {row["prompt"]: row for row in rows_in(folder, "train") + rows_in(folder, "test")}
     assert len(rows["p"]["image"]) == 2 and isinstance(rows["q"]["image"], str)
+
+
+@pytest.mark.parametrize("cell", ["struct", "list", "bytes", "path"])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_every_form_of_a_picture_in_a_table_is_imported(tmp_path, cell, kind):
+    """As the hub has them, and as `save_to_disk` leaves them: with other files beside."""
+    src = tmp_path / "src"
+    src.mkdir()
+    records = []
+    for i in range(3):
+        (src / f"{i}.png").write_bytes(picture(i))
+        forms = {"struct": {"bytes": picture(i), "path": None}, "bytes": picture(i)}
+        forms |= {"path": {"bytes": None, "path": f"{i}.png"}, "list": [forms["struct"]]}
+        records.append({"prompt": "p", "image": forms[cell]})
+    table = pyarrow.Table.from_pylist(records)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, src / "train-00000-of-00001.parquet")
+    else:
+        with pyarrow.ipc.new_stream(src / "data-00000-of-00001.arrow", table.schema) as stream:
+            stream.write_table(table)
+    (src / "dataset_info.json").write_text('{"features": {}}')
+    (src / "state.json").write_text('{"_data_files": []}')
+    folder = load(tmp_path, "--test", "1")
+    assert not left_out(folder)
+    stored = {path.read_bytes() for path in (folder / "pictures").iterdir()}
+    assert stored == {picture(i) for i in range(3)}
 
 
 def test_paths_may_begin_in_another_folder(tmp_path):
