@@ -1238,7 +1238,10 @@ def _take_rows(settings):
 
 def _numbered_records(source):
     """(place, record) of all records of a table, or of the tables in a folder."""
-    for file in table_files(source):
+    files = table_files(source)
+    if not files:
+        raise BadInput(f"{source}: is no file, and no folder with parquet or arrow; name a table")
+    for file in files:
         for number, record in enumerate(read_records(file), 1):
             yield f"{os.path.relpath(file, _folder_of(source))} row {number}", record
 

@@ -476,7 +476,7 @@ def test_a_picture_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
 def test_a_source_without_tables_is_one_line(tmp_path):
     (tmp_path / "src").mkdir()
     for name in ("src", "nowhere"):
-        with pytest.raises(BadInput, match=f"{name}: 0 good rows"):
+        with pytest.raises(BadInput, match=f"{name}: is no file, and no folder with parquet"):
             data_prep.main(["import", str(tmp_path / name), str(tmp_path / "out")])
 
 
