@@ -728,21 +728,24 @@ def _check_header(path):
 # ---------------------------------------------------------------- tables of others
 
 
-def table_files(path: str | Path) -> list[Path]:
-    """A table's file itself, or by name all parquet and arrow files below a folder."""
+TABLES = (".parquet", ".arrow")  # what is looked for in a folder; other kinds are named
+
+
+def table_files(path: str | Path, kinds: tuple = TABLES) -> list[Path]:
+    """A table's file itself, or by name all files of these kinds below a folder."""
     path = Path(path)
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".arrow"))
+    return sorted(file for file in path.rglob("*") if file.suffix in kinds)
 
 
-def read_records(path: str | Path) -> Iterator[dict]:
-    """The records of a table, or of all `table_files` of a folder: {column: value}.
+def read_records(path: str | Path, kinds: tuple = TABLES) -> Iterator[dict]:
+    """The records of a table, or of those of these kinds in a folder: {column: value}.
 
     Parquet and arrow (streams, as `datasets` writes them) a few at a time, JSON lines, a JSON list,
     csv (all is text). BadInput for a broken file.
     """
-    for file in table_files(path):
+    for file in table_files(path, kinds):
         try:
             yield from _records_in(file)
         except ImportError:
@@ -752,9 +755,6 @@ def read_records(path: str | Path) -> Iterator[dict]:
         except Exception as error:  # whatever a broken file makes its library raise
             reason = one_line(error)
             raise BadInput(f"{file}: not a readable table ({reason}); get it again") from None
-
-
-read_table = read_records  # its name in evaluate.py
 
 
 def _records_in(file):

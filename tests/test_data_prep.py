@@ -1195,7 +1195,7 @@ def test_a_broken_table_is_one_line(tmp_path):
     for name in ("a.parquet", "a.arrow"):
         (tmp_path / name).write_text("text")
         with pytest.raises(BadInput, match=f"{name}: not a readable table") as error:
-            list(data_prep.read_table(tmp_path))
+            list(data_prep.read_records(tmp_path))
         assert "\n" not in str(error.value)
         (tmp_path / name).unlink()
 

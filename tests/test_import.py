@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import data_prep
-from data_prep import BadInput, picture_in, read_records, read_table, write_json_lines
+from data_prep import BadInput, picture_in, read_records, write_json_lines
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.parquet")
@@ -53,7 +53,7 @@ def write_arrow(path):
 def test_the_records_of_a_table_are_read_as_they_were_written(tmp_path, write):
     path = tmp_path / write.__name__.replace("write_", "x.")
     write(path)
-    assert list(read_records(path)) == RECORDS == list(read_table(tmp_path))
+    assert list(read_records(path)) == RECORDS == list(read_records(tmp_path))
 
 
 @pytest.mark.parametrize(
