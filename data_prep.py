@@ -1403,27 +1403,26 @@ def picture_grid(
     """
     pictures = filter(None, itertools.chain(*rows))
     side = max([cell, *(max(picture.size) for picture in pictures)])
-    across = GAP + side
     down = side + LINE * CAPTION_LINES
-    top = LINE * TITLE_LINES
-    size = (across * max([1, *map(len, rows)]), top + down * len(rows))
+    columns = max([1, *map(len, rows)])
+    size = ((side + GAP) * columns, LINE * TITLE_LINES + down * len(rows))
     sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-
-    def write(text, x, y, width, lines):
-        text = textwrap.fill(text, width // LETTER, max_lines=lines)
-        draw.text((x, y), text, "black", spacing=0)
-
-    write(title, 0, 0, sheet.width, TITLE_LINES)
+    _write(sheet, title, (0, 0), sheet.width, TITLE_LINES)
     for i, row in enumerate(rows):
+        top = LINE * TITLE_LINES + down * i
         for j, picture in enumerate(row):
-            x = across * j
-            y = top + down * i
+            left = (side + GAP) * j
             if picture:
                 square = ImageOps.pad(picture, (side, side), Image.Resampling.NEAREST, "white")
-                sheet.paste(square, (x, y))
-            write(captions[i][j], x, y + side, side, CAPTION_LINES)
+                sheet.paste(square, (left, top))
+            _write(sheet, captions[i][j], (left, top + side), side, CAPTION_LINES)
     return sheet
+
+
+def _write(sheet, text, place, width, lines):
+    """Writes a text on a picture, in lines of a width in pixels, cut after so many of them."""
+    text = textwrap.fill(text, width // LETTER, max_lines=lines)
+    ImageDraw.Draw(sheet).text(place, text, "black", spacing=0)
 
 
 # ---------------------------------------------------------------- the toy world: rows and oracle
