@@ -735,9 +735,16 @@ class Job:
         return self.rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     @property
+    def device(self) -> torch.device:
+        """Where editor and local judge work. Several processes have the CPU as "cpu:0", which would
+        copy weights to places where a sum is rounded otherwise: not what one process draws."""
+        device = self.accelerator.device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def dtype(self) -> torch.dtype:
         """The precision of editor and local judge: few CPUs are fast in bfloat16."""
-        return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def refuse_when_stopped(self) -> None:
         """Raises Stopped once a signal came."""
@@ -825,9 +832,9 @@ def draw_edits(job: Job) -> None:
     """
     settings = job.settings
     editor = None
-    if job.accelerator.device.type == "cpu":
-        # Another number of threads adds up in another order, and a grey level may then differ; so
-        # several processes would not draw what one draws.
+    if job.device.type == "cpu":
+        # Several processes have fewer threads each, which add up in another order: a grey level
+        # may then differ from what one process draws.
         torch.set_num_threads(1)
     # only these are ours to draw; sorted, as the order of a set differs from run to run
     for subject in sorted({*_subjects_of(settings)} & {"trained", "base"}):
@@ -864,7 +871,7 @@ def _editor_of(job):
     settings = job.settings
     editor = load_editor(
         settings.base,
-        job.accelerator.device,
+        job.device,
         job.dtype,
         settings.resolution,
         trust_remote_code=settings.trust_remote_code,
@@ -944,7 +951,7 @@ def judge_edits(job: Job) -> None:
     BadInput when the judge cannot be loaded or its first 8 calls all fail.
     """
     settings = job.settings
-    judge = load_judge(settings, job.accelerator.device, job.dtype, stop=job.stop)
+    judge = load_judge(settings, job.device, job.dtype, stop=job.stop)
     _warn_of_own_judge(job, judge)
     label = _label_of(job, judge)
     answers = _read_answers(job, label)

@@ -1598,6 +1598,13 @@ def test_edits_are_drawn_by_one_thread_whatever_the_number_of_cores(
     assert set(threads) == {1}
 
 
+def test_several_processes_have_the_weights_where_one_has_them():
+    accelerator = types.SimpleNamespace(device=torch.device("cpu", 0))  # as accelerate calls it
+    job = evaluate.Job(evaluate.Settings(), accelerator, threading.Event(), [], {})
+    weights = torch.zeros(3)
+    assert weights.to(job.device).data_ptr() == weights.data_ptr()
+
+
 # ---------------------------------------------------------------- a stop
 
 
