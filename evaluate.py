@@ -597,7 +597,7 @@ def _read_gedit(folder, settings):
     folders = (folder, folder / "viescore", folder.parent / "viescore")
     prompts = _read_vie_prompts(_find_file(folders, ("vie_prompts.py",)))
     listed = folder / "metadata.jsonl"
-    entries = read_records(listed if listed.is_file() else folder, (".parquet", ".arrow"))
+    entries = read_records(listed if listed.is_file() else folder)
     rows = []
     times = Counter()  # how often each place has come so far
     for number, entry in enumerate(entries, 1):
@@ -1437,7 +1437,7 @@ def _read_results(run):
 class AgreeSettings(JudgeSettings):
     """Edits that people rated, and the judge that is to rate them, too."""
 
-    table: str = setting("", "Parquet, arrow, jsonl, json, csv or tar; also the first word.")
+    table: str = setting("", "Parquet, arrow, jsonl, json or csv; also the first word.")
     columns: list[str] = setting(
         [], "NAME=COLUMN[,COLUMN] ...: where prompt, image, edits, scores, preference stand."
     )
