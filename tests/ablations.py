@@ -159,14 +159,13 @@ class Run:
 
     def words(self) -> list[str]:
         """The command line of its train_nft.py."""
-        each_quarter = max(1, self.epochs // 4)
-        flags = f"{self.settings.flags} {self.variant.flags}"  # the last of two counts
-        return [
-            *("--seed", str(self.seed), "--epochs", str(self.epochs), "--resume", "auto"),
-            *("--eval_every", str(each_quarter), "--save_every", str(each_quarter)),
-            *flags.replace("tests/", f"{HERE}/").split(),
-            *("--out", str(self.folder)),
-        ]
+        quarter = max(1, self.epochs // 4)
+        words = f"--seed {self.seed} --epochs {self.epochs} --resume auto"
+        words += f" --eval_every {quarter} --save_every {quarter}"
+        words += f" {self.settings.flags} {self.variant.flags}"  # the last of two counts
+        # so that a judge is found from any folder
+        words = [word.replace("tests/", f"{HERE}/") for word in words.split()]
+        return [*words, "--out", str(self.folder)]
 
     def log(self) -> list[dict]:
         """What is logged so far."""

@@ -106,6 +106,16 @@ def test_a_run_goes_on_where_it_was_and_a_finished_one_is_not_run_again(study):
         assert [record["epoch"] for record in records] == [1, 2]
 
 
+def test_a_variants_flags_come_last_and_its_judge_is_found_from_any_folder(monkeypatch):
+    monkeypatch.setattr(ablations, "HERE", "/a place")
+    settings = ablations.Settings(flags="--groups 2 --lr 1")
+    variant = ablations.Variant("--groups 3 --judge tests/mine.py:f")
+    words = ablations.Run("x", 0, variant, settings).words()
+    found = parse_settings(train_nft.Settings, words, **train_nft.TOY)
+    assert (found.groups, found.lr, found.judge) == (3, 1, "/a place/mine.py:f")
+    assert found.out == "runs/ablations/x/seed-0" and found.resume == "auto"
+
+
 def test_a_patch_changes_the_variants_own_scripts_alone(study):
     patch = ablations.VARIANTS["no-negative"].patch
     texts = {}
