@@ -1133,7 +1133,7 @@ def _benchmark_pictures(folder):
 FORMATS = {
     "": "",
     "released": "requirement=requirement",
-    "cocoedit": "mask=mask",
+    "cocoedit": "kept=mask",
     "editscore-rl": "prompt=instruction image=input_images task=task_type",
     "gpt-image-edit": "prompt=instruction image=input target=output task=task",
     "imgedit": "image=input_images target=output_images",
@@ -1155,6 +1155,7 @@ class ImportSettings(CheckedSettings):
     image: str = setting("image", "Column of the source picture, or of a list of them.")
     target: str = setting("", "Column of a right edit.")
     mask: str = setting("", "Column of the picture that is white where the edit may change.")
+    kept: str = setting("", "In place of a mask, one that is white where all must stay.")
     requirement: str = setting("", "Column of what a good edit must show.")
     task: str = setting("", "Column of the kind of edit.")
     id: str = setting("", "Column of the row's name; the default is file and row.")
@@ -1253,18 +1254,16 @@ def _folder_of(source):
 
 def _import_row(place, record, settings):
     """A record as a row of a dataset, its pictures written; BadInput where it is unfit for one."""
-    base = settings.pictures or _folder_of(settings.source)
     row = {"id": re.sub("[ /]", "-", place)}
-    for key in ("id", *KEYS):
+    for key in ("id", *KEYS, "kept"):
         value = _value_at(record, getattr(settings, key))
         if value in (None, "", []):
             continue
-        if key in WRITTEN:
-            files = [picture_file(cell, base, f"{place}, {key}") for cell in _as_list(value)]
-            value = [_keep_picture(file, settings.dataset) for file in files]
-            if len(value) == 1 or key != "image":
-                value = value[0]
+        if key in (*WRITTEN, "kept"):
+            value = _import_pictures(value, key, place, settings)
         row[key] = value
+    if "kept" in row:
+        row["mask"] = row.pop("kept")
     row["id"] = str(row["id"])
     checked = row | {"where": place}
     _check_texts(checked)
@@ -1274,6 +1273,20 @@ def _import_row(place, record, settings):
         if sizes[0] != sizes[1]:
             raise BadInput(f"{place}: the mask has not the size of the picture; resize it")
     return row
+
+
+def _import_pictures(value, key, place, settings):
+    """The name of a picture that a record holds under a key, or names; the pictures are written."""
+    names = []
+    for cell in _as_list(value):
+        base = settings.pictures or _folder_of(settings.source)
+        file = picture_file(cell, base, f"{place}, {key}")
+        if key == "kept":
+            negative = io.BytesIO()
+            ImageOps.invert(load_image(file)).save(negative, "PNG")
+            file = PictureFile(negative.getvalue(), file.where)
+        names.append(_keep_picture(file, settings.dataset))
+    return names if key == "image" and len(names) > 1 else names[0]
 
 
 def _value_at(record, column):

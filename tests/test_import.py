@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import data_prep
-from data_prep import BadInput, picture_in, read_records, write_json_lines
+from data_prep import BadInput, load_image, picture_in, read_records, write_json_lines
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.parquet")
@@ -234,6 +234,20 @@ def test_every_form_of_a_picture_in_a_table_is_imported(tmp_path, cell, kind):
     assert not left_out(folder)
     stored = {path.read_bytes() for path in (folder / "pictures").iterdir()}
     assert stored == {picture(i) for i in range(3)}
+
+
+def test_a_mask_that_is_white_where_all_must_stay_is_inverted(tmp_path):
+    """CoCoEdit's scorer measures what stays inside the white part of its masks."""
+    write_pictures(tmp_path, "a.png", "b.png")
+    mask = Image.new("L", (32, 24), 255)
+    mask.paste(0, (0, 0, 8, 24))
+    mask.save(tmp_path / "src" / "m.png")
+    other = {"prompt": "q", "image": "b.png", "mask": "m.png"}
+    write_rows(tmp_path, {"prompt": "p", "image": "a.png", "mask": "m.png"}, other)
+    folder = load(tmp_path, "--format", "cocoedit", "--test", "1")
+    (row,) = rows_in(folder, "train")
+    seen = np.asarray(load_image(folder / row["mask"]))
+    assert (seen[:, :8] == 255).all() and (seen[:, 8:] == 0).all() and "kept" not in row
 
 
 def test_paths_may_begin_in_another_folder(tmp_path):
