@@ -245,6 +245,14 @@ def test_without_recompute_backward_costs_a_forward_less_and_more_memory(tiny):
     assert after.peak > before.peak
 
 
+def test_what_is_only_simulated_is_not_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(full_size.sample, "compile_blocks", compiled.append)
+    for device in (GPU, CPU):
+        full_size.run_model("kontext", settings_of(compile=True), Meter(device), is_tiny=True)
+        assert len(compiled) == (device == CPU)
+
+
 def test_the_slowest_rank_has_whole_groups_to_draw_and_chunks_to_train():
     settings = settings_of(groups=4, group_size=12, rollout_steps=6, train_timesteps=5)
     meter = Meter(GPU)
