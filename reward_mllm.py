@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import runpy
@@ -63,6 +64,8 @@ from data_prep import (
     read_json_lines,
     read_rows,
     run_script,
+    say,
+    say_once,
     setting,
     split_file,
     write_json_lines,
@@ -349,15 +352,14 @@ class Scores(NamedTuple):
     def stack(groups: list["Scores"]) -> "Scores":
         """G groups' Scores as one, (G, n) each, terms without the groups that have none; causes and
         words are those of all G n edits."""
-        score = torch.stack([group.score for group in groups])
-        mass = torch.stack([group.mass for group in groups])
-        terms = default_collate([group.terms for group in groups if group.terms] or [{}])
-        causes = []
-        words = []
-        for group in groups:
-            causes += group.causes
-            words += group.words
-        return Scores(score, mass, terms, causes, words)
+        terms = [group.terms for group in groups if group.terms]
+        return Scores(
+            torch.stack([group.score for group in groups]),
+            torch.stack([group.mass for group in groups]),
+            default_collate(terms or [{}]),
+            list(itertools.chain(*(group.causes for group in groups))),
+            list(itertools.chain(*(group.words for group in groups))),
+        )
 
 
 class Verdict(NamedTuple):
@@ -394,8 +396,8 @@ def expected_score(p: dict[str, float], worth: dict[str, float] = DIGITS) -> Ver
     p: the likeliest first words, each with its probability among all words; worth: the words that
     count, each with what it is worth, in [0, 1].
     """
-    likeliest = sorted(p, key=p.get, reverse=True)[:5]
-    words = ", ".join(f"{word[:20]!r} {p[word]:.0%}" for word in likeliest)
+    likeliest = Counter(p).most_common(5)
+    words = ", ".join(f"{word[:20]!r} {share:.0%}" for word, share in likeliest)
     mass = sum(p.get(word, 0.0) for word in worth)
     if not 0 < mass < math.inf:
         return Verdict(torch.nan, mass, "no finite probability of the answers", words)
@@ -457,14 +459,15 @@ def _written_score(text, settings):
 def _read_written(replies, settings):
     """The Verdict in several Replies about one edit: the mean of those that hold a score."""
     scores = []
-    cause = ""
     for reply in replies:
+        words = reply.text[-200:]
         try:
             scores.append(_written_score(reply.said(), settings))
         except JudgeFailure as failure:
             cause = str(failure)
-    words = reply.text[-200:]
-    return Verdict(fmean(scores), words=words) if scores else Verdict(cause=cause, words=words)
+    if scores:
+        return Verdict(fmean(scores), words=words)
+    return Verdict(cause=cause, words=words)
 
 
 # ---------------------------------------------------------------- what all judges share
@@ -498,7 +501,7 @@ class Judge:
 
     part(picture): a picture as a part of a chat message
     write(chats, tokens, draw): a Reply to each chat; draw: the number of a random draw
-    weigh(chats): a Verdict on each chat, from the probabilities of its next word
+    weigh(chats, worth): a Verdict on each chat, from the probabilities of its next word
     """
 
     batch = 1  # chats in one call of write or weigh
@@ -511,15 +514,12 @@ class Judge:
         self.lock = threading.Lock()  # held by who uses the model, or calls the function
         self.name = settings.judge.removeprefix("local:")
         self.prompts = _read_prompts(settings)
-        known = self.prompts.keys() | set(PLAIN_TERMS)
-        self.weights = _read_weights(settings.judge_aspects, known - {"execution"})
+        known = {*self.prompts, *PLAIN_TERMS} - {"execution"}
+        self.weights = _read_weights(settings.judge_aspects, known)
         self.aspects = ["execution", *(name for name in self.weights if name in self.prompts)]
-
-    def use(self, strategy: str):
-        """Turns to one of STRATEGIES; BadInput when this judge cannot follow it."""
-        self.strategy = STRATEGIES[strategy]
-        low, high = self.settings.judge_range
-        self.ending = self.strategy.ending.format(low=low, high=high)
+        strategy = STRATEGIES[settings.judge_strategy]
+        low, high = settings.judge_range
+        self.strategy = strategy._replace(ending=strategy.ending.format(low=low, high=high))
 
     # ------------------------------------------------ from a group of edits to its Scores
 
@@ -540,22 +540,21 @@ class Judge:
 
     def examine_all(self, row, sources, edits):
         """The Scores of n edits under all aspects."""
-        found = {name: self.examine(row, name, sources, edits) for name in self.aspects}
         mask = load_image(row["mask"]) if row.get("mask") else None
         terms = plain_terms(sources[0], edits, mask)
-        for aspect, verdicts in found.items():
+        found = [self.examine(row, aspect, sources, edits) for aspect in self.aspects]
+        for aspect, verdicts in zip(self.aspects, found, strict=True):
             terms[aspect] = torch.tensor([verdict.score for verdict in verdicts])  # (n,)
         score = combine(terms, self.weights)
         masses = []
         causes = []
-        for i, verdicts in enumerate(zip(*found.values(), strict=True)):  # an edit's, by aspect
+        for i, verdicts in enumerate(zip(*found, strict=True)):  # of one edit, by aspect
             masses.append(min(verdict.mass for verdict in verdicts))
-            faults = [verdict.cause for verdict in verdicts]
-            faults += [_range_fault(terms["execution"][i]), _range_fault(score[i])]
+            faults = [verdict.cause for verdict in verdicts] + [_range_fault(score[i])]
             causes.append(next(filter(None, faults), ""))  # the first
             if causes[i]:
                 score[i] = torch.nan
-        words = [verdict.words for verdict in found["execution"]]
+        words = [verdict.words for verdict in found[0]]  # about execution
         return Scores(score, torch.tensor(masses), terms, causes, words)
 
     def examine(self, row, aspect, sources, edits):
@@ -575,20 +574,12 @@ class Judge:
         for batch in batches:
             verdicts += batch.result()
         if self.strategy.draws:
-            return list(map(self.drawn, verdicts, edits))
+            verdicts = list(map(_drawn, verdicts, edits))
         return verdicts
-
-    def drawn(self, verdict, edit):
-        """One answer drawn in place of their mean: the edit's own, whenever it is asked."""
-        if verdict.cause:
-            return verdict
-        draw = random.Random(edit.tobytes())
-        (word,) = draw.choices(list(verdict.shares), verdict.shares.values())
-        return verdict._replace(score=self.strategy.worth[word])
 
     def question(self, row, aspect="execution"):
         """An aspect's question about a row, and how to answer it, which stands last."""
-        ending = THINK if self.strategy.thinks else self.ending
+        ending = THINK if self.strategy.thinks else self.strategy.ending
 
         def fill(text):
             text = text.replace("{answer}", ending).replace("{requirement}", requirement_of(row))
@@ -611,13 +602,13 @@ class Judge:
         tokens = self.settings.judge_think
         if self.strategy.thinks:
             thoughts = self.write(chats, tokens)
-            ending = _message("user", self.ending)
+            ending = _message("user", self.strategy.ending)
             chats = [
                 [*chat, _message("assistant", thought.text), ending]
                 for chat, thought in zip(chats, thoughts, strict=True)
             ]
         if self.strategy.worth:
-            return self.weigh(chats)
+            return self.weigh(chats, self.strategy.worth)
         draws = range(self.settings.judge_draws)
         written = [self.write(chats, tokens, draw) for draw in draws]  # draws x chats
         by_chat = zip(*written, strict=True)  # chats x draws
@@ -640,7 +631,7 @@ class Judge:
     def write(self, chats, tokens, draw=0):
         raise JudgeFailure("this judge does not write; take another --judge")
 
-    def check_stop(self):
+    def check_stop(self, *_):
         """JudgeFailure once there is nothing to wait for any more."""
         if self.is_closed or self.stop.is_set():
             raise JudgeFailure("stopped")
@@ -658,6 +649,15 @@ class Judge:
         self.is_closed = True
         if self.lock.acquire(timeout=3):  # a forward that the end of Python cuts off would crash
             self.lock.release()
+
+
+def _drawn(verdict, edit):
+    """One digit drawn in place of their mean: the edit's own, whenever it is asked."""
+    if verdict.cause:
+        return verdict
+    draw = random.Random(edit.tobytes())
+    (score,) = draw.choices(list(DIGITS.values()), verdict.shares.values())
+    return verdict._replace(score=score)
 
 
 def _range_fault(score):
@@ -703,7 +703,7 @@ class FileJudge(Judge):
             values = [float(value) for value in self.function(row, sources, edits)]
         if len(values) != len(edits):
             raise JudgeFailure(f"{len(values)} scores for {len(edits)} edits")
-        return [Verdict(value) for value in values]
+        return [Verdict(value, cause=_range_fault(value)) for value in values]
 
 
 # ---------------------------------------------------------------- a local judge
@@ -728,16 +728,14 @@ class LocalJudge(Judge):
                 "name one such as Qwen/Qwen2.5-VL-7B-Instruct, or run python data_prep.py toy first"
             ) from error
         self.model = model.to(device).eval()
+        # A thread may have waited long for its turn, and each word it writes is a forward.
+        self.model.register_forward_pre_hook(self.check_stop)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"  # the next word's place is the last in every row
-
-    def use(self, strategy):
-        super().use(strategy)
-        self.token_ids = _answer_token_ids(self.tokenizer, self.strategy.worth)
+        _answer_token_ids(self.tokenizer, self.strategy.worth)  # refused here, if it must be
 
     def inputs(self, chats):
         """The model's arguments for some chats, padded on the left to (B, L)."""
-        self.check_stop()  # here, for a thread may have waited long for its turn with the model
         inputs = self.processor.apply_chat_template(
             chats,
             add_generation_prompt=True,
@@ -751,35 +749,26 @@ class LocalJudge(Judge):
     def write(self, chats, tokens, draw=0):
         with self.lock:
             inputs = self.inputs(chats)
-            whole = self.model.generate(
-                **inputs,
-                max_new_tokens=tokens,
-                do_sample=False,
-                logits_processor=[self.before_each_word],
-            )
+            whole = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         written = whole[:, inputs["input_ids"].shape[1] :]  # (B, tokens at most)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         ends = torch.tensor(self.model.generation_config.eos_token_id)
         has_ended = torch.isin(written.cpu(), ends).any(1)
         return list(map(Reply, texts, (~has_ended).tolist()))
 
-    def before_each_word(self, ids, logits):
-        self.check_stop()
-        return logits
-
     @torch.no_grad()
-    def weigh(self, chats):
+    def weigh(self, chats, worth):
         with self.lock:
             inputs = self.inputs(chats)
             logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-        p = logits.float().softmax(1)  # (B, V)
-        likeliest = p.topk(5)
+        token_ids = _answer_token_ids(self.tokenizer, worth)
         verdicts = []
-        for i in range(len(chats)):
-            words = self.tokenizer.batch_decode(likeliest.indices[i, :, None])
-            seen = dict(zip(words, likeliest.values[i].tolist(), strict=True))
-            seen |= zip(self.strategy.worth, p[i, self.token_ids].tolist(), strict=True)
-            verdicts.append(expected_score(seen, self.strategy.worth))
+        for p in logits.float().softmax(1):  # (V,), of each chat
+            likeliest = p.topk(5)
+            words = self.tokenizer.batch_decode(likeliest.indices[:, None])
+            seen = dict(zip(words, likeliest.values.tolist(), strict=True))
+            seen |= zip(worth, p[token_ids].tolist(), strict=True)
+            verdicts.append(expected_score(seen, worth))
         return verdicts
 
 
@@ -802,18 +791,16 @@ def _answer_token_ids(tokenizer, texts=DIGITS):
 MAX_REPLY = 2**22  # bytes
 TOP_LOGPROBS = 20  # likeliest words that a server is asked for
 DRAW_TEMPERATURE = 0.7  # where the mean of several written scores counts
-SAY_AFTER = 1.0  # seconds without a good reply after which an outage is told
+SAY_AFTER = 1.0  # seconds of failures after which an outage is told
 REST = 5.0  # seconds at most between two tries, and for which a lost outage is not tried again
 
 
 @dataclass
 class Server:
-    """A server, and how it does. Who holds the judge's lock may read and change it."""
+    """A server, and how it does. Who holds the judge's lock may change it."""
 
     url: str
-    busy: int = 0  # requests in flight, and those that rest before another try
-    last_good: float = 0.0  # when its last good reply came
-    silent_since: float = math.inf  # when the first request after that began, once it failed
+    failing_since: float = math.inf  # the first failure after its last good reply
     is_down: bool = False  # it was told that it stopped answering
 
 
@@ -831,13 +818,17 @@ class ServedJudge(Judge):
         if not re.fullmatch("[!-~]+", self.key):
             raise BadInput("JUDGE_API_KEY: holds what a key cannot; ASCII without spaces only")
         processes = int(os.environ.get("WORLD_SIZE") or 1)
-        self.in_flight = max(1, settings.judge_in_flight // processes)
+        in_flight = max(1, settings.judge_in_flight // processes)
         self.servers = [Server(url.rstrip("/")) for url in settings.judge.split(",")]
-        self.room = threading.Semaphore(self.in_flight * len(self.servers))  # for requests
+        # A request takes a place from the front, and puts it back at the end when it has its reply:
+        # servers take turns, and a slow one, whose places come back late, has less to do.
+        self.places = queue.Queue()
+        for server in self.servers * in_flight:
+            self.places.put(server)
         self.patient_since = 0.0  # when it was tried again after an outage that was given up
         self.pool = urllib3.PoolManager(  # it goes through no proxy
             num_pools=len(self.servers),
-            maxsize=self.in_flight,  # as many connections are kept open
+            maxsize=in_flight,  # as many connections are kept open
             headers={"Authorization": f"Bearer {self.key}"},
             retries=False,
         )
@@ -873,91 +864,69 @@ class ServedJudge(Judge):
             raise JudgeFailure("an empty reply")
         return [Reply(text, choice.get("finish_reason") == "length")]
 
-    def weigh(self, chats):
-        options = {
-            "max_tokens": 1,
-            "temperature": 1,
-            "logprobs": True,
-            "top_logprobs": TOP_LOGPROBS,
-        }
-        return [_read_choice(self.complete(*chats, options), self.strategy.worth)]
+    def weigh(self, chats, worth):
+        options = {"max_tokens": 1, "temperature": 1, "logprobs": True}
+        options["top_logprobs"] = TOP_LOGPROBS
+        return [_read_choice(self.complete(*chats, options), worth)]
 
     def complete(self, chat, options):
         """The one choice of a chat completion. What fails is tried again where that may help."""
         deadline = math.inf
         for attempt in itertools.count(1):
+            body = {"model": self.name, "messages": chat, **options}
+            if self.is_new:
+                body["max_completion_tokens"] = body.pop("max_tokens")
+                del body["temperature"]
+            server = self.places.get()
             try:
-                with self.room:
-                    body = {"model": self.name, "messages": chat, **options}
-                    if self.is_new:
-                        body["max_completion_tokens"] = body.pop("max_tokens")
-                        del body["temperature"]
-                    reply = self.ask_a_server(body, attempt)
+                self.check_stop()  # it may have waited long for its place
+                reply = self.request(f"{server.url}/chat/completions", body)
+                self.note(server)
                 match reply:
                     case {"choices": [{"message": {}} as choice]}:
                         return choice
                 raise JudgeFailure("not one choice with a message in the reply")
-            except Unavailable:
+            except Unavailable as failure:
+                self.note(server, str(failure))
                 # One request that a server cannot bear must not wait for as long as others can.
                 now = time.monotonic()
                 deadline = min(deadline, now + self.settings.judge_patience)  # of the first failure
                 if now >= deadline:
                     raise
+                # Its place stays taken for a while: a server that fails has less and less to do.
+                rest = REST if server.is_down else min(attempt, REST)
+                self.stop.wait(rest * random.uniform(0.5, 1))
             except JudgeFailure as failure:
                 # Asked once more without what newer models refuse, if that is what it is about.
                 is_about_options = re.search("max_tokens|temperature", str(failure))
                 if "temperature" not in body or not is_about_options:
                     raise
                 self.is_new = True
+            finally:
+                self.places.put(server)
 
-    def ask_a_server(self, body, attempt):
-        """The reply of the server that fails and works least, of those that have room."""
-        with self.lock:
-            # One of them has room, for `self.room` counts that of all. One that answers was
-            # silent since never (inf), so that it comes first.
-            ready = [server for server in self.servers if server.busy < self.in_flight]
-            server = min(ready, key=lambda server: (-server.silent_since, server.busy))
-            server.busy += 1
-        begun = time.monotonic()
-        try:
-            self.check_stop()  # it may have waited long for its turn
-            reply = self.request(f"{server.url}/chat/completions", body)
-            self.note(server, begun)
-            return reply
-        except Unavailable as failure:
-            self.note(server, begun, str(failure))
-            # Its place stays taken for a while: a server that fails has less and less to do.
-            rest = REST if server.is_down else min(attempt, REST)
-            self.stop.wait(rest * random.uniform(0.5, 1))
-            raise
-        finally:
-            with self.lock:
-                server.busy -= 1
-
-    def note(self, server, begun, cause=""):
+    def note(self, server, cause=""):
         """Keeps how a server does, and tells in a line when it stops answering or is back."""
         now = time.monotonic()
         with self.lock:
             if cause:
                 self.cause = cause
-                # A request may have hung for long while others were answered: not silence.
-                server.silent_since = min(server.silent_since, max(begun, server.last_good))
+                server.failing_since = min(server.failing_since, now)
             else:
-                server.last_good = now
-                server.silent_since = math.inf
+                server.failing_since = math.inf
             was_down = server.is_down
-            server.is_down = now - server.silent_since > SAY_AFTER
+            server.is_down = now - server.failing_since > SAY_AFTER
             if server.is_down != was_down:
                 news = f"stopped answering: {cause}" if cause else "answers again"
-                tqdm.write(f"judge {server.url}: {news}", file=sys.stderr)
+                say(f"judge {server.url}: {news}", sys.stderr)
 
-    def check_stop(self):
-        """JudgeFailure also while no server gave a good reply for judge_patience seconds: all that
-        wait give up together, and so do others for a while; then there is new patience."""
+    def check_stop(self, *_):
+        """JudgeFailure also while all servers have failed for judge_patience seconds: all that wait
+        give up together, and so do others for a while; then there is new patience."""
         super().check_stop()
         now = time.monotonic()
-        silent_since = max(server.silent_since for server in self.servers)
-        outage = now - max(silent_since, self.patient_since)
+        failing_since = max(server.failing_since for server in self.servers)
+        outage = now - max(failing_since, self.patient_since)
         if outage > self.settings.judge_patience + REST:
             self.patient_since = now  # as if the outage began only now
         elif outage > self.settings.judge_patience:
@@ -1015,11 +984,12 @@ def _read_choice(choice, worth):
         return Verdict(cause="no logprobs in the reply")
     verdict = expected_score(dict(zip(words, values, strict=True)), worth)
     said = choice["message"]
-    thinks = thinks or said.get("reasoning_content") or said.get("reasoning")
     is_double = any(words.count(answer) > 1 for answer in worth)
     unseen = worth.keys() - set(words)  # each at most as likely as the last that is listed
     faults = {
-        "the judge thinks before it answers": thinks,
+        "the judge thinks before it answers": thinks
+        or said.get("reasoning_content")
+        or said.get("reasoning"),
         "probabilities that cannot be": is_double or not sum(values) < 1.01,  # nor is NaN
         "a distribution cut by top-k or top-p": values.count(0.0) > 1,
         "answers missing from top_logprobs": verdict.cause
@@ -1047,27 +1017,24 @@ def load_judge(
     within a second, and what is missing is NaN with the cause "stopped".
     """
     if settings.judge.startswith(IS_SERVED):
-        judge = ServedJudge(settings, stop)
-    elif re.fullmatch(FILE_JUDGE, settings.judge):
-        judge = FileJudge(settings, stop)
-    elif settings.judge.startswith("local:"):
-        usual = "cuda" if torch.cuda.is_available() else "cpu"
-        device = settings.judge_device or device or usual
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError) as error:
-            fix = "name cpu or cuda:0"
-            raise BadInput(f"--judge_device {device}: {_cause_of(error)}; {fix}") from None
-        if torch.device(device).type == "cpu":
-            dtype = torch.float32
-        judge = LocalJudge(settings, device, dtype, stop)
-    else:
+        return ServedJudge(settings, stop)
+    if re.fullmatch(FILE_JUDGE, settings.judge):
+        return FileJudge(settings, stop)
+    if not settings.judge.startswith("local:"):
         raise BadInput(
             f"judge {settings.judge!r}: not of the form local:MODEL, http://host:port/v1 or "
             "FILE.py; name one such as local:Qwen/Qwen2.5-VL-7B-Instruct"
         )
-    judge.use(settings.judge_strategy)
-    return judge
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    device = settings.judge_device or device or usual
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        fix = "name cpu or cuda:0"
+        raise BadInput(f"--judge_device {device}: {_cause_of(error)}; {fix}") from None
+    if torch.device(device).type == "cpu":
+        dtype = torch.float32
+    return LocalJudge(settings, device, dtype, stop)
 
 
 def refuse_silent_judge(scores: Scores, name: str, least: float = 0.5):
@@ -1105,8 +1072,7 @@ def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
     again, _ = Scores.stack([future.result() for future in padded]).score.unbind(1)
     moves = (once - again).square().nanmean().sqrt()
     judge.noise = moves.nan_to_num().item()
-    if os.environ.get("RANK", "0") == "0":
-        print(f"judge {judge.name}: a score moves by {moves:.1g} with what is asked beside it")
+    say_once(f"judge {judge.name}: a score moves by {moves:.1g} with what is asked beside it")
     if examples and settings.judge_check and not right.nanmean() > untouched.nanmean():
         raise BadInput(
             f"{judge.name}: scores right edits {right.nanmean():.2f}, untouched sources "
