@@ -24,9 +24,9 @@ Departures from the authors' released code:
 """
 
 import base64
+import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -38,8 +38,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -57,8 +59,12 @@ from data_prep import (
     SPLITS,
     BadInput,
     CheckedSettings,
+    append_json_line,
+    catch_signals,
+    disk_faults,
     load_image,
     load_processor,
+    load_sources,
     locked,
     parse_settings,
     read_json_lines,
@@ -86,10 +92,13 @@ CONSISTENCY = """The question is how far all that it does not ask to change, suc
 faces, background, layout and style, is the same as before. {answer}"""
 QUALITY = """The question is how natural the last picture looks: sharp, well lit, free of seams,
 smears and noise, with no broken shapes, hands or letters. {answer}"""
+CHECKLIST = """Look at this alone: {item}
+{answer}"""
 PROMPTS = {  # what stands from {answer} on comes after the pictures
     "execution": LAYOUT + EXECUTION,
     "consistency": ASIDE + CONSISTENCY,
     "quality": ASIDE + QUALITY,
+    "checklist": LAYOUT + CHECKLIST,  # {item}: asked for each item of a row's checklist, yes or no
 }
 
 THINK = """Do not rate it yet. First say in a few sentences what was asked, what changed, and what
@@ -167,15 +176,16 @@ def requirement_of(row: dict) -> str:
     """What a good edit of a row must show: its `requirement`, or the text for its `task`."""
     task = re.sub("[- ]", "_", str(row.get("task")).strip().lower())
     task = task.removeprefix("subject_").removesuffix("_change")  # as in GEdit's subject-add
-    usual = REQUIREMENTS.get(OTHER_NAMES.get(task, task), ANY_EDIT)
-    return row.get("requirement") or usual
+    task = OTHER_NAMES.get(task, task)
+    return row.get("requirement") or REQUIREMENTS.get(task, ANY_EDIT)
 
 
 # ---------------------------------------------------------------- settings
 
-IS_SERVED = ("http://", "https://")
+IS_SERVED = "https?://"
 # a host's name or [IPv6], perhaps a port and a path; no login, for it would be shown and saved
-ADDRESS = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s@,]*)?"
+ADDRESS = rf"{IS_SERVED}(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{{1,5}})?(/[^\s@,]*)?"
+ADDRESSES = f"{ADDRESS}(,{ADDRESS})*"
 
 
 @dataclass(frozen=True)
@@ -231,14 +241,13 @@ class JudgeSettings(CheckedSettings):
             fix = "give the worst and the best score, 0 10"
             raise BadInput(f"--judge_range {self.judge_range}: {fix}")
         try:
-            has_group = re.compile(self.judge_reply).groups > 0
-        except (re.error, RecursionError, OverflowError):
-            has_group = False
-        if not has_group:
+            groups = re.compile(self.judge_reply).groups
+        except Exception:  # too deep and too large are errors of other kinds
+            groups = 0
+        if groups == 0:
             fix = "write a regular expression with a (group) around the number"
             raise BadInput(f"--judge_reply {self.judge_reply}: {fix}")
-        is_served = self.judge.startswith(IS_SERVED)
-        if is_served and not re.fullmatch(f"{ADDRESS}(,{ADDRESS})*", self.judge):
+        if re.match(IS_SERVED, self.judge) and not re.fullmatch(ADDRESSES, self.judge):
             fix = "http://HOST:PORT/v1[,...] without a password; JUDGE_API_KEY holds a key"
             raise BadInput(f"--judge: not of the form {fix}")
 
@@ -246,7 +255,7 @@ class JudgeSettings(CheckedSettings):
 def _read_prompts(settings):
     """{aspect: prompt}: ours, a local judge's own judge_prompt.txt, the files of --judge_prompt."""
     entries = settings.judge_prompt
-    own = Path(settings.judge.removeprefix("local:"), "judge_prompt.txt")
+    own = settings.judge.removeprefix("local:") + "/judge_prompt.txt"
     if os.path.isfile(own):
         entries = [f"execution={own}", *entries]
     prompts = dict(PROMPTS)
@@ -352,13 +361,12 @@ class Scores(NamedTuple):
     def stack(groups: list["Scores"]) -> "Scores":
         """G groups' Scores as one, (G, n) each, terms without the groups that have none; causes and
         words are those of all G n edits."""
-        terms = [group.terms for group in groups if group.terms]
         return Scores(
             torch.stack([group.score for group in groups]),
             torch.stack([group.mass for group in groups]),
-            default_collate(terms or [{}]),
-            list(itertools.chain(*(group.causes for group in groups))),
-            list(itertools.chain(*(group.words for group in groups))),
+            default_collate([group.terms for group in groups if group.terms] or [{}]),
+            sum((group.causes for group in groups), []),
+            sum((group.words for group in groups), []),
         )
 
 
@@ -516,7 +524,8 @@ class Judge:
         self.prompts = _read_prompts(settings)
         known = {*self.prompts, *PLAIN_TERMS} - {"execution"}
         self.weights = _read_weights(settings.judge_aspects, known)
-        self.aspects = ["execution", *(name for name in self.weights if name in self.prompts)]
+        asked = {"execution", *self.weights}
+        self.aspects = [name for name in self.prompts if name in asked]  # execution first
         strategy = STRATEGIES[settings.judge_strategy]
         low, high = settings.judge_range
         self.strategy = strategy._replace(ending=strategy.ending.format(low=low, high=high))
@@ -535,20 +544,22 @@ class Judge:
         """
         try:
             return self.unless_stopped(self.examine_all, row, sources, edits)
-        except (Exception, SystemExit) as error:  # one group's trouble must not end a run
-            return Scores.missing(len(edits), _cause_of(error))
+        except JudgeFailure as failure:  # one group's trouble must not end a run
+            return Scores.missing(len(edits), str(failure))
 
     def examine_all(self, row, sources, edits):
         """The Scores of n edits under all aspects."""
         mask = load_image(row["mask"]) if row.get("mask") else None
         terms = plain_terms(sources[0], edits, mask)
-        found = [self.examine(row, aspect, sources, edits) for aspect in self.aspects]
-        for aspect, verdicts in zip(self.aspects, found, strict=True):
-            terms[aspect] = torch.tensor([verdict.score for verdict in verdicts])  # (n,)
+        found = []  # for each question, n Verdicts
+        for aspect in self.aspects:
+            answers = self.examine(row, aspect, sources, edits)
+            terms[aspect] = torch.stack(list(map(_scores_of, answers))).mean(0)  # (n,)
+            found += answers
         score = combine(terms, self.weights)
         masses = []
         causes = []
-        for i, verdicts in enumerate(zip(*found, strict=True)):  # of one edit, by aspect
+        for i, verdicts in enumerate(zip(*found, strict=True)):  # of one edit
             masses.append(min(verdict.mass for verdict in verdicts))
             faults = [verdict.cause for verdict in verdicts] + [_range_fault(score[i])]
             causes.append(next(filter(None, faults), ""))  # the first
@@ -558,8 +569,19 @@ class Judge:
         return Scores(score, torch.tensor(masses), terms, causes, words)
 
     def examine(self, row, aspect, sources, edits):
-        """One question about n edits: n Verdicts."""
-        question, ending = self.question(row, aspect)
+        """n Verdicts on each question of an aspect: on one, or on each item of the checklist."""
+        items = [""]
+        if "{item}" in self.prompts[aspect]:
+            items = row.get("checklist") or [requirement_of(row)]
+        if not isinstance(items, list):
+            raise JudgeFailure("the row's checklist is no list; write a list of questions")
+        asked = [_background(self.inquire, row, aspect, item, sources, edits) for item in items]
+        return [future.result() for future in asked]
+
+    def inquire(self, row, aspect, item, sources, edits):
+        """n Verdicts on one question."""
+        strategy = STRATEGIES["yes_no"] if item else self.strategy
+        question, ending = self.question(row, aspect, item)
         sources = [self.part(_shrunk(source, edits[0])) for source in sources]
         chats = []
         for edit in edits:
@@ -569,61 +591,68 @@ class Judge:
             chats.append([_message("user", *parts, ending)])
         # Servers are asked side by side; a local judge's batches take their turn at its lock.
         starts = range(0, len(chats), self.batch)
-        batches = [_background(self.answer, chats[i : i + self.batch]) for i in starts]
+        batches = [_background(self.answer, chats[i : i + self.batch], strategy) for i in starts]
         verdicts = []
         for batch in batches:
             verdicts += batch.result()
-        if self.strategy.draws:
+        if strategy.draws:
             verdicts = list(map(_drawn, verdicts, edits))
         return verdicts
 
-    def question(self, row, aspect="execution"):
+    def question(self, row, aspect="execution", item=""):
         """An aspect's question about a row, and how to answer it, which stands last."""
         ending = THINK if self.strategy.thinks else self.strategy.ending
+        if item:
+            ending = YES_NO
 
         def fill(text):
             text = text.replace("{answer}", ending).replace("{requirement}", requirement_of(row))
+            text = text.replace("{item}", item)
             return text.replace("{prompt}", row["prompt"])  # last: its own braces stay as they are
 
         question, answer, rest = self.prompts[aspect].partition("{answer}")
         return fill(question), fill(answer + rest)
 
-    def answer(self, chats):
+    def answer(self, chats, strategy):
         """A Verdict on each chat. A batch that is refused is tried again one by one."""
         try:
-            return self.converse(chats)
+            return self.converse(chats, strategy)
         except Exception as error:
             if len(chats) > 1:
-                return [self.answer([chat])[0] for chat in chats]
+                return [self.answer([chat], strategy)[0] for chat in chats]
             return [Verdict(cause=_cause_of(error))]
 
-    def converse(self, chats):
-        """What the strategy asks in turn."""
+    def converse(self, chats, strategy):
+        """What a strategy asks in turn."""
         tokens = self.settings.judge_think
-        if self.strategy.thinks:
+        if strategy.thinks:
             thoughts = self.write(chats, tokens)
-            ending = _message("user", self.strategy.ending)
+            ending = _message("user", strategy.ending)
             chats = [
                 [*chat, _message("assistant", thought.text), ending]
                 for chat, thought in zip(chats, thoughts, strict=True)
             ]
-        if self.strategy.worth:
-            return self.weigh(chats, self.strategy.worth)
+        if strategy.worth:
+            return self.weigh(chats, strategy.worth)
         draws = range(self.settings.judge_draws)
         written = [self.write(chats, tokens, draw) for draw in draws]  # draws x chats
-        by_chat = zip(*written, strict=True)  # chats x draws
-        return [_read_written(replies, self.settings) for replies in by_chat]
+        return [_read_written(replies, self.settings) for replies in zip(*written, strict=True)]
 
     # ------------------------------------------------ other words with a judge, and its end
 
     def ask(self, text: str, pictures: list, max_tokens: int = 1024) -> str:
         """The reply to a text and PIL.Images, at temperature 0; JudgeFailure if there is none."""
         chat = [_message("user", text, *map(self.part, pictures))]
-        try:
-            (reply,) = self.unless_stopped(self.write, [chat], max_tokens)
-        except Exception as error:
-            raise JudgeFailure(_cause_of(error)) from error
+        (reply,) = self.unless_stopped(self.write, [chat], max_tokens)
         return reply.said()
+
+    def believes(self, text: str, pictures: list) -> float:
+        """The probability of yes in its answer to a text and PIL.Images; JudgeFailure without."""
+        chat = [_message("user", text, *map(self.part, pictures))]
+        (verdict,) = self.unless_stopped(self.answer, [chat], STRATEGIES["yes_no"])
+        if verdict.cause:
+            raise JudgeFailure(verdict.cause)
+        return verdict.score
 
     def part(self, picture):
         return {"type": "image", "image": picture}
@@ -637,11 +666,14 @@ class Judge:
             raise JudgeFailure("stopped")
 
     def unless_stopped(self, function, *args):
-        """function(*args), or JudgeFailure as soon as the run is stopped."""
+        """function(*args); JudgeFailure for all that it raises, and as soon as a run is stopped."""
         future = _background(function, *args)
         while not future.done():
             self.check_stop()
             wait([future], 0.2)
+        error = future.exception()
+        if error:
+            raise JudgeFailure(_cause_of(error)) from error
         return future.result()
 
     def close(self):
@@ -649,6 +681,11 @@ class Judge:
         self.is_closed = True
         if self.lock.acquire(timeout=3):  # a forward that the end of Python cuts off would crash
             self.lock.release()
+
+
+def _scores_of(verdicts):
+    """The scores of n Verdicts, (n,)."""
+    return torch.tensor([verdict.score for verdict in verdicts])
 
 
 def _drawn(verdict, edit):
@@ -703,7 +740,7 @@ class FileJudge(Judge):
             values = [float(value) for value in self.function(row, sources, edits)]
         if len(values) != len(edits):
             raise JudgeFailure(f"{len(values)} scores for {len(edits)} edits")
-        return [Verdict(value, cause=_range_fault(value)) for value in values]
+        return [[Verdict(value, cause=_range_fault(value)) for value in values]]
 
 
 # ---------------------------------------------------------------- a local judge
@@ -791,17 +828,16 @@ def _answer_token_ids(tokenizer, texts=DIGITS):
 MAX_REPLY = 2**22  # bytes
 TOP_LOGPROBS = 20  # likeliest words that a server is asked for
 DRAW_TEMPERATURE = 0.7  # where the mean of several written scores counts
-SAY_AFTER = 1.0  # seconds of failures after which an outage is told
 REST = 5.0  # seconds at most between two tries, and for which a lost outage is not tried again
+TELL_AT = 4  # failures in a row at which a server has stopped answering
 
 
 @dataclass
 class Server:
-    """A server, and how it does. Who holds the judge's lock may change it."""
+    """A server, and how often it failed since its last good reply."""
 
     url: str
-    failing_since: float = math.inf  # the first failure after its last good reply
-    is_down: bool = False  # it was told that it stopped answering
+    failures: int = 0
 
 
 class ServedJudge(Judge):
@@ -813,8 +849,8 @@ class ServedJudge(Judge):
 
     def __init__(self, settings, stop=None):
         super().__init__(settings, stop)
-        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "EMPTY"
-        self.key = key.strip()
+        keys = map(os.environ.get, ("JUDGE_API_KEY", "OPENAI_API_KEY"))
+        self.key = next(filter(None, keys), "EMPTY").strip()
         if not re.fullmatch("[!-~]+", self.key):
             raise BadInput("JUDGE_API_KEY: holds what a key cannot; ASCII without spaces only")
         processes = int(os.environ.get("WORLD_SIZE") or 1)
@@ -825,7 +861,7 @@ class ServedJudge(Judge):
         self.places = queue.Queue()
         for server in self.servers * in_flight:
             self.places.put(server)
-        self.patient_since = 0.0  # when it was tried again after an outage that was given up
+        self.failing_since = math.inf  # the first failure after the last good reply of them all
         self.pool = urllib3.PoolManager(  # it goes through no proxy
             num_pools=len(self.servers),
             maxsize=in_flight,  # as many connections are kept open
@@ -872,12 +908,12 @@ class ServedJudge(Judge):
     def complete(self, chat, options):
         """The one choice of a chat completion. What fails is tried again where that may help."""
         deadline = math.inf
-        for attempt in itertools.count(1):
+        while True:
+            server = self.places.get()
             body = {"model": self.name, "messages": chat, **options}
             if self.is_new:
                 body["max_completion_tokens"] = body.pop("max_tokens")
                 del body["temperature"]
-            server = self.places.get()
             try:
                 self.check_stop()  # it may have waited long for its place
                 reply = self.request(f"{server.url}/chat/completions", body)
@@ -888,14 +924,13 @@ class ServedJudge(Judge):
                 raise JudgeFailure("not one choice with a message in the reply")
             except Unavailable as failure:
                 self.note(server, str(failure))
-                # One request that a server cannot bear must not wait for as long as others can.
                 now = time.monotonic()
+                # One request that a server cannot bear must not wait for as long as others can.
                 deadline = min(deadline, now + self.settings.judge_patience)  # of the first failure
                 if now >= deadline:
                     raise
                 # Its place stays taken for a while: a server that fails has less and less to do.
-                rest = REST if server.is_down else min(attempt, REST)
-                self.stop.wait(rest * random.uniform(0.5, 1))
+                self.stop.wait(min(server.failures, REST) * random.uniform(0.5, 1))
             except JudgeFailure as failure:
                 # Asked once more without what newer models refuse, if that is what it is about.
                 is_about_options = re.search("max_tokens|temperature", str(failure))
@@ -906,29 +941,28 @@ class ServedJudge(Judge):
                 self.places.put(server)
 
     def note(self, server, cause=""):
-        """Keeps how a server does, and tells in a line when it stops answering or is back."""
-        now = time.monotonic()
+        """Counts failures in a row; tells in a line when a server stops answering, or is back."""
         with self.lock:
             if cause:
                 self.cause = cause
-                server.failing_since = min(server.failing_since, now)
-            else:
-                server.failing_since = math.inf
-            was_down = server.is_down
-            server.is_down = now - server.failing_since > SAY_AFTER
-            if server.is_down != was_down:
-                news = f"stopped answering: {cause}" if cause else "answers again"
-                say(f"judge {server.url}: {news}", sys.stderr)
+                self.failing_since = min(self.failing_since, time.monotonic())
+                server.failures += 1
+                if server.failures == TELL_AT:
+                    say(f"judge {server.url}: stopped answering: {cause}", sys.stderr)
+                return
+            if server.failures >= TELL_AT:
+                say(f"judge {server.url}: answers again", sys.stderr)
+            self.failing_since = math.inf
+            server.failures = 0
 
     def check_stop(self, *_):
-        """JudgeFailure also while all servers have failed for judge_patience seconds: all that wait
-        give up together, and so do others for a while; then there is new patience."""
+        """JudgeFailure also when no server gave a good reply for judge_patience seconds: all that
+        wait give up together, and so do others for a while; then there is new patience."""
         super().check_stop()
         now = time.monotonic()
-        failing_since = max(server.failing_since for server in self.servers)
-        outage = now - max(failing_since, self.patient_since)
+        outage = now - self.failing_since
         if outage > self.settings.judge_patience + REST:
-            self.patient_since = now  # as if the outage began only now
+            self.failing_since = now  # as if it began only now
         elif outage > self.settings.judge_patience:
             raise JudgeFailure(self.cause)
 
@@ -1016,7 +1050,7 @@ def load_judge(
     is one; dtype: its precision there, float32 on a CPU; stop: once it is set, all waiting ends
     within a second, and what is missing is NaN with the cause "stopped".
     """
-    if settings.judge.startswith(IS_SERVED):
+    if re.match(IS_SERVED, settings.judge):
         return ServedJudge(settings, stop)
     if re.fullmatch(FILE_JUDGE, settings.judge):
         return FileJudge(settings, stop)
@@ -1059,7 +1093,7 @@ def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
     plain = []
     padded = []
     for row in examples or rows[:4]:
-        sources = [load_image(path) for path in row["images"]]
+        sources = load_sources(row)
         source = sources[0]
         target = load_image(row["target"]) if examples else ImageOps.mirror(source)
         halfway = Image.blend(source, target.resize(source.size), 0.5)  # a score from 0 to 1
@@ -1085,46 +1119,228 @@ def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
 ASK_REQUIREMENT = """A picture is to be edited by this instruction: {prompt}
 In one or two sentences, say what a good edit of this very picture must show and what must stay as
 it is, so that somebody who compares the two pictures can check it. Write these sentences alone."""
-PART = 32  # rows between two writings of the file
+ASK_CHECKLIST = """A picture is to be edited by this instruction: {prompt}
+Write questions for somebody who compares this very picture with its edit. A good edit gets a yes to
+each. One to three ask whether what was wanted is done, one to three whether what nobody mentioned
+is still as it was. Write JSON alone: {"done": ["question", ...], "kept": ["question", ...]}"""
+ASK_EDITS = """Look at this picture. What would people want to have edited in it? Write one
+instruction of each of these kinds: {kinds}. Speak only of what is to be seen. Write a JSON list
+alone, with an object for each: [{"task": "the kind", "instruction": "one or two sentences",
+"requirement": "what a good edit must show, and what must stay as it is"}, ...]"""
+ASK_POSSIBLE = """A picture is to be edited by this instruction: {prompt}
+Is everything that the instruction takes for given to be seen in this very picture, so that it can
+be done here? Answer yes or no, nothing else."""
+MIX = {  # percent of the paper's training rows, for the kinds that one picture is enough for
+    "replace": 21,
+    "adjust": 18.5,
+    "remove": 15,
+    "background": 11,
+    "hybrid": 9,
+    "action": 7,
+    "text": 7,
+    "extract": 2,
+}
+LIKE = 0.9  # likeness of two instructions for one picture, of which the second is left out
+HELD_OUT = 10  # one picture in so many is for test.jsonl
+
+
+@dataclass(frozen=True)
+class WriterSettings(JudgeSettings):
+    """What a judge is to write for a dataset."""
+
+    form: Literal["requirement", "checklist"] = setting(
+        "requirement", "What each row gets: sentences, or yes/no questions."
+    )
+    tasks: list[str] = setting([], "Kinds of edits, equally often. [the paper's, in its mix]")
+    per_picture: int = setting(3, "Instructions for a picture.", at_least=1, at_most=20)
+
+
+def _read_command(argv, usage):
+    """The folders and the settings of a command; usage names it and its folders."""
+    count = usage.count(" ")
+    if len(argv) < count or argv[count - 1].startswith("--"):
+        raise BadInput(f"{usage}: names no folder; python reward_mllm.py {usage} --judge ...")
+    folders = [Path(word).resolve() for word in argv[:count]]
+    return folders, parse_settings(WriterSettings, argv[count:], description=usage)
+
+
+def _ask_all(judge, ask, questions, folder, failed):
+    """{question: answer}; a question is (text, path of a picture, ...), ask a method of the judge.
+
+    A file in the folder keeps each answer as it comes: none is paid for twice, whatever stops a
+    run. The causes of those that cannot be had are counted in `failed`.
+    """
+    file = folder / "judge_said.jsonl"
+    said = {}
+    if file.exists():
+        for _, note in read_json_lines(file, faults=[]):
+            if note.get("judge") == judge.name:
+                said[tuple(note["asked"])] = note["said"]
+
+    def work(text, *paths):
+        return ask(text, [load_image(path) for path in paths])
+
+    servers = judge.settings.judge.split(",")
+    pool = ThreadPoolExecutor(judge.settings.judge_in_flight * len(servers))
+    try:
+        todo = {pool.submit(work, *asked): asked for asked in questions if asked not in said}
+        for future in tqdm(as_completed(todo), total=len(todo)):
+            try:
+                answer = future.result()
+            except (JudgeFailure, BadInput) as failure:
+                failed[str(failure)] += 1
+                continue
+            said[todo[future]] = answer
+            note = {"judge": judge.name, "asked": todo[future], "said": answer}
+            append_json_line(file, note)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if judge.stop.is_set():
+        raise BadInput(f"{folder}: stopped; the same command goes on and asks nothing twice")
+    return said
+
+
+def _objects_in(text):
+    """The JSON objects in a text that hold no others, whatever stands around and between them."""
+    objects = []
+    for part in re.findall(r"\{[^{}]*\}", text or ""):
+        with suppress(ValueError):
+            objects.append(json.loads(part, strict=False))
+    return objects
+
+
+def _line_of(value):
+    """A text as one line; "" for anything else."""
+    return " ".join(value.split()) if isinstance(value, str) else ""
+
+
+def _checklist_in(reply):
+    """The questions in a reply; [] unless some are about doing, some about keeping, all of text."""
+    for found in _objects_in(reply):
+        match found:
+            case {"done": [_, *_] as done, "kept": [_, *_] as kept}:
+                items = list(map(_line_of, done + kept))
+                return items if all(items) else []
+    return []
 
 
 def write_requirements(argv: list[str]):
-    """Lets a judge write the `requirement` of every row that has none; goes on where it was."""
-    if not argv or argv[0].startswith("--"):
-        raise BadInput("requirements: names no folder; python reward_mllm.py requirements DIR")
-    folder = Path(argv[0])
-    settings = parse_settings(JudgeSettings, argv[1:], description=write_requirements.__doc__)
+    """Lets a judge write the `requirement` or the `checklist` of every row that has none."""
+    (folder,), settings = _read_command(argv, "requirements DIR")
+    form = settings.form
+    text, read = ASK_REQUIREMENT, _line_of
+    if form == "checklist":
+        text, read = ASK_CHECKLIST, _checklist_in
     splits = [split for split in SPLITS if split_file(folder, split)]
-    rows = {split: read_rows(folder, split) for split in splits or SPLITS}
+    questions = {}
+    rows = []
+    for split in splits or SPLITS:
+        rows += read_rows(folder, split)
+    for row in rows:
+        if not row.get(form):
+            questions[row["where"]] = (text.replace("{prompt}", row["prompt"]), *row["images"])
+    failed = Counter()
+    written = 0
     with locked(folder):  # a folder that cannot be written is noticed before a model is loaded
-        judge = load_judge(settings)
+        judge = load_judge(settings, stop=catch_signals())
+        said = _ask_all(judge, judge.ask, questions.values(), folder, failed)
         for split in splits:
-            _fill_requirements(judge, split_file(folder, split), rows[split])
+            file = split_file(folder, split)
+            lines = read_json_lines(file)
+            for number, line in lines:
+                question = questions.get(f"{file}:{number}")
+                answer = read(said.get(question))
+                if answer:
+                    line[form] = answer
+                    written += 1
+            write_json_lines(file, [line for _, line in lines])
+    kept = len(rows) - len(questions)
+    print(f"{folder}: {written} {form}s written, {kept} kept, failed: {dict(failed)}")
 
 
-def _fill_requirements(judge, file, rows):
-    """Writes what `rows` lack into their file, of which all else stays as it is."""
-    lines = [line for _, line in read_json_lines(file)]
-    todo = [i for i, row in enumerate(rows) if not row.get("requirement")]
-    causes = Counter()
-    for start in tqdm(range(0, len(todo), PART), desc=file.name):
-        part = todo[start : start + PART]
-        asked = {i: _background(_ask_requirement, judge, rows[i]) for i in part}
-        for i, future in asked.items():
-            try:
-                lines[i]["requirement"] = future.result()
-            except JudgeFailure as failure:
-                causes[str(failure)] += 1
-        write_json_lines(file, lines)
-    written = len(todo) - causes.total()
-    kept = len(rows) - len(todo)
-    print(f"{file}: {written} requirements written, {kept} kept, failed: {dict(causes)}")
+def propose(argv: list[str]):
+    """Lets a judge look at the pictures of a folder and write the rows of a dataset for them."""
+    (source, folder), settings = _read_command(argv, "propose PICTURES DIR")
+    mix = dict.fromkeys(settings.tasks, 1) or MIX
+    if not mix.keys() <= REQUIREMENTS.keys():
+        raise BadInput(f"--tasks {' '.join(mix)}: name some of {' '.join(REQUIREMENTS)}")
+    if split_file(folder, "train"):
+        raise BadInput(f"{folder}: has rows for training; move them, or name another folder")
+    images = _pictures_in(source)
+    left_out = Counter()
+    with locked(folder):
+        link = folder / "pictures"
+        with disk_faults(link):
+            if link.resolve() != source:
+                link.symlink_to(source)
+        judge = load_judge(settings, stop=catch_signals())
+        questions = {}
+        tasks = {}
+        for content, image in images.items():
+            draw = random.Random(content)
+            tasks[image] = draw.choices(list(mix), mix.values(), k=settings.per_picture)
+            text = ASK_EDITS.replace("{kinds}", ", ".join(tasks[image]))
+            questions[image] = (text, f"{folder}/{image}")
+        said = _ask_all(judge, judge.ask, questions.values(), folder, left_out)
+        asked = {}
+        for image, question in questions.items():
+            for row in _rows_in(said.get(question), image, tasks[image], left_out):
+                text = ASK_POSSIBLE.replace("{prompt}", row["prompt"])
+                asked[text, f"{folder}/{image}"] = row
+        said = _ask_all(judge, judge.believes, asked, folder, left_out)
+        rows = []
+        for question, row in asked.items():
+            if said.get(question, 1) < 0.5:
+                left_out["not possible there"] += 1
+            elif question in said:
+                rows.append(row)
+        _write_splits(rows, folder, left_out)
 
 
-def _ask_requirement(judge, row):
-    """What a good edit of this row must show, in one line; JudgeFailure if there is no reply."""
-    text = ASK_REQUIREMENT.replace("{prompt}", row["prompt"])
-    return " ".join(judge.ask(text, list(map(load_image, row["images"]))).split())
+def _pictures_in(folder):
+    """{hash of the content: path in a dataset} of a folder's pictures, so each of them once."""
+    images = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in Image.registered_extensions() and path.is_file():
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            images[content] = f"pictures/{path.relative_to(folder).as_posix()}"
+    if not images:
+        raise BadInput(f"{folder}: holds no pictures; name a folder that does")
+    return images
+
+
+def _rows_in(reply, image, tasks, left_out):
+    """The rows in a judge's reply about a picture; those left out are counted by the reason."""
+    rows = []
+    for found in _objects_in(reply):
+        row = {
+            "prompt": _line_of(found.get("instruction")),
+            "image": image,
+            "task": _line_of(found.get("task")).lower(),
+            "requirement": _line_of(found.get("requirement")),
+        }
+        known = [other["prompt"] for other in rows]
+        if not all(row.values()) or row["task"] not in tasks:
+            left_out["incomplete or of another kind"] += 1
+        elif get_close_matches(row["prompt"], known, 1, LIKE):
+            left_out["like another"] += 1
+        else:
+            rows.append(row)
+    if reply and not rows:
+        left_out["pictures without a usable instruction"] += 1
+    return rows
+
+
+def _write_splits(rows, folder, left_out):
+    """Writes train.jsonl and test.jsonl; no picture is in both."""
+    images = sorted({row["image"] for row in rows})
+    if len(images) < 2:
+        raise BadInput(f"{folder}: rows for {len(images)} pictures, not two; {dict(left_out)}")
+    held_out = random.Random(0).sample(images, max(1, len(images) // HELD_OUT))
+    test = [row for row in rows if row["image"] in held_out]
+    write_json_lines(folder / "test.jsonl", test)
+    write_json_lines(folder / "train.jsonl", [row for row in rows if row not in test])
+    print(f"{folder}: {len(rows)} rows for {len(images)} pictures; left out: {dict(left_out)}")
 
 
 # ---------------------------------------------------------------- the command
@@ -1142,8 +1358,9 @@ class Settings(JudgeSettings):
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["requirements"]:
-        return write_requirements(argv[1:])
+    commands = {"requirements": write_requirements, "propose": propose}
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
     settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
     for name in ("source", "edited", "prompt"):
         if not getattr(settings, name):

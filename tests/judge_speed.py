@@ -23,6 +23,7 @@ from data_prep import new_judge_tokenizer, seeded  # noqa: E402
 from reward_mllm import (  # noqa: E402
     DIGITS,
     JudgeSettings,
+    _answer_token_ids,
     _message,
     _shrunk,
     expected_score,
@@ -99,7 +100,7 @@ def one_at_a_time(judge, row, source, edits):
             output_logits=True,
             return_dict_in_generate=True,
         )
-        p = made.logits[0][0].float().softmax(0)[judge.token_ids].tolist()
+        p = made.logits[0][0].float().softmax(0)[_answer_token_ids(judge.tokenizer)].tolist()
         scores.append(expected_score(dict(zip(DIGITS, p, strict=True))).score)
     return torch.tensor(scores)
 

@@ -435,13 +435,11 @@ def test_submit_judges_one_group_and_ask_returns_text(judge, asked):
 # ---------------------------------------------------------------- strategies
 
 
-def test_all_strategies_are_names_of_settings_and_a_judge_can_turn_to_each(judge_folder):
-    judge = local(judge_folder)
+def test_all_strategies_are_names_of_settings_and_a_judge_can_follow_each(judge_folder):
     kinds = ("logits", "sampled", "yes_no", "logits_cot", "sampled_cot", "yes_no_cot", "written")
     assert tuple(STRATEGIES) == kinds
     for name in ("sampled", "written", "logits_cot", "logits"):
-        assert JudgeSettings(judge_strategy=name).judge_strategy == name
-        judge.use(name)
+        judge = local(judge_folder, judge_strategy=name)
         assert judge.score(ROW, [picture("s")], [picture("e")]).score.shape == (1,)
     with pytest.raises(BadInput, match="invalid choice: 'guess'"):
         parse_settings(JudgeSettings, ["--judge_strategy", "guess"])
@@ -478,8 +476,7 @@ def test_a_sampled_score_is_a_digit_drawn_from_the_judges_own_distribution(judge
     again = judge.score(ROW, [picture("s")], edits[::-1])
     assert torch.equal(scores.score, again.score.flip(0))  # an edit's draw is its own
     assert torch.allclose((5 * scores.score).round(), 5 * scores.score, atol=1e-5)
-    judge.use("logits")
-    mean = judge.score(ROW, [picture("s")], edits).score.mean()
+    mean = local(judge_folder, judge_batch=64).score(ROW, [picture("s")], edits).score.mean()
     assert abs(scores.score.mean() - mean) < 0.1  # its standard error is below 0.03
 
 
@@ -852,7 +849,6 @@ def test_a_bfloat16_judge_moves_more_than_a_float32_judge(tmp_path, judge_folder
     exact = reward_mllm.LocalJudge(settings, "cpu", torch.float32)
     rough = reward_mllm.LocalJudge(settings, "cpu", torch.bfloat16)
     for judge in (exact, rough):
-        judge.use("logits")
         check_judge(judge, settings, rows)
     assert exact.noise < 1e-5 and rough.noise > 1e-4
 
@@ -976,7 +972,7 @@ def test_the_command_prints_one_fact_a_line(judge_folder, tmp_path, capsys):
         ({"--judge_aspects": "kept=0.4"}, "kept=0.4: give ASPECT=WEIGHT.* one of .*kept=FILE"),
         (
             {"--judge_aspects": "execution=0.4"},
-            "execution=0.4: give .* of one of brightness_drift, cons",
+            "execution=0.4: give .* of one of brightness_drift, checklist, cons",
         ),
         (
             {"--judge_aspects": "quality=1.5"},
