@@ -56,6 +56,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from data_prep import (
+    MIN_SIDE,
     SPLITS,
     BadInput,
     CheckedSettings,
@@ -1158,9 +1159,9 @@ class WriterSettings(JudgeSettings):
 def _read_command(argv, usage):
     """The folders and the settings of a command; usage names it and its folders."""
     count = usage.count(" ")
-    if len(argv) < count or argv[count - 1].startswith("--"):
+    folders = [Path(word).resolve() for word in argv[:count] if not word.startswith("--")]
+    if len(folders) < count:
         raise BadInput(f"{usage}: names no folder; python reward_mllm.py {usage} --judge ...")
-    folders = [Path(word).resolve() for word in argv[:count]]
     return folders, parse_settings(WriterSettings, argv[count:], description=usage)
 
 
@@ -1178,7 +1179,10 @@ def _ask_all(judge, ask, questions, folder, failed):
                 said[tuple(note["asked"])] = note["said"]
 
     def work(text, *paths):
-        return ask(text, [load_image(path) for path in paths])
+        pictures = [load_image(path) for path in paths]
+        if min(min(picture.size) for picture in pictures) < MIN_SIDE:
+            raise JudgeFailure(f"a picture with a side below {MIN_SIDE} pixels")
+        return ask(text, pictures)
 
     servers = judge.settings.judge.split(",")
     pool = ThreadPoolExecutor(judge.settings.judge_in_flight * len(servers))

@@ -72,13 +72,16 @@ class JudgeServer:
     """`with JudgeServer() as server`: answers at server.url and remembers what it was asked.
 
     faults: used up one a request, then `always`, then none. written: texts that it replies in
-    turn where it may write more than a word, each a text or (text, finish_reason).
+    turn where it may write more than a word, each a text or (text, finish_reason). says and
+    believes: rules in place of that and of the digits, (question, pictures) -> a text, or the
+    probability of yes.
     """
 
     def __init__(self, delay=0.0, models=("judge",), port=0):
         self.delay, self.models, self.port = delay, list(models), port
         self.faults, self.always = [], None
         self.written = []
+        self.says = self.believes = None
         self.hangs = 3  # seconds
         self.open, self.requests, self.pictures = [], [], []
         self.busy = self.most_busy = 0
@@ -103,15 +106,23 @@ class JudgeServer:
     def answer(self, body, fault):
         """The completion as a dict, spoiled by `fault`."""
         shown = []
+        question = ""
         for turn in body["messages"]:
             for part in turn["content"]:
-                if part["type"] == "image_url":
+                if part["type"] == "text":
+                    question += part["text"]
+                else:
                     data = part["image_url"]["url"].removeprefix("data:image/png;base64,")
                     shown.append(Image.open(io.BytesIO(base64.b64decode(data))))
         with self.lock:
             self.pictures.append(shown)
             written = self.written.pop(0) if self.written else "It was moved."
         p = first_words(5 * rule(shown[-1]), fault)
+        if self.believes and body.get("logprobs"):
+            share = 0.98 * self.believes(question, shown)
+            p = {"yes": share + 1e-9, "Yes": 1e-9, "no": 0.98 - share + 1e-9, "No": 1e-9}
+        if self.says and not body.get("logprobs"):
+            written = self.says(question, shown)
         text = max(p, key=p.get)
         words = {"content": [{"token": text, "top_logprobs": listed_words(p, fault)}]}
         reason = "length"
