@@ -1,7 +1,8 @@
 """The judge: turns an instruction, its source pictures and an edit into a score in [0, 1].
 
     python reward_mllm.py --source a.png --edited b.png --prompt "remove the red circle"
-    python reward_mllm.py requirements DIR --judge ...   # writes what good edits of its rows show
+    python reward_mllm.py requirements DIR --judge ...        # writes what its edits must show
+    python reward_mllm.py propose PICTURES DIR --judge ...    # writes rows for a folder of pictures
 
 --judge names it: local:MODEL of transformers, http://HOST:PORT/v1[,...] for OpenAI-compatible
 servers, or FILE.py[:NAME], a function of your own. By default a multimodal LLM is told to answer
@@ -21,10 +22,11 @@ Departures from the authors' released code:
 5. The question comes before the pictures (--judge_order pictures_first for the released order),
    and the sentence that tells how to answer comes after them.
 6. `sampled` draws among the answers that count, and an edit's draw is always the same.
+7. A row may have a checklist, whose items are asked one by one, yes or no (the checklist aspect).
+8. `propose` asks in words of ours: the paper names the kinds of its edits, not their making.
 """
 
 import base64
-import hashlib
 import inspect
 import io
 import json
@@ -56,18 +58,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from data_prep import (
-    MIN_SIDE,
     SPLITS,
     BadInput,
     CheckedSettings,
+    _keep_picture,
     append_json_line,
     catch_signals,
-    disk_faults,
     load_image,
     load_processor,
     load_sources,
     locked,
     parse_settings,
+    picture_file,
     read_json_lines,
     read_rows,
     run_script,
@@ -540,8 +542,9 @@ class Judge:
     def score(self, row: dict, sources: list, edits: list) -> Scores:
         """Judges the n edits of one row.
 
-        row: `prompt`, and perhaps `requirement`, `task` and `mask`, the path of a picture whose
-        white is the region to edit; sources, edits: PIL.Images. Returns Scores on the CPU.
+        row: `prompt`, and perhaps `requirement`, `task`, `checklist` (questions to which a good
+        edit gets a yes) and `mask`, the path of a picture whose white is the region to edit;
+        sources, edits: PIL.Images. Returns Scores on the CPU.
         """
         try:
             return self.unless_stopped(self.examine_all, row, sources, edits)
@@ -1175,14 +1178,12 @@ def _ask_all(judge, ask, questions, folder, failed):
     said = {}
     if file.exists():
         for _, note in read_json_lines(file, faults=[]):
-            if note.get("judge") == judge.name:
-                said[tuple(note["asked"])] = note["said"]
+            match note:
+                case {"judge": judge.name, "asked": [*question], "said": answer}:
+                    said[tuple(question)] = answer
 
     def work(text, *paths):
-        pictures = [load_image(path) for path in paths]
-        if min(min(picture.size) for picture in pictures) < MIN_SIDE:
-            raise JudgeFailure(f"a picture with a side below {MIN_SIDE} pixels")
-        return ask(text, pictures)
+        return ask(text, [load_image(path) for path in paths])
 
     servers = judge.settings.judge.split(",")
     pool = ThreadPoolExecutor(judge.settings.judge_in_flight * len(servers))
@@ -1270,47 +1271,42 @@ def propose(argv: list[str]):
         raise BadInput(f"--tasks {' '.join(mix)}: name some of {' '.join(REQUIREMENTS)}")
     if split_file(folder, "train"):
         raise BadInput(f"{folder}: has rows for training; move them, or name another folder")
-    images = _pictures_in(source)
     left_out = Counter()
     with locked(folder):
-        link = folder / "pictures"
-        with disk_faults(link):
-            if link.resolve() != source:
-                link.symlink_to(source)
+        images = _take_pictures(source, folder, left_out)
         judge = load_judge(settings, stop=catch_signals())
-        questions = {}
         tasks = {}
-        for content, image in images.items():
-            draw = random.Random(content)
+        questions = {}
+        for image in images:
+            draw = random.Random(image)  # its name is a hash of its content
             tasks[image] = draw.choices(list(mix), mix.values(), k=settings.per_picture)
             text = ASK_EDITS.replace("{kinds}", ", ".join(tasks[image]))
             questions[image] = (text, f"{folder}/{image}")
         said = _ask_all(judge, judge.ask, questions.values(), folder, left_out)
-        asked = {}
+        proposed = {}
         for image, question in questions.items():
             for row in _rows_in(said.get(question), image, tasks[image], left_out):
                 text = ASK_POSSIBLE.replace("{prompt}", row["prompt"])
-                asked[text, f"{folder}/{image}"] = row
-        said = _ask_all(judge, judge.believes, asked, folder, left_out)
-        rows = []
-        for question, row in asked.items():
-            if said.get(question, 1) < 0.5:
-                left_out["not possible there"] += 1
-            elif question in said:
-                rows.append(row)
-        _write_splits(rows, folder, left_out)
+                proposed[text, f"{folder}/{image}"] = row
+        said = _ask_all(judge, judge.believes, proposed, folder, left_out)
+        possible = [proposed[asked] for asked in proposed if said.get(asked, 0) >= 0.5]
+        left_out["not possible there"] = sum(said.get(asked, 1) < 0.5 for asked in proposed)
+        _write_splits(possible, folder, left_out)
 
 
-def _pictures_in(folder):
-    """{hash of the content: path in a dataset} of a folder's pictures, so each of them once."""
-    images = {}
-    for path in sorted(folder.rglob("*")):
+def _take_pictures(source, folder, left_out):
+    """The names of a folder's pictures in a dataset, where each gets one by its content."""
+    images = set()
+    for path in sorted(source.rglob("*")):
         if path.suffix.lower() in Image.registered_extensions() and path.is_file():
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            images[content] = f"pictures/{path.relative_to(folder).as_posix()}"
+            try:
+                file = picture_file(path.read_bytes(), source, str(path))
+                images.add(_keep_picture(file, folder))
+            except BadInput as fault:
+                left_out[str(fault)] += 1
     if not images:
-        raise BadInput(f"{folder}: holds no pictures; name a folder that does")
-    return images
+        raise BadInput(f"{source}: holds no pictures; name a folder that does; {dict(left_out)}")
+    return sorted(images)
 
 
 def _rows_in(reply, image, tasks, left_out):
@@ -1340,10 +1336,11 @@ def _write_splits(rows, folder, left_out):
     images = sorted({row["image"] for row in rows})
     if len(images) < 2:
         raise BadInput(f"{folder}: rows for {len(images)} pictures, not two; {dict(left_out)}")
-    held_out = random.Random(0).sample(images, max(1, len(images) // HELD_OUT))
+    held_out = set(random.Random(0).sample(images, max(1, len(images) // HELD_OUT)))
     test = [row for row in rows if row["image"] in held_out]
+    train = [row for row in rows if row["image"] not in held_out]
     write_json_lines(folder / "test.jsonl", test)
-    write_json_lines(folder / "train.jsonl", [row for row in rows if row not in test])
+    write_json_lines(folder / "train.jsonl", train)  # last: a folder that has it is finished
     print(f"{folder}: {len(rows)} rows for {len(images)} pictures; left out: {dict(left_out)}")
 
 

@@ -4,12 +4,14 @@ The judge is a rule server that knows the scene in each of the toy's pictures.
 """
 
 import json
+import multiprocessing
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,13 +27,10 @@ import reward_mllm
 from data_prep import BadInput, CheckSettings, check_dataset, read_rows
 from reward_mllm import Judge, JudgeFailure, JudgeSettings, Verdict, load_judge
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = [sys.executable, str(ROOT / "reward_mllm.py")]
-
 
 def scene_words(number):
     """What an object's number stands for: "red circle"; "" for an empty cell."""
-    return " ".join(data_prep.OBJECTS[number] or [])
+    return data_prep.OBJECTS[number]
 
 
 def things_in(picture):
@@ -243,22 +242,22 @@ def test_a_picture_that_check_would_refuse_gets_no_rows(server, tmp_path, capsys
 def test_a_run_that_is_stopped_and_started_again_asks_nothing_twice(server, tmp_path, number):
     toy_pictures(tmp_path / "mine", 12)
     words = ["propose", str(tmp_path / "mine"), str(tmp_path / "data"), "--judge", server.url]
-    words = [*SCRIPT, *words, "--judge_in_flight", "2"]
+    words += ["--judge_in_flight", "2"]
     server.delay = 0.1
-    stopped = []
     for least in (5, 16):  # in the first questions, and in those whether an edit is possible
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        run = partial(data_prep.run_script, partial(reward_mllm.main, words))
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
         while len(server.requests) < least:
             time.sleep(0.02)
-        process.send_signal(number)
-        stopped.append(process.communicate()[1])
-    if number == signal.SIGTERM:
-        assert all("stopped; the same command goes on" in text for text in stopped)
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode == (2 if number == signal.SIGTERM else -signal.SIGKILL)
     assert not (tmp_path / "data/train.jsonl").exists()
     server.delay = 0
-    subprocess.run(words, check=True, cwd=tmp_path, capture_output=True)
-    again = {question: times for question, times in questions(server).items() if times > 1}
-    assert sum(again.values()) <= 2 * 4  # the two that were on their way when it was stopped
+    reward_mllm.main(words)
+    again = [times for times in questions(server).values() if times > 1]
+    assert sum(again) <= 2 * 4  # the two that were on their way when it was stopped
     check_dataset(CheckSettings(dataset=str(tmp_path / "data")))
 
 
@@ -302,7 +301,7 @@ def test_what_failed_is_counted_and_asked_again(server, tmp_path, capsys):
         (["propose", "{}/mine", "{}/data", "--per_picture", "0"], "--per_picture 0: give a number"),
         (["propose", "{}/mine", "{}/data", "--per_picture", "99"], "--per_picture 99: give"),
         (["propose", "{}/mine", "{}/full"], "full: has rows for training; move them"),
-        (["propose", "{}/mine", "{}/other"], "other/pictures: cannot be written .*name another"),
+        (["propose", "{}/mine", "{}/other"], "other/pictures.*cannot be written .*name another"),
         (["propose", "{}/mine", "{}/file"], "file.*cannot be written"),
         (["propose", "{}/mine", "{}/data", "--judge", "local:nowhere"], "not a multimodal LLM"),
         (["requirements", "{}/full", "--form", "song"], "invalid choice: 'song'"),
@@ -311,7 +310,8 @@ def test_what_failed_is_counted_and_asked_again(server, tmp_path, capsys):
 def test_bad_input_is_one_line_before_a_judge_is_asked(server, tmp_path, words, message):
     toy_pictures(tmp_path / "mine", 2)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "other/pictures").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/pictures").write_text("")
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/train.jsonl").write_text("{}")
@@ -521,7 +521,7 @@ def sees(text, edit):
     if ground:
         return seen.sum(2)[:, [*data_prep.BACKGROUNDS].index(ground.group(1))].mean().item()
     words, place = re.search("there (.+) at the (.+)\\?", item).groups()
-    number = 0 if words == "nothing" else data_prep.OBJECTS.index(tuple(words.split()))
+    number = 0 if words == "nothing" else data_prep.OBJECTS.index(words)
     return seen.sum(1)[data_prep.CELLS.index(place), number].item()
 
 
