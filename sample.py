@@ -39,10 +39,11 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -58,12 +59,16 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 from transformers.utils import is_torchvision_available
 
 from data_prep import (
     BadInput,
     CheckedSettings,
+    faults_of,
     load_image,
     load_processor,
     one_line,
@@ -80,7 +85,6 @@ from data_prep import (
 TOY = "data/toy/editor"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 PEFT_FILE = "adapter_model.safetensors"  # PEFT's, with adapter_config.json beside it
-Pictures = list[Image.Image]
 
 # ---------------------------------------------------------------- families of editors
 
@@ -101,14 +105,13 @@ class Family:
     evaluation_guidance: float | None = None
     negative: str | None = None  # the negative prompt without which there is no true CFG
     several: bool = False  # the pipeline takes several source pictures
-    # The function of the pipeline's module that chooses a source's size from an area and a ratio
-    # of sides; "": the pipeline has none and leaves a source at the size it comes in.
-    size_function: str = ""
     max_pixels: int = 8192**2  # the pipeline shrinks sources of more pixels
     # A prompt of too many tokens is "cut", taken "whole", or makes the pipeline "fail".
     long_text: str = "cut"
     template_tokens: int = 0  # what the pipeline puts around a prompt; counts where that is cut
     targets: str = LORA_TARGETS  # regular expression: the names of the layers that get a LoRA
+    source_first: bool = False  # in hidden_states the source's tokens stand before the edit's
+    rollout_steps: int = 6  # solver steps of a training edit; see FLUX2
 
 
 QWEN = Family(
@@ -116,7 +119,6 @@ QWEN = Family(
     rollout_guidance=1.0,
     evaluation_guidance=4.0,
     negative=" ",
-    size_function="calculate_dimensions",
     long_text="whole",
 )
 FLUX2 = Family(  # its guidance is an input of the model, no CFG
@@ -126,18 +128,23 @@ FLUX2 = Family(  # its guidance is an input of the model, no CFG
     max_pixels=1024**2,
     template_tokens=32,  # of its system message and chat format; klein has the format alone
     targets=FLUX2_TARGETS,
+    # In 6 steps its schedule leaves a last one from t = 0.6 to 0. With 12 the solver errs on a
+    # mixture of Gaussians by .18, with 6 by .34, on Kontext's schedule with 6 by .17.
+    rollout_steps=12,
 )
+KLEIN = replace(FLUX2, rollout_guidance=1.0, template_tokens=12)
 FAMILIES = {
     # Its guidance is an input of the model, no CFG.
     "FluxKontextPipeline": Family(rollout_guidance=2.5, evaluation_guidance=3.5),
     "QwenImageEditPipeline": QWEN,
     "QwenImageEditPlusPipeline": replace(QWEN, several=True),
     "Flux2Pipeline": FLUX2,
-    "Flux2KleinPipeline": replace(FLUX2, rollout_guidance=1.0, template_tokens=12),
+    "QwenImage21Pipeline": replace(QWEN, evaluation_guidance=1.0, several=True, source_first=True),
+    "Flux2KleinPipeline": KLEIN,
+    "Flux2KleinKVPipeline": replace(KLEIN, source_first=True),
     "LongCatImageEditPipeline": Family(
         rollout_guidance=1.0,
         evaluation_guidance=4.5,
-        size_function="calculate_dimensions",
         long_text="fail",
     ),
 }
@@ -153,12 +160,9 @@ def _guess_family(pipe):
     """A Family for a pipeline class that FAMILIES does not know, and a note of what was assumed."""
     family = Family()
     if not pipe.transformer.config.get("guidance_embeds"):
-        family = replace(family, rollout_guidance=1.0)  # no CFG
-        if "true_cfg_scale" in _parameters(pipe):
-            family = replace(family, guidance_name="true_cfg_scale", negative=" ")
-    # Pipelines copy this function from each other under one name.
-    if hasattr(_module(pipe), QWEN.size_function):
-        family = replace(family, size_function=QWEN.size_function)
+        family = (
+            QWEN if "true_cfg_scale" in _parameters(pipe) else replace(family, rollout_guidance=1.0)
+        )
     note(f"{type(pipe).__name__} is not in FAMILIES of sample.py; assumed: {family}")
     return family
 
@@ -186,9 +190,10 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
 
     dx/dt = v is integrated with v linear in t through this evaluation and the last (two-step
     Adams-Bashforth with variable steps), in float32. It has the order of DPM-Solver++ 2M
-    (arXiv:2211.01095, Alg. 2) but nothing infinite at t = 1 or t = 0. The only state is the last
-    velocity; a rollout's first step, which set_timesteps announces, drops it. `solver_order` 1 is
-    Euler's method, for ablations. `last_x` is the newest x.
+    (arXiv:2211.01095, Alg. 2) but nothing infinite at t = 1 or t = 0. Its only state is the last
+    velocity, `last_v`; a rollout's first step, which set_timesteps announces, drops it.
+    `solver_order` 1 is Euler's method, for ablations. `first_x` and `last_x` are a rollout's noise
+    and its newest x, for others to read.
     """
 
     solver_order = 2
@@ -204,19 +209,20 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
         """
         if self.step_index is None:  # the first step of a rollout
             self._init_step_index(timestep)
-            self._last_v = None
+            self.first_x = sample
+            self.last_v = None
         t = self.sigmas[self.step_index]
         h = self.sigmas[self.step_index + 1] - t  # negative: from noise, t = 1, to data, t = 0
         v = model_output.float()
         x = sample.float() + h * v  # Euler's step, all that there is without a history
-        if self._last_v is not None and self.solver_order == 2:
+        if self.last_v is not None and self.solver_order == 2:
             h_last = t - self.sigmas[self.step_index - 1]
-            slope = (v - self._last_v) / h_last  # dv/dt along the path
+            slope = (v - self.last_v) / h_last  # dv/dt along the path
             # A slope says little of what lies far beyond its two points: it is trusted no further
             # than MAX_RATIO times their distance. Both are negative, so the maximum is the shorter.
             reach = torch.maximum(h, MAX_RATIO * h_last)
             x += 0.5 * h * reach * slope  # h^2/2 dv/dt, where reach is h
-        self._last_v = v
+        self.last_v = v
         self._step_index += 1
         self.last_x = x.to(model_output.dtype)
         return (self.last_x,)
@@ -273,10 +279,12 @@ def load_editor(
         pipe.tokenizer_max_length = max_text  # where LongCat looks
     pipe.scheduler = FlowDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.solver_order = solver_order
+    if pipe.config.get("sample_sigmas"):  # times of its own, whatever number of steps is wanted
+        pipe.register_to_config(sample_sigmas=None)
+    if torch.cuda.is_available():
+        pipe.vae.enable_slicing()  # decodes picture by picture; twelve at once cost Qwen 10 GB
     pipe.set_progress_bar_config(disable=True)
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False).eval()
+    pipe.transformer.requires_grad_(False)
     return Editor(pipe, family, resolution, max_text)
 
 
@@ -319,7 +327,7 @@ def _processors(base):
     # {part: [library, class]}, among settings that are no lists.
     for part, made_of in DiffusionPipeline.load_config(base).items():
         kind = made_of[1] if isinstance(made_of, list) else None
-        if kind in ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"):
+        if kind in ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"):
             processors[part] = load_processor(getattr(transformers, kind), base, subfolder=part)
         if kind == "PixtralProcessor":
             tokenizers[part] = AutoTokenizer.from_pretrained(base, subfolder=part)
@@ -387,36 +395,46 @@ def add_policies(
     config = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
     if start:
         config = read_lora(start, editor.pipe).config
-    transformer = editor.transformer
+    editor.policies = ("new", *averages)
     # peft warns of a second adapter, which here is meant.
     warnings.filterwarnings("ignore", "Already found a `peft_config`")
     with torch.random.fork_rng(devices=[]):  # peft draws A, too
         try:
-            for name in (*averages, "new"):  # the last one added is the active one
-                transformer.add_adapter(LoraConfig(**config, init_lora_weights="gaussian"), name)
+            for name in reversed(editor.policies):  # peft trains the last one alone
+                editor.transformer.add_adapter(LoraConfig(**config), name)
         except ValueError as error:
             raise BadInput(
                 f"LoRA {start or targets}: its names match no module of "
-                f"{type(transformer).__name__} that can have one ({one_line(error)}); name layers, "
-                "or a LoRA, of this model"
+                f"{type(editor.transformer).__name__} that can have one ({one_line(error)}); name "
+                "layers, or a LoRA, of this model"
             ) from error
-    editor.lora_layers = tuple(
-        layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)
-    )
-    editor.policies = ("new", *averages)
-    editor.active = "new"
+    for layer in editor.transformer.modules():
+        if isinstance(layer, BaseTunerLayer):
+            editor.lora_layers += (layer,)
+            layer.cast_input_dtype_enabled = False  # see LoraMatrix
+            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                matrix.float().__class__ = LoraMatrix
     for name in editor.policies:
         for key, parameter in lora_parameters(editor, name).items():
-            parameter.data = parameter.data.float()
             # All ranks and all policies begin with the same A, whatever else draws numbers.
             if "lora_A" in key:
                 gaussian = torch.randn(parameter.shape, generator=seeded(seed, "lora", key))
                 parameter.data.copy_(gaussian / len(parameter))  # (rank, in), so len is the rank
-            parameter.requires_grad_(name == "new")
-    if start:
-        load_lora(editor, start, "new")
-        for average in averages:
-            soft_update(editor, 0.0, average)  # decay 0 copies `new`
+        if start:
+            load_lora(editor, start, name)
+    _activate(editor, "new")
+
+
+class LoraMatrix(nn.Linear):
+    """A or B of a LoRA: float32 to learn in, multiplied in the dtype of what comes in.
+
+    peft, left alone, casts every layer's input (tokens, in) to float32 instead, which on a bf16
+    base was 30 % of the update's memory traffic; the matrices are far smaller.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in x's dtype."""
+        return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
 @contextmanager
@@ -453,11 +471,12 @@ def lora_parameters(editor: Editor, name: str) -> dict[str, nn.Parameter]:
     Of each layer, LAYER.lora_A.weight (rank, in) and LAYER.lora_B.weight (out, rank). The names are
     without the adapter's, which peft puts before `.weight`: the same for new and old.
     """
-    found = {}
-    for key, parameter in editor.transformer.named_parameters():
-        if f".{name}.weight" in key:
-            found[key.replace(f".{name}.", ".")] = parameter
-    return dict(sorted(found.items()))
+    ending = f".{name}.weight"
+    return {
+        key.replace(ending, ".weight"): parameter
+        for key, parameter in sorted(editor.transformer.named_parameters())
+        if key.endswith(ending)
+    }
 
 
 @torch.no_grad()
@@ -499,26 +518,25 @@ def save_lora(editor: Editor, folder: str | Path, name: str = "new") -> None:
     pipeline has no load_lora_weights; there it is
     pipe.transformer.load_lora_adapter(folder, weight_name=LORA_FILE).
     """
-    strengths = _strengths(editor, name)
+    weights = lora_parameters(editor, name)
     # A power of two changes a number's exponent alone; frexp gives those the mantissa 0.5.
-    is_exact = all(math.frexp(strength)[0] == 0.5 for strength in strengths.values())
+    is_exact = all(math.frexp(_strength(editor, name, key))[0] == 0.5 for key in weights)
     dtype = torch.float32 if is_exact else torch.float64
     full = {}
-    for key, weight in lora_parameters(editor, name).items():
-        full[f"transformer.{key}"] = weight.to(dtype) * strengths[key]
+    for key, weight in weights.items():
+        full[f"transformer.{key}"] = weight.to(dtype) * _strength(editor, name, key)
     config = editor.transformer.peft_config[name]
     settings = {key: getattr(config, key) for key in LORA_CONFIG}
     with whole_file(Path(folder, LORA_FILE)) as temporary:
         save_file(full, temporary, {"format": "pt", "lora_config": json.dumps(settings)})
 
 
-def _strengths(editor, name):
-    """{key of lora_parameters: alpha / rank for B, which peft multiplies it with; 1 for A}."""
-    strengths = {}
-    for key in lora_parameters(editor, name):
-        layer = editor.transformer.get_submodule(key.split(".lora_")[0])
-        strengths[key] = layer.scaling[name] if "lora_B" in key else 1.0
-    return strengths
+def _strength(editor, name, key):
+    """What peft multiplies a weight of lora_parameters with: alpha / rank for B, 1 for A."""
+    layer, matrix = key.split(".lora_")
+    if matrix == "A.weight":
+        return 1.0
+    return editor.transformer.get_submodule(layer).scaling[name]
 
 
 @torch.no_grad()
@@ -538,10 +556,10 @@ def load_lora(editor: Editor, folder: str | Path, name: str) -> None:
             f"{type(editor.transformer).__name__} and its policies; take the LoRA's own base "
             "model, rank and alpha"
         )
-    for key, strength in _strengths(editor, name).items():
-        if not lora.is_full_strength:
-            strength = 1.0  # the file's B is without it, like the adapter's: nothing to undo
-        own[key].copy_(lora.weights[key] / strength)
+    for key, parameter in own.items():
+        # In other files B is without its strength, as in the adapter: nothing to undo.
+        strength = _strength(editor, name, key) if lora.is_full_strength else 1.0
+        parameter.copy_(lora.weights[key] / strength)
 
 
 def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
@@ -556,12 +574,13 @@ def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
         tensors = load_file(file)
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata() or {}
-        weights = _plain_names(tensors)
+        weights, alphas = _plain_names(tensors)
+        layers = {key.split(".lora_")[0] for key in weights}
         # Another program's names: diffusers' converter may know them.
-        if pipe and not _has_layers(pipe, weights):
+        if pipe and not layers <= dict(pipe.transformer.named_modules()).keys():
             with suppress(Exception):  # what the converter raises on other names has no end
-                weights = _plain_names(pipe.lora_state_dict(tensors))
-        config = _lora_config(file, metadata, weights)
+                weights, alphas = _plain_names(pipe.lora_state_dict(tensors))
+        config = _lora_config(file, metadata, weights, alphas)
     except Exception as error:  # nor has what a damaged file makes three libraries raise
         raise BadInput(
             f"{place}: not a LoRA that can be read ({one_line(error)}); name RUN/checkpoint-N, a "
@@ -576,54 +595,45 @@ def _lora_file(place):
     if not path.exists():
         wanted = [LORA_FILE, PEFT_FILE, "adapter_config.json"]
         path = Path(snapshot_download(str(place), allow_patterns=wanted))
-    if path.is_file():
-        return path
-    peft = path / PEFT_FILE
-    return peft if peft.is_file() else path / LORA_FILE
+    for name in (PEFT_FILE, LORA_FILE):
+        if (path / name).is_file():
+            return path / name
+    return path
 
 
 def _plain_names(tensors):
-    """A LoRA's tensors by the names that lora_parameters gives; `.alpha` multiplied into B."""
+    """A LoRA's weights by the names that lora_parameters gives, and {LAYER.alpha: number}."""
     weights = {}
+    alphas = {}
     for key, tensor in tensors.items():
         # Before the layer: PEFT's, ComfyUI's and diffusers' prefix. Then kohya's names for A and B,
         # and the name of the adapter in PEFT's.
         key = re.sub(r"^(base_model\.model\.|diffusion_model\.|transformer\.)+", "", key)
         key = key.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
-        weights[key.replace(".default.", ".")] = tensor
-    for key in sorted(weights):
         if key.endswith(".alpha"):
-            layer = key.removesuffix("alpha")  # ends in a dot
-            # alpha / rank, with the rank as the length of A (rank, in)
-            strength = weights.pop(key).item() / len(weights[f"{layer}lora_A.weight"])
-            weights[f"{layer}lora_B.weight"] = weights[f"{layer}lora_B.weight"].float() * strength
-    return weights
+            alphas[key] = tensor.item()
+        else:
+            weights[key.replace(".default.", ".")] = tensor
+    return weights, alphas
 
 
-def _has_layers(pipe, weights):
-    """Whether all of a LoRA's layers are modules of a pipeline's transformer."""
-    modules = dict(pipe.transformer.named_modules())
-    return all(key.split(".lora_")[0] in modules for key in weights)
-
-
-def _lora_config(file, metadata, weights):
+def _lora_config(file, metadata, weights, alphas):
     """The keywords of the LoraConfig that a file's LoRA was trained under.
 
-    Where there are no settings, alpha is the rank, as in diffusers.
+    Where it says nothing, alpha is the rank, as in diffusers.
     """
     layers = sorted({key.split(".lora_")[0] for key in weights})
     # The settings, as JSON: in save_lora's metadata, in diffusers' metadata, or in PEFT's own file.
     settings = metadata.get("lora_config") or metadata.get("lora_adapter_metadata")
-    settings_file = Path(file.parent, "adapter_config.json")
-    if file.name == PEFT_FILE and settings_file.is_file():
-        settings = settings_file.read_text()
+    if file.name == PEFT_FILE:
+        settings = Path(file.parent, "adapter_config.json").read_text()
     if settings:
         config = dict(json.loads(settings))
     else:
-        # {regular expression of a layer: rank, the length of its A}; diffusers cuts the key at
-        # ".lora_B." where layers differ in rank, and the rest is peft's rank_pattern.
+        # diffusers makes patterns of these keys, regular expressions, by cutting their ends off.
         ranks = {f"^{layer}.lora_B.": len(weights[f"{layer}.lora_A.weight"]) for layer in layers}
-        config = get_peft_kwargs(ranks, None, weights)
+        alphas = {f"^{key}": alpha for key, alpha in alphas.items()}
+        config = get_peft_kwargs(ranks, alphas, weights)
     # diffusers' metadata has the name of the part before each key.
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     known = {key: config[key] for key in LORA_CONFIG if key in config}
@@ -637,10 +647,10 @@ def _lora_config(file, metadata, weights):
 class Group:
     """K edits of one row and what training needs to see them again."""
 
-    images: Pictures  # K
+    images: list[Image.Image]  # K
     x_0: Tensor  # (K, N, C) float32, clean packed latents
-    # The conditioning: the transformer's keyword arguments for a batch of 1, without its times;
-    # `hidden_states` are the sources' tokens alone, (1, S, C).
+    # The conditioning: the transformer's keyword arguments for a batch of 1, without its times. Of
+    # `hidden_states` (1, N + S, C) the edit's N tokens are still noise; `velocity` replaces them.
     cond: dict
     sigmas: Tensor  # (steps,) float32 on the CPU, flow times as the transformer was given them
 
@@ -651,20 +661,21 @@ class Group:
 
 def rollout(
     editor: Editor,
-    images: Pictures,
+    images: list[Image.Image],
     prompt: str,
     generators: list[torch.Generator],
-    steps: int,
+    steps: int | None = None,
     guidance: float | None = None,
     rollout_batch: int | None = None,
     evaluation: bool = False,
 ) -> Group:
     """Draws K = len(generators) edits of one row with the active policy.
 
-    images: the row's source pictures. Copy j's noise comes from generators[j] alone. guidance:
-    embedded or true CFG, as the family has it; None: the family's value for rollouts, or with
-    `evaluation` for evaluation. rollout_batch: edits a pipeline call; None: all. BadInput when the
-    editor cannot take these pictures or this prompt, or cannot be trained as it takes them.
+    images: the row's source pictures. Copy j's noise comes from generators[j] alone. steps: None:
+    the family's for rollouts. guidance: embedded or true CFG, as the family has it; None: its value
+    for rollouts, or with `evaluation` for evaluation. rollout_batch: edits a pipeline call; None:
+    all. BadInput when the editor cannot take these pictures or this prompt, or cannot be trained as
+    it takes them.
     """
     fault = row_fault(editor, {"images": images, "prompt": prompt})
     if fault:
@@ -673,6 +684,8 @@ def rollout(
         guidance = editor.family.rollout_guidance
         if evaluation:
             guidance = editor.family.evaluation_guidance
+    if steps is None:
+        steps = editor.family.rollout_steps
     # All copies in as few calls as memory allows; each call encodes text and sources once.
     batch = rollout_batch or len(generators)
     groups = []
@@ -706,19 +719,19 @@ def _call_pipeline(editor, images, prompt, generators, steps, guidance):
                 image=images[0] if len(images) == 1 else images,
                 prompt=prompt,
                 # A generator a copy, so that a copy's noise does not depend on its neighbours.
-                generator=list(generators),
+                generator=generators,
                 num_images_per_prompt=len(generators),
                 num_inference_steps=steps,
                 **_call_options(editor, images[0].size, guidance),
             ).images
     except ValueError as error:
         raise BadInput(f"{editor.kind} refuses a row: {one_line(error)}; remove it") from error
+    edits = [edit.convert("RGB") for edit in edits]  # Qwen-Image-2.1's have an alpha channel
     x_0 = pipe.scheduler.last_x.float()  # (B, N, C), the latents that were decoded
     # The times as the transformer was told them, (B,) a step, all equal: in bf16 they are not the
     # scheduler's sigmas.
     sigmas = torch.stack([arguments["timestep"][0] for arguments in calls]).float().cpu()
-    _check_call(editor, calls[0]["hidden_states"], x_0, sigmas)
-    return Group(edits, x_0, _conditioning(calls[0], x_0.shape[1]), sigmas)
+    return Group(edits, x_0, _conditioning(editor, calls[0], x_0), sigmas)
 
 
 def _call_options(editor, size, guidance):
@@ -755,15 +768,15 @@ def working_size(editor: Editor, image: Image.Image) -> tuple[int, int]:
 def _sources_keep_their_size(editor, images):
     """Within, a pipeline that sizes sources by a function of its module keeps the size they have.
 
-    The small picture that Qwen-Image-Edit-Plus shows its text encoder stays the pipeline's own, if
-    it is not above ours.
+    That function maps an area and a ratio of sides; pipelines copy it from each other under one
+    name. The small picture that Qwen-Image-Edit-Plus shows its text encoder stays the pipeline's
+    own, if it is not above ours.
     """
-    name = editor.family.size_function
-    if not name:
+    module = _module(editor.pipe)
+    original = getattr(module, "calculate_dimensions", None)
+    if original is None:
         yield
         return
-    module = _module(editor.pipe)
-    original = getattr(module, name)
     # The pipeline asks with a source's ratio of sides alone, computed as here, so the ratio is the
     # key; sources of equal ratio have one working size.
     size_by_ratio = {image.width / image.height: image.size for image in images}
@@ -775,38 +788,17 @@ def _sources_keep_their_size(editor, images):
             return size
         return (*size_by_ratio[ratio], *size[2:])
 
-    setattr(module, name, size_function)
-    try:
+    with patch.object(module, "calculate_dimensions", size_function):
         yield
-    finally:
-        setattr(module, name, original)
 
 
-def _conditioning(arguments, N):
-    """A Group's cond out of a call's arguments: no times, no edits, and one copy of the rest.
+def _conditioning(editor, arguments, x_0):
+    """A Group's cond out of the first call's arguments: no times, and one copy of the rest.
 
-    N: the tokens of an edit, which come before the sources' in hidden_states.
+    BadInput if `velocity` could not make that call of it.
     """
-    cond = {name: value for name, value in arguments.items() if name != "timestep"}
-    cond["hidden_states"] = cond["hidden_states"][:, N:]  # (B, S, C)
-    for name, value in cond.items():
-        if _has_batch(name, value):
-            # What a group stores once must be equal in all its copies.
-            is_same = torch.equal(value, value[:1].expand_as(value))
-            assert is_same, f"{name} differs between copies of one group"
-            cond[name] = value[:1].clone()  # a slice would keep all copies in memory
-    return cond
-
-
-def _has_batch(name, value):
-    """Whether an argument of the transformer has a batch dimension; Flux's ids may have none."""
-    is_ids = name.endswith("_ids") and getattr(value, "ndim", 0) == 2  # (tokens, 3)
-    return isinstance(value, Tensor) and not is_ids
-
-
-def _check_call(editor, tokens, x_0, sigmas):
-    """BadInput unless the first call's hidden_states, `tokens`, are laid out as in `velocity`."""
-    if tokens.shape[1] <= x_0.shape[1]:  # N + S of (B, N + S, C), N of (B, N, C)
+    tokens = arguments["hidden_states"]  # (B, N + S, C)
+    if tokens.shape[1] <= x_0.shape[1]:  # N
         raise BadInput(
             f"{editor.kind} does not see the source picture as tokens beside the edit's; take "
             "another editor"
@@ -815,11 +807,20 @@ def _check_call(editor, tokens, x_0, sigmas):
         raise BadInput(
             f"{editor.kind} runs its guidance in one batch with the edits; give a guidance of 1"
         )
-    # Training reads the noise level of x_t off these times, so they must be the scheduler's t, but
-    # for the rounding to bf16 (at most 0.002).
-    wanted = editor.pipe.scheduler.sigmas[: len(sigmas)].cpu()
-    are_flow_times = torch.allclose(sigmas, wanted, atol=0.01)
-    assert are_flow_times, f"{editor.kind} tells its transformer {sigmas}, not flow times {wanted}"
+    dropped = ["timestep"]
+    if "kv_cache" in arguments:  # to be filled for the next calls; training replays the first
+        dropped += ["kv_cache", "kv_cache_mode"]
+    cond = {name: value for name, value in arguments.items() if name not in dropped}
+    for name, value in cond.items():
+        if _has_batch(name, value):
+            cond[name] = value[:1].clone()  # a slice would keep all copies in memory
+    return cond
+
+
+def _has_batch(name, value):
+    """Whether an argument of the transformer has a batch dimension; Flux's ids may have none."""
+    is_ids = name.endswith("_ids")
+    return isinstance(value, Tensor) and (value.ndim > 2 or not is_ids)
 
 
 # ---------------------------------------------------------------- velocity
@@ -828,27 +829,26 @@ def _check_call(editor, tokens, x_0, sigmas):
 def velocity(editor: Editor, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
     """The active policy's v at x_t (B, N, C) and t (B,) under a group's cond: (B, N, C) float32.
 
-    The one place that calls the transformer. It gets t as the pipeline gives it, in its own dtype:
-    noise with t from Group.sigmas, which that rounding leaves as they are. Differentiable in the
-    LoRA's parameters.
+    The one place that calls the transformer. It gets t as the pipeline gives it, rounded to its own
+    dtype: to bf16, by at most 0.002. Group.sigmas are rounded already; other times are best rounded
+    before x_t is made of them. Differentiable in the LoRA's parameters.
     """
     B, N, _ = x_t.shape
-    source = cond["hidden_states"]  # (1, S, C)
-    # In bf16 the model would be told 0.6992 for 0.7004, while x_t has the noise of 0.7004.
-    t_told = t.to(source.device, source.dtype)  # (B,)
-    is_exact = torch.equal(t_told.float(), t.to(source.device))
-    assert is_exact, f"t is not a time that can be told in {source.dtype}"
-    # The row's conditioning, B times. Contiguous, as the pipeline gives it: kernels choose by the
-    # layout, and training is to see the bits of the rollout.
     arguments = dict(cond)
     for name, value in cond.items():
         if _has_batch(name, value):
-            arguments[name] = value.expand(B, *value.shape[1:]).contiguous()
-    tokens = [x_t.to(source), arguments["hidden_states"]]
-    arguments["hidden_states"] = torch.cat(tokens, dim=1)  # (B, N + S, C)
+            arguments[name] = value.repeat_interleave(B, dim=0)
     # The tokens of the edit and of its source attend to each other.
-    v = editor.transformer(timestep=t_told, **arguments)[0]  # (B, N + S, C)
-    return v[:, :N].float()  # the outputs at the source's tokens mean nothing
+    tokens = arguments["hidden_states"]  # (B, N + S, C)
+    place = _edit_tokens(editor, N)
+    tokens[:, place] = x_t
+    v = editor.transformer(timestep=t.to(tokens), **arguments)[0]  # (B, N + S or more, C)
+    return v[:, place].float()  # the outputs at other tokens mean nothing
+
+
+def _edit_tokens(editor, N):
+    """The place of an edit's N tokens among all that the transformer takes and returns."""
+    return slice(-N, None) if editor.family.source_first else slice(N)
 
 
 # ---------------------------------------------------------------- checks
@@ -903,40 +903,50 @@ def check_editor(
     optimizer: torch.optim.Optimizer,
     started: bool = False,
 ) -> None:
-    """Stops a run that could not learn: see the three checks below.
+    """Stops a run that could not learn: see the four checks below.
 
     row: one of the data; started: the policies begin from a LoRA, not as the base. BadInput names
     the row, the editor or the LoRA's layers.
     """
+    if not editor.transformer.config.get("guidance_embeds"):
+        guidance = 1.0  # with CFG the solver does not get the transformer's own velocity
     sources = [load_image(path) for path in row["images"]]
     inverted = [ImageOps.invert(source) for source in sources]
-    try:
-        # One edit in one step of each; the same noise.
-        seen, other = [
-            rollout(editor, images, row["prompt"], [seeded("check")], 1, guidance)
-            for images in (sources, inverted)
+    with faults_of(row, skip=False):
+        # Two edits in one step of each, from the same noises. The solver then knows of `seen`.
+        other, seen = [
+            rollout(editor, images, row["prompt"], [seeded(0), seeded(1)], 1, guidance)
+            for images in (inverted, sources)
         ]
-    except BadInput as error:
-        raise BadInput(f"{row['where']}: row {row['id']}: {error}") from error
-    x_t = seen.x_0
-    t = seen.sigmas  # (1,)
-    v = velocity(editor, x_t, t, seen.cond)
+    solver = editor.pipe.scheduler
+    x_t = solver.first_x  # (2, N, C)
+    arguments = (editor, x_t, seen.sigmas.expand(2))
+    v = velocity(*arguments, seen.cond)
 
-    # 1. The editor sees its source.
-    if torch.allclose(v, velocity(editor, x_t, t, other.cond)):
+    # 1. The transformer's first call can be made again: it was given the solver's x_t, at the place
+    # where training puts another, and its t; and returns what it returned, but for rounding.
+    given = seen.cond["hidden_states"][:, _edit_tokens(editor, x_t.shape[1])]
+    is_given = torch.equal(given, x_t[:1]) and abs(seen.sigmas - solver.sigmas[0]) < 0.01
+    is_returned = (v - solver.last_v).norm() < 0.05 * v.norm()
+    if not (is_given and is_returned):
+        raise BadInput(
+            f"{editor.kind}: its transformer's calls cannot be repeated; mend its line of FAMILIES "
+            "in sample.py (source_first is the order of tokens) or take another editor"
+        )
+    # 2. The editor sees its source.
+    if torch.allclose(v, velocity(*arguments, other.cond)):
         raise BadInput(
             f"{editor.kind}: another source picture changes nothing; take an editor that sees it"
         )
-    # 2. The policies are equal at the start.
+    # 3. The policies are equal at the start.
     same = editor.policies if started else ("base", *editor.policies)
     for name in same:
         with policy(editor, name):
-            is_same = torch.equal(v, velocity(editor, x_t, t, seen.cond))
-        assert is_same, f"policies new and {name} differ at the start"
-    # 3. The LoRA gets a gradient: that of any loss will do.
+            own = velocity(*arguments, seen.cond)
+        assert torch.equal(v, own), f"policies new and {name} differ at the start"
+    # 4. The LoRA gets a gradient: that of any loss will do.
     v.square().mean().backward()
-    gradients = [parameter.grad for parameter in lora_parameters(editor, "new").values()]
-    if not any(gradient is not None and gradient.any() for gradient in gradients):
+    if clip_grad_norm_(lora_parameters(editor, "new").values(), math.inf) == 0:
         raise BadInput(f"{editor.kind}: the LoRA gets no gradient; name other --lora_targets")
     optimizer.zero_grad()
 
@@ -962,11 +972,41 @@ def parked(editor: Editor, park: bool = True) -> Iterator[None]:
             part.to(device)
 
 
+def choose_recompute(editor: Editor, trial: Callable[[], None]) -> float:
+    """From now on backward recomputes as few blocks as memory allows, found by trial: their share.
+
+    What a block computes is kept from forward to backward, or made again from its inputs. trial: a
+    training step at its full size, forwards and backward.
+    """
+    kinds = editor.transformer._repeated_blocks
+    blocks = [part for part in editor.transformer.modules() if type(part).__name__ in kinds]
+    repeated = []
+
+    def run(block, *arguments):
+        if block in repeated:
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+    editor.transformer.enable_gradient_checkpointing(run)
+    for quarters in range(5):
+        repeated[:] = blocks[: quarters * len(blocks) // 4]
+        with suppress(torch.OutOfMemoryError):
+            trial()
+            break
+    return quarters / 4
+
+
 def compile_blocks(editor: Editor) -> None:
     """Compiles the transformer's blocks: once for each class, policy, gradient mode and batch size.
 
-    The first forward of each takes the time.
+    The first forward of each takes the time. A machine that cannot compile goes on without.
     """
+    try:
+        # Needs what the blocks will need: a C compiler, and for a GPU Triton.
+        torch.compile(torch.sin)(torch.zeros(2, device=editor.transformer.device))
+    except Exception as error:  # what a missing tool makes two libraries raise has no end
+        note(f"nothing is compiled, which costs time ({one_line(error)})")
+        return
     # Those are more than the default of 8 variants, after which torch goes on uncompiled.
     torch._dynamo.config.recompile_limit = 64
     editor.transformer.compile_repeated_blocks()
@@ -977,9 +1017,8 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
 
     To be called with the editor on the CPU; what is not sharded moves to the rank's device.
     """
-    adapters = []
-    for layer in editor.lora_layers:
-        adapters += [layer.lora_A, layer.lora_B]
+    modules = editor.transformer.modules()
+    adapters = [module for module in modules if isinstance(module, LoraMatrix)]
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -988,11 +1027,9 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
     )
     fsdp2_prepare_model(accelerator, editor.transformer)
     # DTensors: numel counts the numbers of all ranks, to_local gives this rank's.
-    sharded = [
-        parameter for parameter in editor.transformer.parameters() if hasattr(parameter, "to_local")
-    ]
-    total = sum(parameter.numel() for parameter in sharded)
-    local = sum(parameter.to_local().numel() for parameter in sharded)
+    sharded = [part for part in editor.transformer.parameters() if isinstance(part, DTensor)]
+    total = sum(part.numel() for part in sharded)
+    local = sum(part.to_local().numel() for part in sharded)
     accelerator.print(f"the base's {total:,} numbers are spread out, {local:,} on this rank")
     editor.pipe.to(accelerator.device)
 
@@ -1011,9 +1048,7 @@ class Settings(CheckedSettings):
     lora: str = setting("", "A LoRA, ours or another's: RUN/checkpoint-N, a file or a hub id.")
     compare: bool = setting(False, "Show base and LoRA side by side, with the same seeds.")
     num: int = setting(4, "Edits to draw.", at_least=1, at_most=100)
-    seed: int = setting(
-        42, "The first edit's seed; the others follow it.", at_least=0, at_most=2**32
-    )
+    seed: int = setting(42, "The first edit's seed; the others follow it.", at_least=0)
     steps: int = setting(28, "Solver steps.", at_least=1, at_most=1000)
     guidance: float | None = setting(
         None, "Guidance. [the family's for evaluation]", at_least=0, at_most=100

@@ -314,6 +314,106 @@ def tiny_qwen_edit(cls, zero_cond_t=False):
     )
 
 
+QWEN3_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+def tiny_qwen3_vl(tokenizer):
+    """A random Qwen3VLForConditionalGeneration and the picture half of its processor."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class PictureProcessor(Qwen3VLProcessor):  # its part for videos needs torchvision
+        def check_argument_for_proper_class(self, name, value):
+            if name != "video_processor":
+                super().check_argument_for_proper_class(name, value)
+
+    ids = {mark.strip("<|>"): tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        pad_token_id=ids["endoftext"],
+        rope_parameters={
+            "rope_type": "default",
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+            "rope_theta": 100.0,
+        },
+    )
+    vision = dict(
+        depth=1,
+        hidden_size=32,
+        intermediate_size=32,
+        num_heads=2,
+        patch_size=16,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        out_hidden_size=32,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0],
+    )
+    model = Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=ids["image_pad"],
+            video_token_id=ids["video_pad"],
+            vision_start_token_id=ids["vision_start"],
+            vision_end_token_id=ids["vision_end"],
+        )
+    )
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=16,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 32**2, "longest_edge": 1024**2},
+    )
+    return model, PictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def tiny_qwen21(cls):
+    """A random QwenImage21Pipeline with times of its own, as the released one has them: x16 VAE."""
+    from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
+
+    model, processor = tiny_qwen3_vl(tiny_qwen_tokenizer(QWEN3_CHAT, longest=512))
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=16,
+        dim_mult=[1] * 5,
+        num_res_blocks=1,
+        temperal_downsample=[False] * 4,
+        latents_mean=[0.1] * 16,
+        latents_std=[0.9] * 16,
+    )
+    make_louder(vae)
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return cls(
+        scheduler=flow_scheduler(),
+        vae=vae,
+        text_encoder=model,
+        processor=processor,
+        transformer=transformer,
+        sample_sigmas=[1.0, 0.75, 0.5, 0.25],
+    )
+
+
 def tiny_longcat(cls):
     """A random LongCatImageEditPipeline."""
     from diffusers import AutoencoderKL, LongCatImageTransformer2DModel
@@ -358,7 +458,7 @@ def tiny_flux2(cls, **kwargs):
         Qwen3ForCausalLM,
     )
 
-    klein = cls.__name__ == "Flux2KleinPipeline"
+    klein = cls.__name__.startswith("Flux2Klein")
     if klein:
         tokenizer = tiny_qwen_tokenizer(CHAT, longest=40)
     else:
@@ -426,9 +526,11 @@ def tiny_editor(name):
         pipe = tiny_kontext()
         make_louder(pipe.vae)
         return pipe
+    if kind == "QwenImage21Pipeline":
+        return tiny_qwen21(cls)
     if kind.startswith("Qwen"):
         return tiny_qwen_edit(cls, zero_cond_t=variant == "2511")
-    if kind == "Flux2KleinPipeline":
+    if kind.startswith("Flux2Klein"):
         return tiny_flux2(cls, is_distilled=variant == "distilled")
     if kind == "Flux2Pipeline":
         return tiny_flux2(cls)
@@ -449,7 +551,7 @@ def save_editor(pipe, folder):
     pipe.register_modules(**processors)
     index = json.loads((folder / "model_index.json").read_text())
     for part, processor in processors.items():
-        index[part] = ["transformers", "Qwen2_5_VLProcessor"]
+        index[part] = ["transformers", type(processor).__mro__[1].__name__]
         processor.image_processor.save_pretrained(folder / part)
         processor.tokenizer.save_pretrained(folder / part)
     if type(pipe).__name__ == "Flux2Pipeline":

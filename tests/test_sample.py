@@ -11,8 +11,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 from data_prep import BadInput, seeded
@@ -190,6 +192,19 @@ def test_the_capped_solver_beats_euler_where_the_last_step_is_much_longer(monkey
     assert capped < 0.9 * error_of(2)
 
 
+def test_on_flux2s_schedule_its_own_steps_are_about_as_exact_as_kontexts_six():
+    """On the mixture, at 512 x 512; six steps there err twice as much."""
+
+    def error_of(steps, mu):
+        exact = solve(2000, order=2, mu=mu, velocity=mixture_velocity)
+        return rms(solve(steps, order=2, mu=mu, velocity=mixture_velocity) - exact)
+
+    kontext = error_of(6, calculate_shift(1024))
+    steps = sample.FAMILIES["Flux2KleinPipeline"].rollout_steps
+    assert error_of(steps, compute_empirical_mu(1024, steps)) < 1.15 * kontext
+    assert error_of(6, compute_empirical_mu(1024, 6)) > 2 * kontext
+
+
 def last_ratio(mu):
     """How many times longer the last of six steps is than the one before."""
     scheduler = sample.FlowDPMSolverMultistepScheduler(use_dynamic_shifting=True)
@@ -217,7 +232,7 @@ def test_step_returns_the_models_dtype_and_keeps_float32_inside():
     ones = torch.ones(1, 4, dtype=torch.bfloat16)
     (x,) = scheduler.step(ones, scheduler.timesteps[0], ones)
     assert x.dtype == torch.bfloat16
-    assert scheduler._last_v.dtype == torch.float32
+    assert scheduler.last_v.dtype == torch.float32
 
 
 # ---------------------------------------------------------------- rollout and velocity
@@ -251,12 +266,27 @@ def test_the_velocity_of_part_of_a_group_is_the_same_to_rounding(editor):
     torch.testing.assert_close(sample.velocity(editor, x_t[1:2], t[1:2], group.cond), whole[1:2])
 
 
-def test_a_time_that_the_model_cannot_be_told_is_refused(kontext_folder):
-    editor = sample.load_editor(kontext_folder, dtype=torch.bfloat16)
-    group = draw(editor)
+@pytest.fixture
+def bf16_editor(kontext_folder):
+    return sample.load_editor(kontext_folder, dtype=torch.bfloat16)
+
+
+def test_a_groups_times_are_those_that_the_model_can_be_told(bf16_editor):
+    group = draw(bf16_editor)
     assert torch.equal(group.sigmas, group.sigmas.bfloat16().float())
-    with pytest.raises(AssertionError, match="can be told"):
-        sample.velocity(editor, group.x_0, torch.full((3,), 0.7004), group.cond)
+
+
+@pytest.mark.parametrize("t", [0.7004, 1e-4, 0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_time_can_be_asked_of_a_bf16_base_which_hears_the_nearest_it_knows(
+    bf16_editor, t, dtype
+):
+    group = draw(bf16_editor)
+    t = torch.full((3,), t, dtype=dtype)
+    heard = t.bfloat16().float()
+    v = sample.velocity(bf16_editor, group.x_0, t, group.cond)
+    assert torch.equal(v, sample.velocity(bf16_editor, group.x_0, heard, group.cond))
+    assert (heard - t).abs().max() < 0.002
 
 
 def test_x_0_is_what_the_pictures_were_decoded_from(editor):
@@ -274,7 +304,7 @@ def test_a_groups_conditioning_is_stored_once(editor, K):
     cond = draw(editor, K=K, steps=1).cond
     tensors = {name: value for name, value in cond.items() if isinstance(value, torch.Tensor)}
     assert {name: tuple(value.shape) for name, value in tensors.items()} == {
-        "hidden_states": (1, 16, 32),
+        "hidden_states": (1, 32, 32),
         "encoder_hidden_states": (1, 12, 32),
         "guidance": (1,),
         "pooled_projections": (1, 32),
@@ -334,7 +364,9 @@ def test_guidance_reaches_the_model(editor):
 def test_pictures_keep_their_aspect_ratio_at_the_working_resolution(editor, size, worked):
     group = sample.rollout(editor, [picture("wide", *size)], PROMPT, [seeded(0)], steps=1)
     assert group.images[0].size == worked
-    assert group.cond["hidden_states"].shape[1] == worked[0] * worked[1] // 64  # the source too
+    tokens = worked[0] * worked[1] // 64
+    assert group.x_0.shape[1] == tokens
+    assert group.cond["hidden_states"].shape[1] == 2 * tokens  # the source too
 
 
 # ---------------------------------------------------------------- policies
@@ -465,6 +497,154 @@ def test_soft_update_is_the_weighted_mean_in_place_and_aliases_nothing(lora_edit
         assert torch.equal(old[key], kept[key])
         new[key].data.add_(1)
         assert torch.equal(old[key], kept[key]), "old shares memory with new"
+
+
+# ---------------------------------------------------------------- LoRA in the base's dtype
+
+
+@pytest.fixture
+def bf16_lora_editor(bf16_editor):
+    """A bf16 base with policies that differ from it."""
+    sample.add_policies(bf16_editor, rank=4, alpha=8)
+    shake(bf16_editor, "new")
+    return bf16_editor
+
+
+def as_peft_does(editor):
+    """Makes peft cast every layer's input to the LoRA's float32, as it does if left alone."""
+    for layer in editor.lora_layers:
+        layer.cast_input_dtype_enabled = True
+        for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+            matrix.__class__ = torch.nn.Linear
+
+
+def prediction_and_gradients(editor, group):
+    parameters = sample.lora_parameters(editor, "new")
+    v = predict(editor, group)
+    gradients = torch.autograd.grad(v.square().mean(), list(parameters.values()))
+    return v, dict(zip(parameters, gradients, strict=True))
+
+
+def test_a_lora_multiplied_in_bf16_agrees_with_pefts_float32_within_bf16s_rounding(
+    bf16_lora_editor,
+):
+    group = draw(bf16_lora_editor)
+    v, gradients = prediction_and_gradients(bf16_lora_editor, group)
+    as_peft_does(bf16_lora_editor)
+    wanted, wanted_gradients = prediction_and_gradients(bf16_lora_editor, group)
+    assert (v - wanted).norm() < 0.02 * wanted.norm()
+    for key, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - wanted_gradients[key]).norm() < 0.1 * wanted_gradients[key].norm(), key
+
+
+class Casts(TorchDispatchMode):
+    """Counts the bytes that casts to another dtype write."""
+
+    written = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and result.dtype != args[0].dtype:
+            self.written += result.nbytes
+        return result
+
+
+def test_a_lora_multiplied_in_bf16_casts_its_matrices_and_not_the_tokens(bf16_lora_editor):
+    group = draw(bf16_lora_editor)
+
+    def written(name):
+        with torch.no_grad(), sample.policy(bf16_lora_editor, name), Casts() as casts:
+            predict(bf16_lora_editor, group)
+        return casts.written
+
+    ours = written("new") - written("base")
+    matrices = sample.lora_parameters(bf16_lora_editor, "new").values()
+    assert ours == 2 * sum(matrix.numel() for matrix in matrices)  # in bf16, two bytes each
+    as_peft_does(bf16_lora_editor)
+    assert ours < 0.1 * (written("new") - written("base"))
+
+
+def test_over_a_float32_base_a_lora_has_pefts_own_bits(lora_editor):
+    group = draw(lora_editor)
+    v, gradients = prediction_and_gradients(lora_editor, group)
+    as_peft_does(lora_editor)
+    wanted, wanted_gradients = prediction_and_gradients(lora_editor, group)
+    assert torch.equal(v, wanted)
+    assert_equal(gradients, wanted_gradients)
+
+
+# ---------------------------------------------------------------- memory and speed
+
+
+def blocks_of(editor):
+    transformer = editor.transformer
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+@pytest.mark.parametrize("fits, share", [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)])
+def test_backward_recomputes_as_few_blocks_as_fit_and_the_gradient_stays(lora_editor, fits, share):
+    """Two blocks; a trial fits once `fits` of them are recomputed, or never."""
+    group = draw(lora_editor)
+    _, wanted = prediction_and_gradients(lora_editor, group)
+    calls = []
+    for block in blocks_of(lora_editor):
+        block.register_forward_pre_hook(lambda module, args: calls.append(module))
+
+    def trial():
+        calls.clear()
+        _, gradients = prediction_and_gradients(lora_editor, group)
+        assert_equal(gradients, wanted)
+        if len(calls) - 2 < fits:  # forwards that are done again
+            raise torch.OutOfMemoryError
+
+    assert sample.choose_recompute(lora_editor, trial) == share
+    calls.clear()
+    prediction_and_gradients(lora_editor, group)
+    assert len(calls) == 2 + 2 * share
+
+
+def test_a_trial_that_fails_otherwise_is_not_taken_for_a_lack_of_memory(lora_editor):
+    def trial():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sample.choose_recompute(lora_editor, trial)
+
+
+def test_a_machine_that_cannot_compile_says_so_once_and_goes_on(lora_editor, monkeypatch, capsys):
+    def refuse(function):
+        raise RuntimeError("no C compiler\nat all")
+
+    sample.note.cache_clear()
+    monkeypatch.setattr(torch, "compile", refuse)
+    before = predict(lora_editor, draw(lora_editor))
+    sample.compile_blocks(lora_editor)
+    sample.compile_blocks(lora_editor)
+    said = capsys.readouterr().err
+    assert said.count("nothing is compiled") == 1
+    assert "no C compiler" in said
+    assert torch.equal(predict(lora_editor, draw(lora_editor)), before)
+
+
+def test_where_the_machine_compiles_each_block_is_compiled(lora_editor, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kw: compiled.append(module))
+    sample.compile_blocks(lora_editor)
+    assert compiled == blocks_of(lora_editor)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_on_a_gpu_pictures_are_decoded_one_at_a_time(kontext_folder, monkeypatch, on_gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    editor = sample.load_editor(kontext_folder)
+    batches = []
+    editor.pipe.vae.decoder.register_forward_pre_hook(
+        lambda module, args: batches.append(len(args[0]))
+    )
+    assert len(draw(editor, K=3).images) == 3
+    assert batches == ([1, 1, 1] if on_gpu else [3])
 
 
 # ---------------------------------------------------------------- groups
