@@ -59,8 +59,6 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 from transformers.utils import is_torchvision_available
@@ -946,7 +944,7 @@ def check_editor(
         assert torch.equal(v, own), f"policies new and {name} differ at the start"
     # 4. The LoRA gets a gradient: that of any loss will do.
     v.square().mean().backward()
-    if clip_grad_norm_(lora_parameters(editor, "new").values(), math.inf) == 0:
+    if nn.utils.clip_grad_norm_(lora_parameters(editor, "new").values(), math.inf) == 0:
         raise BadInput(f"{editor.kind}: the LoRA gets no gradient; name other --lora_targets")
     optimizer.zero_grad()
 
@@ -1027,7 +1025,7 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
     )
     fsdp2_prepare_model(accelerator, editor.transformer)
     # DTensors: numel counts the numbers of all ranks, to_local gives this rank's.
-    sharded = [part for part in editor.transformer.parameters() if isinstance(part, DTensor)]
+    sharded = [part for part in editor.transformer.parameters() if hasattr(part, "to_local")]
     total = sum(part.numel() for part in sharded)
     local = sum(part.to_local().numel() for part in sharded)
     accelerator.print(f"the base's {total:,} numbers are spread out, {local:,} on this rank")
