@@ -21,8 +21,8 @@ Departures from the papers (arXiv:2510.16888, arXiv:2509.16117v2) and their rele
 3. A group's text embeddings and source tokens are made once a pipeline call, of as many copies as
    memory allows, and stored once, not K times.
 4. A copy's noise has its own generator: a group is the same however it is cut into calls.
-5. The LoRA's weights are float32 over a base of any dtype (theirs loads Kontext in float32). A is
-   gaussian with deviation 1 / rank, as theirs, but from a seed of its own. On Flux.2, which theirs
+5. The LoRA's weights are float32 over a base of any dtype, and multiplied in the base's (theirs
+   loads Kontext in float32). A is gaussian with deviation 1 / rank, as theirs, but from a seed of its own. On Flux.2, which theirs
    does not train, the single blocks have a LoRA too.
 6. A LoRA to start from gives rank, alpha and layers to all policies; in theirs `old` has rank 32
    and alpha 64 whatever the file says. As in theirs it is not merged: the base, which the loss
@@ -55,7 +55,7 @@ from diffusers.utils.peft_utils import get_peft_kwargs
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ from data_prep import (
     faults_of,
     load_image,
     load_processor,
+    load_sources,
     one_line,
     parse_settings,
     picture_grid,
@@ -130,6 +131,7 @@ FLUX2 = Family(  # its guidance is an input of the model, no CFG
     # mixture of Gaussians by .18, with 6 by .34, on Kontext's schedule with 6 by .17.
     rollout_steps=12,
 )
+NO_CFG = Family(rollout_guidance=1.0)
 KLEIN = replace(FLUX2, rollout_guidance=1.0, template_tokens=12)
 FAMILIES = {
     # Its guidance is an input of the model, no CFG.
@@ -140,11 +142,7 @@ FAMILIES = {
     "QwenImage21Pipeline": replace(QWEN, evaluation_guidance=1.0, several=True, source_first=True),
     "Flux2KleinPipeline": KLEIN,
     "Flux2KleinKVPipeline": replace(KLEIN, source_first=True),
-    "LongCatImageEditPipeline": Family(
-        rollout_guidance=1.0,
-        evaluation_guidance=4.5,
-        long_text="fail",
-    ),
+    "LongCatImageEditPipeline": replace(NO_CFG, evaluation_guidance=4.5, long_text="fail"),
 }
 
 
@@ -152,17 +150,6 @@ FAMILIES = {
 def note(text: str) -> None:
     """Tells the user, once in a process, of something that is no error."""
     say_once(f"note: {text}", sys.stderr)
-
-
-def _guess_family(pipe):
-    """A Family for a pipeline class that FAMILIES does not know, and a note of what was assumed."""
-    family = Family()
-    if not pipe.transformer.config.get("guidance_embeds"):
-        family = (
-            QWEN if "true_cfg_scale" in _parameters(pipe) else replace(family, rollout_guidance=1.0)
-        )
-    note(f"{type(pipe).__name__} is not in FAMILIES of sample.py; assumed: {family}")
-    return family
 
 
 def _parameters(pipe):
@@ -339,7 +326,12 @@ def _family(pipe, base):
         raise BadInput(
             f"{base}: {kind} edits no pictures; name an editor such as FLUX.1-Kontext-dev"
         )
-    family = FAMILIES.get(kind) or _guess_family(pipe)
+    family = FAMILIES.get(kind)
+    if not family:
+        family = Family()
+        if not pipe.transformer.config.get("guidance_embeds"):
+            family = QWEN if "true_cfg_scale" in _parameters(pipe) else NO_CFG
+        note(f"{kind} is not in FAMILIES of sample.py; assumed: {family}")
     if pipe.config.get("is_distilled") or "Turbo" in Path(base).name:
         note(
             f"{base} is distilled to few steps and may blur in a long training; its undistilled "
@@ -398,7 +390,7 @@ def add_policies(
     warnings.filterwarnings("ignore", "Already found a `peft_config`")
     with torch.random.fork_rng(devices=[]):  # peft draws A, too
         try:
-            for name in reversed(editor.policies):  # peft trains the last one alone
+            for name in editor.policies:
                 editor.transformer.add_adapter(LoraConfig(**config), name)
         except ValueError as error:
             raise BadInput(
@@ -418,6 +410,7 @@ def add_policies(
             if "lora_A" in key:
                 gaussian = torch.randn(parameter.shape, generator=seeded(seed, "lora", key))
                 parameter.data.copy_(gaussian / len(parameter))  # (rank, in), so len is the rank
+            parameter.requires_grad_(name == "new")
         if start:
             load_lora(editor, start, name)
     _activate(editor, "new")
@@ -512,21 +505,20 @@ def save_lora(editor: Editor, folder: str | Path, name: str = "new") -> None:
     programs that know no metadata. (`.alpha` tensors would not do: diffusers 0.42 refuses them for
     Flux.2.) What load_lora and add_policies need of the LoraConfig lies in the file's metadata,
     under a name of our own: under diffusers' name the strength would count twice. No bit is lost:
-    where float32 cannot undo the product, as with a factor of 1.5, the file is float64. LongCat's
-    pipeline has no load_lora_weights; there it is
+    where float32 cannot hold the product, as with a factor of 1.5, B is float64. LongCat's pipeline
+    has no load_lora_weights; there it is
     pipe.transformer.load_lora_adapter(folder, weight_name=LORA_FILE).
     """
-    weights = lora_parameters(editor, name)
-    # A power of two changes a number's exponent alone; frexp gives those the mantissa 0.5.
-    is_exact = all(math.frexp(_strength(editor, name, key))[0] == 0.5 for key in weights)
-    dtype = torch.float32 if is_exact else torch.float64
     full = {}
-    for key, weight in weights.items():
-        full[f"transformer.{key}"] = weight.to(dtype) * _strength(editor, name, key)
+    for key, weight in lora_parameters(editor, name).items():
+        product = weight.double() * _strength(editor, name, key)
+        # Float32 holds it without rounding where alpha / rank is a power of two.
+        is_exact = torch.equal(product, product.float().double())
+        full[f"transformer.{key}"] = product.float() if is_exact else product
     config = editor.transformer.peft_config[name]
-    settings = {key: getattr(config, key) for key in LORA_CONFIG}
+    settings = json.dumps({key: getattr(config, key) for key in LORA_CONFIG})
     with whole_file(Path(folder, LORA_FILE)) as temporary:
-        save_file(full, temporary, {"format": "pt", "lora_config": json.dumps(settings)})
+        save_file(full, temporary, {"format": "pt", "lora_config": settings})
 
 
 def _strength(editor, name, key):
@@ -600,7 +592,7 @@ def _lora_file(place):
 
 
 def _plain_names(tensors):
-    """A LoRA's weights by the names that lora_parameters gives, and {LAYER.alpha: number}."""
+    """A LoRA's weights by the names that lora_parameters gives, and {^LAYER.alpha: number}."""
     weights = {}
     alphas = {}
     for key, tensor in tensors.items():
@@ -609,7 +601,7 @@ def _plain_names(tensors):
         key = re.sub(r"^(base_model\.model\.|diffusion_model\.|transformer\.)+", "", key)
         key = key.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
         if key.endswith(".alpha"):
-            alphas[key] = tensor.item()
+            alphas[f"^{key}"] = tensor.item()  # as diffusers takes them, see _lora_config
         else:
             weights[key.replace(".default.", ".")] = tensor
     return weights, alphas
@@ -626,11 +618,10 @@ def _lora_config(file, metadata, weights, alphas):
     if file.name == PEFT_FILE:
         settings = Path(file.parent, "adapter_config.json").read_text()
     if settings:
-        config = dict(json.loads(settings))
+        config = json.loads(settings)
     else:
         # diffusers makes patterns of these keys, regular expressions, by cutting their ends off.
         ranks = {f"^{layer}.lora_B.": len(weights[f"{layer}.lora_A.weight"]) for layer in layers}
-        alphas = {f"^{key}": alpha for key, alpha in alphas.items()}
         config = get_peft_kwargs(ranks, alphas, weights)
     # diffusers' metadata has the name of the part before each key.
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
@@ -682,8 +673,7 @@ def rollout(
         guidance = editor.family.rollout_guidance
         if evaluation:
             guidance = editor.family.evaluation_guidance
-    if steps is None:
-        steps = editor.family.rollout_steps
+    steps = steps or editor.family.rollout_steps
     # All copies in as few calls as memory allows; each call encodes text and sources once.
     batch = rollout_batch or len(generators)
     groups = []
@@ -770,11 +760,9 @@ def _sources_keep_their_size(editor, images):
     name. The small picture that Qwen-Image-Edit-Plus shows its text encoder stays the pipeline's
     own, if it is not above ours.
     """
+    name = "calculate_dimensions"
     module = _module(editor.pipe)
-    original = getattr(module, "calculate_dimensions", None)
-    if original is None:
-        yield
-        return
+    original = getattr(module, name, None)
     # The pipeline asks with a source's ratio of sides alone, computed as here, so the ratio is the
     # key; sources of equal ratio have one working size.
     size_by_ratio = {image.width / image.height: image.size for image in images}
@@ -786,7 +774,7 @@ def _sources_keep_their_size(editor, images):
             return size
         return (*size_by_ratio[ratio], *size[2:])
 
-    with patch.object(module, "calculate_dimensions", size_function):
+    with patch.object(module, name, size_function, create=original is None):
         yield
 
 
@@ -817,8 +805,7 @@ def _conditioning(editor, arguments, x_0):
 
 def _has_batch(name, value):
     """Whether an argument of the transformer has a batch dimension; Flux's ids may have none."""
-    is_ids = name.endswith("_ids")
-    return isinstance(value, Tensor) and (value.ndim > 2 or not is_ids)
+    return isinstance(value, Tensor) and (value.ndim > 2 or not name.endswith("_ids"))
 
 
 # ---------------------------------------------------------------- velocity
@@ -908,31 +895,29 @@ def check_editor(
     """
     if not editor.transformer.config.get("guidance_embeds"):
         guidance = 1.0  # with CFG the solver does not get the transformer's own velocity
-    sources = [load_image(path) for path in row["images"]]
-    inverted = [ImageOps.invert(source) for source in sources]
     with faults_of(row, skip=False):
-        # Two edits in one step of each, from the same noises. The solver then knows of `seen`.
-        other, seen = [
-            rollout(editor, images, row["prompt"], [seeded(0), seeded(1)], 1, guidance)
-            for images in (inverted, sources)
-        ]
+        # Two edits in one step; the solver then holds what went in and out.
+        noises = [seeded(0), seeded(1)]
+        group = rollout(editor, load_sources(row), row["prompt"], noises, 1, guidance)
     solver = editor.pipe.scheduler
     x_t = solver.first_x  # (2, N, C)
-    arguments = (editor, x_t, seen.sigmas.expand(2))
-    v = velocity(*arguments, seen.cond)
+    arguments = (editor, x_t, group.sigmas.expand(2))
+    v = velocity(*arguments, group.cond)
 
     # 1. The transformer's first call can be made again: it was given the solver's x_t, at the place
     # where training puts another, and its t; and returns what it returned, but for rounding.
-    given = seen.cond["hidden_states"][:, _edit_tokens(editor, x_t.shape[1])]
-    is_given = torch.equal(given, x_t[:1]) and abs(seen.sigmas - solver.sigmas[0]) < 0.01
+    tokens = group.cond["hidden_states"]  # (1, N + S, C)
+    given = tokens[:, _edit_tokens(editor, x_t.shape[1])]
+    is_given = torch.equal(given, x_t[:1].to(given))
+    is_time = abs(group.sigmas - solver.sigmas[0].item()) < 0.01
     is_returned = (v - solver.last_v).norm() < 0.05 * v.norm()
-    if not (is_given and is_returned):
+    if not (is_given and is_time and is_returned):
         raise BadInput(
             f"{editor.kind}: its transformer's calls cannot be repeated; mend its line of FAMILIES "
             "in sample.py (source_first is the order of tokens) or take another editor"
         )
-    # 2. The editor sees its source.
-    if torch.allclose(v, velocity(*arguments, other.cond)):
+    # 2. The editor sees its source; velocity itself replaces the edit's tokens.
+    if torch.allclose(v, velocity(*arguments, group.cond | {"hidden_states": -tokens})):
         raise BadInput(
             f"{editor.kind}: another source picture changes nothing; take an editor that sees it"
         )
@@ -940,7 +925,7 @@ def check_editor(
     same = editor.policies if started else ("base", *editor.policies)
     for name in same:
         with policy(editor, name):
-            own = velocity(*arguments, seen.cond)
+            own = velocity(*arguments, group.cond)
         assert torch.equal(v, own), f"policies new and {name} differ at the start"
     # 4. The LoRA gets a gradient: that of any loss will do.
     v.square().mean().backward()
@@ -1075,8 +1060,17 @@ class Settings(CheckedSettings):
             raise BadInput(f"--out {self.out}: not a picture's name; end it in .png")
 
 
-def _draw(editor, args, images, names):
-    """The grid of the edits: a row of pictures for each policy in `names`."""
+def _draw(args, images):
+    """The grid of the edits: a row of pictures for each policy."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    editor = load_editor(
+        args.base, device, dtype, args.resolution, trust_remote_code=args.trust_remote_code
+    )
+    names = ["base"]
+    if args.lora:
+        add_policies(editor, averages=(), start=args.lora)
+        names = ["base", "new"] if args.compare else ["new"]
     seeds = range(args.seed, args.seed + args.num)
     rows = []
     captions = []
@@ -1102,23 +1096,14 @@ def main(argv: list[str] | None = None) -> None:
     """The command: draws the edits of one picture and writes them as one grid."""
     args = parse_settings(Settings, argv, description=__doc__.splitlines()[0])
     images = [load_image(path) for path in args.image]
-    names = ["base"]
     if args.lora:
         read_lora(args.lora)  # a bad name fails here, before minutes of loading
-        names = ["base", "new"] if args.compare else ["new"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with whole_file(args.out) as temporary:
         # A disk that refuses is better known now than after minutes of work.
         temporary.touch()
         temporary.unlink()
-        editor = load_editor(
-            args.base, device, dtype, args.resolution, trust_remote_code=args.trust_remote_code
-        )
-        if args.lora:
-            add_policies(editor, averages=(), start=args.lora)
-        _draw(editor, args, images, names).save(temporary)
-    say(f"wrote {args.out}: {args.num} edits with {' and '.join(names)}")
+        _draw(args, images).save(temporary)
+    say(f"wrote {args.out}: {args.num} edits of each policy")
 
 
 if __name__ == "__main__":

@@ -208,8 +208,8 @@ def test_the_pipelines_module_is_as_it_was_after_a_rollout(load, name):
     own = module.calculate_dimensions
     draw(editor, K=1, steps=1)
     assert module.calculate_dimensions is own
-    with pytest.raises(ZeroDivisionError):
-        draw(editor, K=1, steps=0)
+    with pytest.raises(BadInput):
+        draw(editor, K=1, steps=-1)
     assert module.calculate_dimensions is own
 
 

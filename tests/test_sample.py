@@ -759,8 +759,8 @@ def test_a_file_is_float32_but_where_that_would_lose_bits(strong_editor, tmp_pat
     sample.save_lora(strong_editor, tmp_path)
     (layer,) = {layer.scaling["new"] for layer in strong_editor.lora_layers}
     wanted = {2.0: torch.float32, 1.5: torch.float64}[layer]
-    tensors = load_file(tmp_path / sample.LORA_FILE)
-    assert {tensor.dtype for tensor in tensors.values()} == {wanted}
+    for key, tensor in load_file(tmp_path / sample.LORA_FILE).items():
+        assert tensor.dtype == (wanted if "lora_B" in key else torch.float32)
 
 
 def test_load_lora_gives_back_the_saved_bits(strong_editor, kontext_folder, tmp_path):
