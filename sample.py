@@ -22,8 +22,8 @@ Departures from the papers (arXiv:2510.16888, arXiv:2509.16117v2) and their rele
    memory allows, and stored once, not K times.
 4. A copy's noise has its own generator: a group is the same however it is cut into calls.
 5. The LoRA's weights are float32 over a base of any dtype, and multiplied in the base's (theirs
-   loads Kontext in float32). A is gaussian with deviation 1 / rank, as theirs, but from a seed of its own. On Flux.2, which theirs
-   does not train, the single blocks have a LoRA too.
+   loads Kontext in float32). A is gaussian with deviation 1 / rank, as theirs, but from a seed of
+   its own. On Flux.2, which theirs does not train, the single blocks have a LoRA too.
 6. A LoRA to start from gives rank, alpha and layers to all policies; in theirs `old` has rank 32
    and alpha 64 whatever the file says. As in theirs it is not merged: the base, which the loss
    pulls to, stays the released model.
