@@ -269,7 +269,9 @@ def load_editor(
     if torch.cuda.is_available():
         pipe.vae.enable_slicing()  # decodes picture by picture; twelve at once cost Qwen 10 GB
     pipe.set_progress_bar_config(disable=True)
-    pipe.transformer.requires_grad_(False)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
     return Editor(pipe, family, resolution, max_text)
 
 
