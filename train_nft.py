@@ -33,7 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -116,12 +116,17 @@ LEAST_SPREAD = 0.005  # below it r lies within 0.005 of 1/2: nothing to learn
 SHOWN_ROWS = 8  # held-out rows in the pictures under samples/
 HOPELESS = 10  # epochs in a row without a kept group that end a run
 FARTHEST = 1.0  # mean squared distance to the base's velocity: as far as noise from noise
-SHARE = {"at_least": 0, "at_most": 1}  # the range of some settings
+COUNT = {"at_least": 1}  # the range of some settings
+SHARE = {"at_least": 0, "at_most": 1}  # and of others
 EXPLODED = 20  # latents are of size 1: errors so large are no training any more
 
-# What an epoch's line shows of its record: what begins with one of these.
-SHOWN = ("reward/mean", "reward/spread", "reward/psnr", "reward/task", "groups", "update/loss")
-SHOWN += ("update/drift_base", "update/norm_ratio", "grad", "seconds", "peak_gb")
+# What the terminal shows of an epoch's record, line by line: what begins with one of these.
+SHOWN = """\
+epoch reward/mean reward/spread reward/psnr groups update grad
+reward/task seconds peak_gb
+heldout/new/judge
+heldout/new/oracle
+heldout/new/success"""
 
 Rows = list[dict]
 Measured = dict[str, Tensor]  # name -> a number of each trained pair, (P,)
@@ -137,13 +142,13 @@ class Settings(JudgeSettings):
     data: str = setting("", "A dataset folder with train.jsonl and test.jsonl.")
     out: str = setting("runs/nft", "The run's folder.")
     seed: int = setting(0, "Seed of every draw.", at_least=0)
-    epochs: int = setting(300, "A rollout and one optimizer step each.", at_least=1)
+    epochs: int = setting(300, "A rollout and one optimizer step each.", **COUNT)
     # rollout
     resolution: int = setting(512, "Square root of the working pixels.", at_least=16)
     guidance: float | None = setting(None, "Guidance of rollouts. [the family's]", at_least=0)
-    rollout_steps: int = setting(6, "Solver steps of a rollout.", at_least=1)
+    rollout_steps: int = setting(6, "Solver steps of a rollout.", **COUNT)
     solver_order: Literal[1, 2] = setting(2, "1 Euler, 2 second-order multistep.")
-    groups: int = setting(24, "Rows drawn per epoch, over all ranks.", at_least=1)
+    groups: int = setting(24, "Rows drawn per epoch, over all ranks.", **COUNT)
     group_size: int = setting(12, "K, edits drawn of each row.", at_least=2)
     # filter and advantage
     filter: Literal["paper", "released", "none"] = setting("paper", "Which groups to drop.")
@@ -153,15 +158,15 @@ class Settings(JudgeSettings):
     normalise_aspects: bool = setting(False, "Each aspect at its own scale before they are joined.")
     advantage_clip: float = setting(5.0, "Cuts advantages; also multiplies the loss.", above=0)
     # update
-    train_timesteps: int = setting(5, "Flow times trained per edit, of the rollout's.", at_least=1)
+    train_timesteps: int = setting(5, "Flow times trained per edit, of the rollout's.", **COUNT)
     nft_beta: float = setting(
         1.0, "Distance of v+ and v- to v_old, in units of v - v_old.", above=0
     )
     kl_weight: float = setting(1e-4, "Weight of the distance to the base; 0 skips it.", at_least=0)
     norm_hinge: float = setting(0.0, "Weight of velocities longer than the base's.", at_least=0)
     start_lora: str = setting("", "A LoRA to start from, with its own rank and layers.")
-    lora_rank: int = setting(32, "Rank of the LoRA.", at_least=1)
-    lora_alpha: int = setting(64, "The LoRA is scaled by alpha / rank.", at_least=1)
+    lora_rank: int = setting(32, "Rank of the LoRA.", **COUNT)
+    lora_alpha: int = setting(64, "The LoRA is scaled by alpha / rank.", **COUNT)
     lora_targets: list[str] | None = setting(None, "Names of layers. [the family's]")
     lr: float = setting(3e-4, "AdamW's learning rate.", above=0, at_most=1)
     decay_rate: float = setting(0.001, "In epoch n old keeps decay_rate n of itself ...", **SHARE)
@@ -169,12 +174,12 @@ class Settings(JudgeSettings):
     decay_start: int = setting(0, "Epochs before that, in which old copies new.", at_least=0)
     ema_decay: float = setting(0.9, "Of an average for evaluation, at most; 0: none.", **SHARE)
     # evaluation and records
-    eval_every: int = setting(10, "Epochs between held-out evaluations.", at_least=1)
-    eval_rows: int = setting(64, "Rows of test.jsonl that they use.", at_least=1)
-    eval_steps: int = setting(15, "Solver steps of their edits.", at_least=1)
+    eval_every: int = setting(10, "Epochs between held-out evaluations.", **COUNT)
+    eval_rows: int = setting(64, "Rows of test.jsonl that they use.", **COUNT)
+    eval_steps: int = setting(15, "Solver steps of their edits.", **COUNT)
     eval_guidance: float | None = setting(None, "Their guidance. [the family's]", at_least=0)
-    save_every: int = setting(30, "Epochs between checkpoints.", at_least=1)
-    keep_checkpoints: int = setting(3, "The newest so many are kept, and the best.", at_least=1)
+    save_every: int = setting(30, "Epochs between checkpoints.", **COUNT)
+    keep_checkpoints: int = setting(3, "The newest so many are kept, and the best.", **COUNT)
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "swanlab"] = setting(
         "none", "Where to log beside log.jsonl."
     )
@@ -183,8 +188,8 @@ class Settings(JudgeSettings):
     bad_rows: Literal["stop", "skip"] = setting("stop", "What a faulty row does to the run.")
     max_failed: float = setting(0.1, "Share of scores that may fail in an epoch.", **SHARE)
     # the machine
-    rollout_batch: int = setting(12, "Edits in one pipeline call.", at_least=1)
-    train_batch: int = setting(12, "(edit, time) pairs in one forward.", at_least=1)
+    rollout_batch: int = setting(12, "Edits in one pipeline call.", **COUNT)
+    train_batch: int = setting(12, "(edit, time) pairs in one forward.", **COUNT)
     gradient_checkpointing: bool = setting(True, "Less memory, a third more time.")
     offload: bool = setting(True, "Text encoders and VAE leave the GPU in the update.")
     compile: bool = setting(False, "Compile the transformer's blocks.")
@@ -205,29 +210,30 @@ keep_checkpoints report_to resume force bad_rows max_failed rollout_batch train_
 gradient_checkpointing offload compile shard dry_run trust_remote_code judge_device
 judge_batch judge_in_flight judge_timeout judge_patience judge_check"""
 
-TOY = {
-    "base": "data/toy/editor",
-    "data": "data/toy",
-    "judge": "local:data/toy/judge",
-    "out": "runs/toy",
-    "resolution": 32,
-    "epochs": 80,
-    "groups": 16,
-    "rollout_batch": 64,
-    "judge_batch": 256,
-    "train_timesteps": 3,
-    "train_batch": 256,
-    "gradient_checkpointing": False,
-    "lora_rank": 16,
-    "lora_alpha": 16,
-    "lr": 4e-3,
-    "kl_weight": 0.05,
-    "ema_decay": 0.0,
-    "eval_every": 40,
-    "eval_rows": 240,
-    "eval_steps": 6,
-    "eval_guidance": 2.5,
-}
+# The settings of a run without --base, a name and its value a line.
+TOY_LINES = """\
+base data/toy/editor
+data data/toy
+judge local:data/toy/judge
+out runs/toy
+resolution 32
+epochs 80
+groups 16
+rollout_batch 64
+judge_batch 256
+train_timesteps 3
+train_batch 256
+gradient_checkpointing false
+lora_rank 16
+lora_alpha 16
+lr 4e-3
+kl_weight 0.05
+ema_decay 0
+eval_every 40
+eval_rows 240
+eval_steps 6
+eval_guidance 2.5"""
+TOY = dict(line.split() for line in TOY_LINES.splitlines())
 
 # ---------------------------------------------------------------- the maths
 
@@ -294,7 +300,7 @@ def standardised(values: Tensor) -> Tensor:
     return centred / spread.clamp(min=LEAST_SPREAD)
 
 
-def join_standardised(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+def _join_standardised(terms, weights):
     """The weighted sum (G, K) of the aspects, each standardised: none decides by its spread alone.
 
     As in GDPO (arXiv:2601.05242). terms: of Scores; weights: of the aspects beside execution.
@@ -307,23 +313,18 @@ def join_standardised(terms: dict[str, Tensor], weights: dict[str, float]) -> Te
 
 
 def group_advantages(
-    scores: Tensor,
-    settings: Settings,
-    least_spread: float = LEAST_SPREAD,
-    joined: Tensor | None = None,
+    scores: Tensor, settings: Settings, least_spread: float = LEAST_SPREAD
 ) -> tuple[Tensor, list[str]]:
     """The edits' optimality r (G, K) in [0, 1], NaN for what is not trained; and G drop_reasons.
 
     A = (score - its group's mean) / (std of all kept scores), cut to +-clip; r = A / (2 clip) + 1/2
     (UniWorld-V2, Sec. 2.3). scores: (G, K) in [0, 1], NaN where the judge failed. Of the settings
-    it takes advantage_clip, scale, filter, filter_mean and filter_std. joined: (G, K) that take the
-    scores' place once these have been filtered.
+    it takes advantage_clip, scale, filter, filter_mean and filter_std.
     """
     scores = scores.double()
     reasons = [drop_reason(group, settings, least_spread) for group in scores]
     dropped = torch.tensor([reason != "" for reason in reasons])  # (G,)
-    is_out = dropped[:, None] | scores.isnan()  # (G, K)
-    scores = (scores if joined is None else joined.double()).masked_fill(is_out, torch.nan)
+    scores = scores.masked_fill(dropped[:, None], torch.nan)
     if dropped.all():
         return scores, reasons
 
@@ -352,6 +353,7 @@ class Run:
     judge: Judge
     optimizer: torch.optim.Optimizer
     saved: dict  # the state in the newest checkpoint
+    old_is_new: bool = False  # the two policies are the same, bit for bit
 
     @property
     def out(self) -> Path:
@@ -361,7 +363,7 @@ class Run:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def together(self) -> AbstractContextManager:
+    def together(self):
         """A piece of work at whose end all ranks leave if one has to: see data_prep.together."""
         return together(self.accelerator, self.stop)
 
@@ -370,7 +372,7 @@ class Run:
 
 
 @contextmanager
-def in_step(run: Run) -> Iterator[None]:
+def _in_step(run):
     """Work that all ranks must do together where the base is sharded; an error ends the process.
 
     The others wait for this rank inside a forward and cannot be told; their launcher ends them.
@@ -414,7 +416,7 @@ def draw(run: Run, name: str, rows: Rows, copies: int, *key, **how) -> list[Job]
             with run.together(), faults_of(row, run.settings.bad_rows == "skip"):
                 try:
                     sources = load_sources(row)
-                    with in_step(run):
+                    with _in_step(run):
                         job.group = rollout(run.editor, sources, row["prompt"], noises, **how)
                 except BadInput:
                     if run.settings.shard:  # the other ranks need this one in their forwards
@@ -428,7 +430,7 @@ def draw(run: Run, name: str, rows: Rows, copies: int, *key, **how) -> list[Job]
     return jobs
 
 
-def await_scores(run: Run, jobs: list[Job], copies: int) -> Scores:
+def _await_scores(run, jobs, copies):
     """The Scores of all ranks' groups, (G, K). A signal or too many failures end the waiting."""
     verdicts = [job.verdict for job in jobs]
     expected = len(verdicts) * run.accelerator.num_processes  # groups
@@ -465,8 +467,8 @@ class Chunk:
     share: float = 1.0  # in the gradient; 0 where it only keeps its rank in step
 
 
-def deal_chunks(run: Run, r: Tensor) -> list[Chunk]:
-    """This rank's share of the epoch's chunks, as many as any other's; r (G, K) of all ranks."""
+def _deal_chunks(run, r):
+    """This rank's share of the epoch's Chunks, as many as any other's; r (G, K) of all ranks."""
     settings = run.settings
     ranks = run.accelerator.num_processes
     chunks = []
@@ -525,7 +527,7 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict, is_pulled: bool) -> Measured
     x_t = (1 - t) * pairs.x_0 + t * pairs.noise  # (B, N, C)
     v = velocity(editor, x_t, pairs.t, cond)  # (B, N, C), the new policy's
     v_old = v.detach()
-    if not old_is_new(editor):  # else the forward would give the same bits
+    if not run.old_is_new:  # else the forward would give the same bits
         with torch.no_grad(), policy(editor, "old"):
             v_old = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
     loss = settings.advantage_clip * nft_loss(
@@ -540,19 +542,12 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict, is_pulled: bool) -> Measured
         drift = (v - v_base).square().mean((1, 2))  # (B,)
         # The cheapest alarm for a policy that games its judge: its velocities grow long.
         norm_ratio = v.flatten(1).norm(dim=1) / v_base.flatten(1).norm(dim=1)  # (B,)
-        pull = settings.kl_weight * drift
-        if settings.norm_hinge:
-            pull = pull + settings.norm_hinge * (norm_ratio - 1).relu().square()
+        excess = (norm_ratio - 1).relu().square()  # (B,)
+        pull = settings.kl_weight * drift + settings.norm_hinge * excess
         # This time stands for all of its edit's, any of which it might have been.
         loss = loss + settings.train_timesteps * pull
         measured |= {"drift_base": drift, "norm_ratio": norm_ratio}
     return measured | {"loss": loss}
-
-
-def old_is_new(editor: Editor) -> bool:
-    """Whether the old policy is the new one bit for bit."""
-    old = lora_parameters(editor, "old").values()
-    return all(map(torch.equal, old, lora_parameters(editor, "new").values()))
 
 
 def mean_gradient(
@@ -563,7 +558,7 @@ def mean_gradient(
     groups, r (G, K): of all ranks. Returns what was measured of the P trained pairs, name -> (P,)
     or, of the pull to the base, fewer; and the gradient's norm, NaN for P = 0.
     """
-    chunks = deal_chunks(run, r)
+    chunks = _deal_chunks(run, r)
     if not chunks:
         return {}, math.nan
     total = r.isfinite().sum().item() * run.settings.train_timesteps  # P
@@ -573,7 +568,7 @@ def mean_gradient(
     parts = []
     with parked(run.editor, run.settings.offload):
         for chunk in tqdm(chunks, desc=f"update {epoch + 1}", leave=False):
-            with run.together(), in_step(run):
+            with run.together(), _in_step(run):
                 group = groups[chunk.number]
                 pairs = draw_pairs(run, group, chunk, r[chunk.number], epoch)
                 cond = send_to_device(group.cond, run.accelerator.device)
@@ -594,7 +589,7 @@ def mean_gradient(
 
 
 @contextmanager
-def all_or_nothing(run: Run) -> Iterator[None]:
+def _all_or_nothing(run):
     """A step: after an error in it, all weights and AdamW's moments are what they were before."""
     weights = []
     for name in run.editor.policies:
@@ -629,7 +624,7 @@ def evaluate(run: Run, name: str) -> Rows:
         guidance=settings.eval_guidance,
         evaluation=True,
     )
-    await_scores(run, jobs, 1)
+    _await_scores(run, jobs, 1)
     results = []
     for job in jobs:
         edit = job.group.images[0] if job.group else None
@@ -642,7 +637,7 @@ def evaluate(run: Run, name: str) -> Rows:
     return list(every.values())
 
 
-def held_out_record(base: Rows, results: Rows, name: str) -> dict:
+def _held_out_record(base, results, name):
     """Entries of a record: one policy's held-out scores, and what they gained over the base's."""
     record = {}
     for key in ("judge", "oracle", "success"):
@@ -654,8 +649,11 @@ def held_out_record(base: Rows, results: Rows, name: str) -> dict:
     return record
 
 
-def comparison_grid(run: Run, base: Rows, now: Rows) -> Image.Image:
-    """Of the first held-out rows: source, base's edit, now's, and the target where it is known."""
+def _show_edits(run, base, now, epoch):
+    """A picture for samples/ and the trackers, of a few held-out rows and both policies' edits.
+
+    Of each row the source, base's edit, now's, and the target where it is known.
+    """
     pictures = []
     captions = []
     for row, before, after in zip(run.rows["test"], base, now, strict=True):
@@ -666,7 +664,14 @@ def comparison_grid(run: Run, base: Rows, now: Rows) -> Image.Image:
                 pictures.append([source, before["image"], after["image"], target])
                 marks = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
                 captions.append([row["prompt"], *marks, "target" if target else ""])
-    return picture_grid(pictures, captions, "source, base, now, with the judge's score")
+    grid = picture_grid(pictures, captions, "source, base, now, with the judge's score")
+    with whole_file(run.out / "samples" / f"epoch-{epoch:04}.png") as part:
+        grid.save(part)
+    pixels = np.array(grid)[None]  # (1, height, width, 3)
+    for tracker in run.accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        if hasattr(tracker, "log_images"):  # accelerate gives some of them pictures
+            tracker.log_images({"heldout/edits": pixels}, epoch, **layout)
 
 
 # ---------------------------------------------------------------- records
@@ -726,47 +731,30 @@ def epoch_record(
     return record
 
 
-def reward_by_task(drawn: Rows, score: Tensor) -> dict:
+def _reward_by_task(drawn, score):
     """Entries of a record: the mean score (G, K) of the rows of each task that they name."""
     tasks = np.array([row.get("task", "") for row in drawn])
     named = sorted(set(tasks) - {""})
     return {f"reward/task/{task}": score[tasks == task].nanmean().item() for task in named}
 
 
-def epoch_line(record: dict) -> str:
+def _epoch_line(record):
     """What the terminal shows of a record."""
-    parts = [f"epoch {record['epoch']}"]
-    for kind in SHOWN:
-        for name, value in record.items():
-            if name.startswith(kind):
-                parts.append(f"{name} {value:.3g}")
+    lines = []
+    for line in SHOWN.splitlines():
+        names = tuple(line.split())
+        parts = [f"{name} {record[name]:.3g}" for name in record if name.startswith(names)]
+        if parts:
+            lines.append("  ".join(parts))
     if record["steps/skipped"]:
-        parts.append("STEP SKIPPED")
-    for name, value in record.items():
-        if name.startswith("heldout") and name.count("/") == 2:  # heldout/new/judge
-            parts.append(f"\n   {name} {value:.3f}")
-        if name.endswith(
-            ("/gain", "/low", "/high")
-        ):  # its gain over the base, and how sure that is
-            parts.append(f"{Path(name).name} {value:+.3f}")
-    return "  ".join(parts)
-
-
-def show_edits(run: Run, grid: Image.Image, epoch: int):
-    """Puts a picture into samples/, and into the trackers that accelerate can give one."""
-    with whole_file(run.out / "samples" / f"epoch-{epoch:04}.png") as part:
-        grid.save(part)
-    pictures = {"heldout/edits": np.array(grid)[None]}  # (1, height, width, 3)
-    for tracker in run.accelerator.trackers:
-        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        if hasattr(tracker, "log_images"):
-            tracker.log_images(pictures, epoch, **options)
+        lines.append("STEP SKIPPED")
+    return "\n   ".join(lines)
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(run: Run, state: dict):
+def _save_checkpoint(run, state):
     """Writes checkpoint-{epoch}, whole or not at all; then only the newest few and the best stay.
 
     new lies on top, as diffusers reads it, old and ema in folders of their own.
@@ -781,7 +769,7 @@ def save_checkpoint(run: Run, state: dict):
     prune_folders(folder, run.settings.keep_checkpoints, state["best_epoch"])
 
 
-def load_checkpoint(run: Run, state: dict):
+def _load_checkpoint(run, state):
     """Puts back weights and state of the newest whole checkpoint, if there is one."""
     folder = from_main(run.accelerator, run.stop, newest_whole, run.out, "checkpoint")
     if folder is None:
@@ -818,7 +806,7 @@ def fresh_state(run: Run) -> dict:
     }
 
 
-def open_records(run: Run, state: dict):
+def _open_records(run, state):
     """The run's folder and its trackers as they were after the last epoch that is logged."""
     with run.together():
         if run.is_main:
@@ -832,7 +820,7 @@ def open_records(run: Run, state: dict):
 # ---------------------------------------------------------------- before and after an epoch
 
 
-def set_up(argv: list[str], scratch: str) -> tuple[Settings, Accelerator]:
+def _set_up(argv, scratch):
     """The settings of a command line, and this process's place among the ranks.
 
     scratch: a folder for what a dry run writes.
@@ -861,9 +849,10 @@ def set_up(argv: list[str], scratch: str) -> tuple[Settings, Accelerator]:
     return settings, accelerator
 
 
-def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
-    """Data, editor, judge and optimizer; BadInput for one that cannot serve."""
-    rows = load_rows(settings.data, settings.bad_rows == "skip", accelerator)
+def _load_all(settings, accelerator, stop):
+    """The Run: data, editor, judge and optimizer; BadInput for one that cannot serve."""
+    skip = settings.bad_rows == "skip"
+    rows = load_rows(settings.data, skip, accelerator)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     editor = load_editor(
         settings.base,
@@ -876,9 +865,7 @@ def load_all(settings: Settings, accelerator: Accelerator, stop: Event) -> Run:
     rows["test"] = rows["test"][: settings.eval_rows]
     fault_of = partial(row_fault, editor)
     for split in rows:
-        rows[split] = faultless(
-            rows[split], fault_of, settings.bad_rows == "skip", accelerator.is_main_process
-        )
+        rows[split] = faultless(rows[split], fault_of, skip, accelerator.is_main_process)
     add_policies(
         editor,
         settings.lora_rank,
@@ -918,16 +905,16 @@ def close_epoch(run: Run, state: dict, base: Rows):
         # What the user will keep; the others only at the end.
         for name in run.editor.policies if epoch == settings.epochs else ["new"]:
             results[name] = evaluate(run, name)
-            record |= held_out_record(base, results[name], name)
+            record |= _held_out_record(base, results[name], name)
     known = {key: value for key, value in record.items() if math.isfinite(value)}  # JSON has no NaN
     score = known.get("heldout/new/judge", -1.0)
     is_best = score > state["best"]
     with run.together():
         if run.is_main:
             if results:
-                show_edits(run, comparison_grid(run, base, results["new"]), epoch)
+                _show_edits(run, base, results["new"], epoch)
             append_json_line(run.out / "log.jsonl", known)
-            say(epoch_line(known))
+            say(_epoch_line(known))
             run.accelerator.log(known, epoch)
         state["logged"] = epoch
         if is_best:
@@ -935,7 +922,7 @@ def close_epoch(run: Run, state: dict, base: Rows):
         # A rank that waits inside a forward cannot save: with a sharded base it has done so.
         is_due = is_best or settings.shard or epoch % settings.save_every == 0
         if run.is_main and is_due:
-            save_checkpoint(run, state)
+            _save_checkpoint(run, state)
 
 
 def refuse_hopeless(run: Run, state: dict, record: dict, measured: Measured, drawn: Rows):
@@ -1002,29 +989,31 @@ def run_epochs(run: Run, state: dict):
 
         # ---------------- reward: every rank learns all scores, and gets all edits' latents
         with timed(record, "reward", device):
-            scores = await_scores(run, jobs, settings.group_size)
+            scores = _await_scores(run, jobs, settings.group_size)
             groups = gather_object([job.group and job.group.for_training() for job in jobs])
 
         # ---------------- filter: what says nothing goes, the rest becomes optimality
-        joined = None
+        r, reasons = group_advantages(scores.score, settings, least_spread)  # r: (G, K)
         if settings.normalise_aspects:
-            joined = join_standardised(scores.terms, run.judge.weights)
-        r, reasons = group_advantages(scores.score, settings, least_spread, joined)  # r: (G, K)
+            joined = _join_standardised(scores.terms, run.judge.weights)
+            joined = joined.masked_fill(r.isnan(), torch.nan)  # what is dropped stays so
+            r, _ = group_advantages(joined, replace(settings, filter="none"))
         if settings.dry_run:  # whatever the judge says, a full step is to be measured
             r = torch.linspace(0, 1, settings.group_size).expand_as(r)
 
         # ---------------- update: one step towards good edits, away from bad ones
+        run.old_is_new = not state["record"].get("old_decay")  # as at first, and after a copy
         with timed(record, "update", device):
             measured, norm = mean_gradient(run, groups, r, epoch)
         record |= epoch_record(scores, r, reasons, measured, norm)
-        record |= reward_by_task(drawn, scores.score)
+        record |= _reward_by_task(drawn, scores.score)
 
         # ---------------- the old policy follows, at first at once, later ever more slowly:
         # fresh data while the policy moves fast, a steady anchor once it is good
         record["old_decay"] = min(settings.decay_rate * (epoch + 1), settings.decay_max)
         if epoch < settings.decay_start:
             record["old_decay"] = 0.0
-        with run.together(), all_or_nothing(run):  # what is saved is always a whole epoch
+        with run.together(), _all_or_nothing(run):  # what is saved is always a whole epoch
             if math.isfinite(norm):
                 run.optimizer.step()
             soft_update(run.editor, record["old_decay"])
@@ -1047,14 +1036,14 @@ def train(run: Run):
     with closing(run.judge):
         try:
             if settings.resume == "auto":
-                load_checkpoint(run, state)
-            open_records(run, state)
+                _load_checkpoint(run, state)
+            _open_records(run, state)
             run_epochs(run, state)
         except Stopped as stopped:
             fault = stopped.__cause__
         finally:
             if run.is_main and state["epoch"] and state != run.saved:
-                save_checkpoint(run, state)
+                _save_checkpoint(run, state)
     run.accelerator.wait_for_everyone()  # a rank that leaves early breaks the others' messages
     run.accelerator.end_training()
     if run.is_main and state["logged"] < settings.epochs:
@@ -1066,10 +1055,10 @@ def train(run: Run):
 
 def main(argv: list[str] | None = None):
     with TemporaryDirectory() as scratch:
-        settings, accelerator = set_up(sys.argv[1:] if argv is None else argv, scratch)
+        settings, accelerator = _set_up(sys.argv[1:] if argv is None else argv, scratch)
         stop = catch_signals()  # not before: until here there is nothing to end well
         with locked(settings.out, accelerator.is_main_process):
-            train(load_all(settings, accelerator, stop))
+            train(_load_all(settings, accelerator, stop))
 
 
 if __name__ == "__main__":

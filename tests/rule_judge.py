@@ -200,6 +200,12 @@ FAULTS = {
     "hanging judge": lambda: after_epoch_1(train_nft, "mean_gradient", hang),
     "memory": lambda: after_epoch_1(train_nft, "nft_loss", run_out_of_memory),
     "memory on rank 1": lambda: after_epoch_1(train_nft, "nft_loss", run_out_of_memory_on_rank_1),
+    "forward of a shard": lambda: after_epoch_1(
+        FluxTransformer2DModel, "forward", run_out_of_memory_on_rank_1
+    ),
+    "backward of a shard": lambda: after_epoch_1(
+        train_nft, "nft_loss", run_out_of_memory_on_rank_1
+    ),
     "other rows on rank 1": other_rows,
     "no reader of stdout": lambda: after_epoch_1(
         train_nft, "mean_gradient", lambda: leave_alone(1)
@@ -228,7 +234,10 @@ def fork(words, said, fault="", rank=0, ranks=1, port=0):
         train_nft.run_script(lambda: train_nft.main(words))
         code = 0
     except SystemExit as end:
-        code = end.code
+        if isinstance(end.code, int):
+            code = end.code
+        else:  # a text, which Python would print before it ends with code 1
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -12,7 +12,8 @@ a second Ctrl-C                     the program ends at once                    
 a picture gone in mid-run           file, line and row, and "stopped after"     all finished epochs
 ... with --bad_rows skip            "skipped: FILE:LINE, row ID"; counted       the run goes on
 out of memory, a thread's error,    one line or the traceback, "stopped"        all finished epochs
-  an error of ours
+  an error of ours, within a step
+... inside a sharded forward        one line of each process, code 1            all finished epochs
 a full or unwritable disk: log,     "FILE: cannot be written (...)"             all finished epochs,
   grid, checkpoint                                                                old files whole
 a file where a folder goes          "is a file; move it", before the models     everything
@@ -71,8 +72,8 @@ def timeless(out):
     """A run's log without what its clock said, and what only the end of a run has."""
     lines = []
     for line in log(out):
-        clock = ("seconds/", "heldout/old/", "heldout/ema/")
-        lines.append({key: value for key, value in line.items() if not key.startswith(clock)})
+        own = ("seconds/", "heldout/old/", "heldout/ema/")
+        lines.append({key: value for key, value in line.items() if not key.startswith(own)})
     ends = {key: value for key, value in log(out)[-1].items() if "heldout" in key}
     return lines, ends
 
@@ -330,6 +331,59 @@ def test_an_error_anywhere_in_an_epoch_keeps_those_before(run, monkeypatch, tmp_
     assert_same_end(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("owner, call", [("optimizer", 3), ("soft_update", 5), ("soft_update", 6)])
+def test_an_error_within_a_step_leaves_no_half_of_it(
+    run, monkeypatch, tmp_path, whole, owner, call
+):
+    """Of the third epoch: in AdamW, its step made; before old follows; before the EMA does."""
+    with monkeypatch.context() as patch:
+        error = torch.OutOfMemoryError("CUDA out of memory")
+        if owner == "optimizer":
+            raise_after(patch, torch.optim.AdamW, "step", call, error)
+        else:
+            raise_at(patch, train_nft, owner, call, error)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(epochs=4, save_every=30)
+    assert checkpoints(tmp_path / "run")[0] == 2
+    run(epochs=4, save_every=30)
+    assert_same_end(whole, tmp_path / "run")
+
+
+def raise_after(monkeypatch, owner, name, number, error):
+    """Makes the number-th call of a function raise when its work is done."""
+    call = getattr(owner, name)
+    calls = []
+
+    def faulty(*args, **kwargs):
+        result = call(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, name, faulty)
+
+
+@pytest.mark.parametrize("fault", ["forward of a shard", "backward of a shard"])
+def test_a_fault_inside_a_sharded_forward_hangs_nobody_and_costs_no_epoch(
+    server, words, tmp_path, fault
+):
+    server.start(words(shard=True), ranks=2, fault=fault)
+    begun = time.monotonic()
+    codes = server.codes(60)
+    assert time.monotonic() - begun < 40
+    assert codes == [1, 1], server.said()
+    assert "CUDA out of memory" in server.said()
+    assert checkpoints(tmp_path / "run") == [1]
+
+
+def test_with_a_sharded_base_each_epoch_is_saved(server, words, tmp_path):
+    """A rank that waits inside a forward for one that is gone may be killed there."""
+    server.start(words(shard=True, epochs=3), ranks=2)
+    assert server.codes() == [0, 0]
+    assert checkpoints(tmp_path / "run") == [3, 2, 1]
+
+
 def test_a_picture_gone_in_mid_run_is_named_and_keeps_the_finished_epochs(
     run, dataset, tmp_path, monkeypatch
 ):
@@ -390,13 +444,13 @@ def test_a_target_gone_in_mid_run_does_not_end_a_run_that_skips(
     rows[0]["target"] = "target.png"
     shutil.copy(folder / "test0.png", folder / "target.png")
     (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    grid = train_nft.comparison_grid
+    show = train_nft._show_edits
 
     def late(*args):
         (folder / "target.png").unlink()
-        return grid(*args)
+        return show(*args)
 
-    monkeypatch.setattr(train_nft, "comparison_grid", late)
+    monkeypatch.setattr(train_nft, "_show_edits", late)
     out = run(data=folder, bad_rows="skip", epochs=1, eval_every=1)
     assert "skipped: " in capsys.readouterr().err
     assert len(log(out)) == 1
@@ -489,10 +543,15 @@ def test_a_file_where_a_folder_goes_is_known_before_models_are_loaded(
 
 def test_an_older_run_is_not_overwritten(run, kontext_folder, dataset):
     out = run(epochs=1)
-    for _ in range(2):
-        with pytest.raises(BadInput, match="holds a run already; give --resume auto"):
-            train_nft.main(arguments(kontext_folder, dataset, out))
-        (out / "log.jsonl").unlink(missing_ok=True)  # its checkpoints are enough
+    words = arguments(kontext_folder, dataset, out)
+    text = (out / "log.jsonl").read_text()
+    (out / "log.jsonl").unlink()  # its checkpoints are enough
+    with pytest.raises(BadInput, match="holds a run already; give --resume auto"):
+        train_nft.main(words)
+    shutil.rmtree(out / "checkpoint-1")
+    (out / "log.jsonl").write_text(text)  # and so is its log
+    with pytest.raises(BadInput, match="holds a run already; give --resume auto"):
+        train_nft.main(words)
 
 
 def test_a_second_run_in_one_folder_is_refused_in_one_line(run, server, words, monkeypatch):

@@ -203,25 +203,16 @@ def test_standardised_aspects_count_alike_whatever_their_spread():
     wide = torch.tensor([[0.0, 0.4, 0.8]])
     narrow = torch.tensor([[0.52, 0.51, 0.5]])
     terms = {"execution": wide, "consistency": narrow, "not weighted": wide}
-    joined = train_nft.join_standardised(terms, {"consistency": 1.0})
+    joined = train_nft._join_standardised(terms, {"consistency": 1.0})
     assert torch.allclose(joined, torch.zeros(1, 3), atol=1e-4)
-    joined = train_nft.join_standardised(terms, {"consistency": 0.5})
+    joined = train_nft._join_standardised(terms, {"consistency": 0.5})
     assert torch.allclose(joined, 0.5 * train_nft.standardised(wide), atol=1e-4)
 
 
 def test_of_a_plain_aspect_that_is_better_when_small_the_smaller_counts_more():
     terms = {"execution": torch.full((1, 2), 0.5), "pixel_distance": torch.tensor([[0.1, 0.4]])}
-    joined = train_nft.join_standardised(terms, {"pixel_distance": 1.0})
+    joined = train_nft._join_standardised(terms, {"pixel_distance": 1.0})
     assert joined[0, 0] > joined[0, 1]
-
-
-def test_joined_aspects_take_the_scores_place_only_after_the_filter():
-    scores = torch.tensor([[0.94, 0.96], [0.2, torch.nan], [0.2, 0.6], [0.3, 0.5]])
-    joined = torch.tensor([[1.0, -1.0]]).expand(4, 2)
-    r, reasons = group_advantages(scores, PAPER, joined=joined)
-    assert reasons == ["filtered", "failed", "", ""]
-    assert r[:2].isnan().all()
-    assert torch.allclose(r[2:], torch.tensor([0.6, 0.4]).double())
 
 
 # ---------------------------------------------------------------- which rows
@@ -283,10 +274,12 @@ def test_an_epochs_line_tells_its_record_and_its_held_out_gains(run, capsys):
     said = capsys.readouterr().out
     line = re.search(r"^epoch 1  .*", said, re.M)[0]
     health = "reward/mean reward/spread groups/kept groups/filtered update/loss update/drift_base"
-    for name in (health + " update/norm_ratio grad/norm seconds/rollout").split():
+    for name in (health + " update/norm_ratio grad/norm").split():
         assert re.search(rf"  {name} \d", line), name
-    gain = r"^ +heldout/new/judge 0\.\d+  gain [+-]0\.\d+  low [+-]0\.\d+  high [+-]0\.\d+"
-    assert re.search(gain, said, re.M)
+    assert re.search(r"^ +seconds/rollout \d.*  seconds/update \d", said, re.M)
+    held_out = re.search(r"^ +heldout/new/judge \d.*", said, re.M)[0]
+    for part in ("base", "gain", "low", "high"):
+        assert re.search(rf"  heldout/new/judge/{part} -?\d", held_out), part
 
 
 def test_diffusers_alone_loads_a_checkpoint(finished, kontext_folder):
@@ -334,6 +327,24 @@ def test_the_ema_follows_at_once_at_first_and_slowly_later(run):
         new = lora(out / f"checkpoint-{epoch}")[key]
         last = decay * last + (1 - decay) * new  # B starts at 0
         assert torch.allclose(lora(out / f"checkpoint-{epoch}", "ema")[key], last, rtol=1e-4)
+
+
+def test_standardised_aspects_take_the_scores_place_only_after_the_filter(run, monkeypatch):
+    given = []
+    advantages = train_nft.group_advantages
+
+    def noted(scores, settings, *args):
+        given.append((scores, settings.filter, *advantages(scores, settings, *args)))
+        return given[-1][-2:]
+
+    monkeypatch.setattr(train_nft, "group_advantages", noted)
+    run(epochs=1, eval_every=9, normalise_aspects=True, judge=Weighted())
+    (scores, first, r, reasons), (joined, second, joined_r, _) = given
+    assert (first, second) == ("paper", "none")
+    assert "filtered" in reasons
+    assert torch.equal(joined.isnan(), r.isnan())
+    assert torch.equal(joined_r.isnan(), r.isnan())
+    assert not torch.allclose(joined_r.nan_to_num(), r.nan_to_num())
 
 
 def test_all_switches_together_train(run):
@@ -473,7 +484,7 @@ def small(run, kontext_folder, dataset, monkeypatch):
         settings = data_prep.parse_settings(Settings, words)
         monkeypatch.setattr(train_nft, "load_judge", lambda *args: RuleJudge())
         accelerator = data_prep.start_processes()
-        made = train_nft.load_all(settings, accelerator, threading.Event())
+        made = train_nft._load_all(settings, accelerator, threading.Event())
         for name, size in (("new", 0.1), ("old", 0.05)):
             for key, parameter in lora_parameters(made.editor, name).items():
                 noise = torch.randn(parameter.shape, generator=seeded(name, key))
@@ -532,22 +543,33 @@ def test_without_an_old_forward_the_gradient_has_the_same_bits(small, counts, mo
     run, group = small()
     sample.soft_update(run.editor, 0.0)
     before = counts["velocity"]
+    run.old_is_new = True
     saving, _ = raw_gradient(run, group)
     saved = counts["velocity"] - before
-    monkeypatch.setattr(train_nft, "old_is_new", lambda editor: False)
+    run.old_is_new = False
     plain, _ = raw_gradient(run, group)
     assert counts["velocity"] - before - saved == saved + 2  # two chunks
     assert torch.equal(saving, plain)
 
 
-def test_the_old_policy_is_another_as_soon_as_one_bit_is(small):
-    run, _ = small()
-    assert not train_nft.old_is_new(run.editor)
-    sample.soft_update(run.editor, 0.0)
-    assert train_nft.old_is_new(run.editor)
-    last = list(lora_parameters(run.editor, "old").values())[-1].data.flatten()
-    last[-1] = last[-1].nextafter(torch.tensor(9.0))
-    assert not train_nft.old_is_new(run.editor)
+@pytest.mark.parametrize("decay_rate, equal", [(0.0, [1, 1, 1]), (0.3, [1, 0, 0])])
+def test_the_old_policy_is_the_new_one_at_first_and_after_each_copy(
+    run, monkeypatch, decay_rate, equal
+):
+    said = []
+    gradient = train_nft.mean_gradient
+
+    def noted(run, *args):
+        old = lora_parameters(run.editor, "old")
+        news = lora_parameters(run.editor, "new").items()
+        assert run.old_is_new == all(torch.equal(new, old[key]) for key, new in news)
+        said.append(run.old_is_new)
+        return gradient(run, *args)
+
+    monkeypatch.setattr(train_nft, "mean_gradient", noted)
+    run(epochs=2, eval_every=9, decay_rate=decay_rate)
+    run(epochs=3, eval_every=9, decay_rate=decay_rate)  # resumed
+    assert said == equal
 
 
 def test_an_edits_weight_does_not_depend_on_its_neighbours_in_a_batch(run):
@@ -655,9 +677,95 @@ def test_a_dry_run_makes_one_step_and_says_what_it_took_and_saves_nothing(
     assert (tmp_path / "dry" / "log.jsonl").read_text() == "of another run\n"
 
 
+def test_a_bar_counts_what_its_loop_does(run, monkeypatch):
+    bars = []
+
+    def noted(items, **how):
+        items = list(items)
+        bar = [how["desc"], len(items), 0]
+        bars.append(bar)
+        for item in items:
+            yield item
+            bar[2] += 1
+
+    monkeypatch.setattr(train_nft, "tqdm", noted)
+    run(epochs=1, eval_every=9, train_batch=1)
+    ended = {name: (total, steps) for name, total, steps in bars}
+    assert ended["epochs"] == (1, 1)
+    assert ended["old draws"] == (4, 4)
+    total, steps = ended["update 1"]
+    assert total == steps > 4 * 2  # a pair a step, not a group
+
+
+def test_trackers_get_all_numbers_of_the_log_and_the_held_out_pictures(run, monkeypatch):
+    class Tracker:
+        def __init__(self, name):
+            self.name = name
+            self.numbers = {}
+            self.pictures = {}
+
+        def log(self, values, step, **how):
+            self.numbers[step] = values
+
+        def log_images(self, values, step, **how):
+            self.pictures[step] = (values["heldout/edits"], how)
+
+        def finish(self):
+            pass
+
+    class Plain(Tracker):
+        log_images = None  # as accelerate's for trackio
+
+        def __getattribute__(self, name):
+            if name == "log_images":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    trackers = [Tracker("tensorboard"), Tracker("wandb"), Plain("trackio")]
+    start = train_nft.start_trackers
+
+    def started(accelerator, *args):
+        start(accelerator, *args)
+        accelerator.trackers = trackers
+
+    monkeypatch.setattr(train_nft, "start_trackers", started)
+    out = run(epochs=3, eval_every=2)
+    for tracker in trackers:
+        assert tracker.numbers == {line["epoch"]: line for line in log(out)}
+    sheet = np.asarray(Image.open(out / "samples" / "epoch-0002.png"))
+    for tracker, layout in ((trackers[0], {"dataformats": "NHWC"}), (trackers[1], {})):
+        assert list(tracker.pictures) == [2, 3]
+        pixels, how = tracker.pictures[2]
+        assert np.array_equal(pixels, sheet[None])
+        assert how == layout
+    assert not trackers[2].pictures
+
+
+def test_the_mean_reward_of_each_task_is_logged(run, dataset, tmp_path):
+    folder = shutil.copytree(dataset, tmp_path / "tasks")
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows[:6]):
+        row["task"] = ("add", "remove")[i % 2]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = log(run(data=folder, epochs=1, groups=8, eval_every=9))[0]
+    means = {name: value for name, value in line.items() if name.startswith("reward/task/")}
+    assert list(means) == ["reward/task/add", "reward/task/remove"]
+    score = torch.tensor([[0.1, 0.3], [torch.nan, 0.5], [0.9, 0.9], [0.0, 0.0]])
+    tasks = [{"task": "add"}, {"task": "add"}, {"task": "remove"}, {}]
+    means = train_nft._reward_by_task(tasks, score)
+    assert means == pytest.approx({"reward/task/add": 0.3, "reward/task/remove": 0.9})
+
+
+def test_old_and_ema_are_evaluated_at_the_end_alone(run):
+    lines = log(run(epochs=4, eval_every=1))
+    for line in lines:
+        names = {name.split("/")[1] for name in line if name.startswith("heldout/")}
+        assert names == ({"new", "old", "ema"} if line["epoch"] == 4 else {"new"})
+
+
 def test_peak_memory_is_told_where_it_is_known():
     record = {"epoch": 1, "steps/skipped": 0, "peak_gb/update": 41.5}
-    assert train_nft.epoch_line(record) == "epoch 1  peak_gb/update 41.5"
+    assert train_nft._epoch_line(record).split() == ["epoch", "1", "peak_gb/update", "41.5"]
 
 
 # ---------------------------------------------------------------- several processes
@@ -670,13 +778,17 @@ def server():
         yield started
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_ranks_end_with_the_lora_of_one(run, server, kontext_folder, dataset, tmp_path, shard):
-    # Adam divides by the gradient's size: let that be far above rounding.
-    single = run("single", lora_alpha=64)
-    out = tmp_path / "double"
-    server.start(arguments(kontext_folder, dataset, out, lora_alpha=64, shard=shard), ranks=2)
-    assert server.codes() == [0, 0], server.said()
+@pytest.mark.parametrize("ranks, shard", [(2, False), (2, True), (3, False)])
+def test_several_ranks_end_with_the_lora_of_one(
+    run, server, kontext_folder, dataset, tmp_path, ranks, shard
+):
+    # Adam divides by the gradient's size: let that be far above rounding. Of six groups, some of
+    # which are dropped, three ranks train unequally many.
+    how = {"lora_alpha": 64, "groups": 2 * ranks}
+    single = run("single", **how)
+    out = tmp_path / "several"
+    server.start(arguments(kontext_folder, dataset, out, shard=shard, **how), ranks)
+    assert server.codes() == [0] * ranks, server.said()
     if shard:
         shares = re.search(r"base's ([\d,]+) .* ([\d,]+) on this", server.said()).groups()
         whole, here = [int(words.replace(",", "")) for words in shares]
@@ -690,6 +802,67 @@ def test_two_ranks_end_with_the_lora_of_one(run, server, kontext_folder, dataset
             assert (weights - other).norm() <= 1e-3 * weights.norm(), (name, key)
     scores = [log(folder)[-1]["heldout/new/judge"] for folder in (single, out)]
     assert scores[0] == pytest.approx(scores[1], abs=0.02)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_chunks_are_dealt_evenly_and_each_pair_counts_once(ranks):
+    r = torch.full((12, 4), 0.5)
+    r[::3] = torch.nan  # uneven: a third of the groups is dropped
+    r[1, 2] = torch.nan
+    settings = replace(PAPER, train_timesteps=3, train_batch=3)
+    hands = deal(settings, r, ranks)
+    counted = []
+    for hand in hands:
+        for chunk in hand:
+            assert {pick == 0 for _, pick in chunk.pairs} == {chunk.is_pulled}
+            if chunk.share:
+                counted += [(chunk.number, *pair) for pair in chunk.pairs]
+    kept = [(group, copy) for group, copy in r.isfinite().nonzero().tolist()]
+    assert sorted(counted) == [(*pair, pick) for pair in kept for pick in range(3)]
+    # In step: all ranks make the same number of forwards, of the base too.
+    steps = [[chunk.is_pulled for chunk in hand] for hand in hands]
+    assert all(other == steps[0] for other in steps)
+
+
+def deal(settings, r, ranks):
+    """The chunks of each of so many ranks."""
+    hands = []
+    for rank in range(ranks):
+        place = types.SimpleNamespace(num_processes=ranks, process_index=rank)
+        run = types.SimpleNamespace(settings=settings, accelerator=place)
+        hands.append(train_nft._deal_chunks(run, r))
+    return hands
+
+
+def slowest_over_mean(kept, groups, ranks, dealt):
+    """How much more the slowest rank trains than the mean, if each group is kept by such a chance.
+
+    dealt: chunks go round; else a group stays where it was drawn. The mean of some epochs.
+    """
+    ratios = []
+    for epoch in range(max(2, 64 // ranks)):
+        is_kept = torch.rand(groups, generator=seeded("kept", epoch)) < kept
+        r = torch.where(is_kept[:, None], 0.5, torch.nan).expand(groups, 12)
+        if dealt:
+            works = [
+                sum(1 + chunk.is_pulled / 4 for chunk in hand) for hand in deal(PAPER, r, ranks)
+            ]
+            total = is_kept.sum().item() * (5 + 1 / 4)
+        else:
+            works = is_kept.view(ranks, -1).sum(1).tolist()
+            total = sum(works)
+        ratios.append(max(works) / max(total / ranks, 1e-9) if total else 1.0)
+    return sum(ratios) / len(ratios)
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+@pytest.mark.parametrize("kept", [0.9, 0.5, 0.25])
+def test_dealing_makes_the_slowest_rank_quicker(ranks, kept):
+    groups = max(24, 3 * ranks)
+    before = slowest_over_mean(kept, groups, ranks, dealt=False)
+    after = slowest_over_mean(kept, groups, ranks, dealt=True)
+    print(f"{kept:.0%} of {groups} groups kept, {ranks} ranks: {before:.2f} -> {after:.2f}")
+    assert 1 <= after < before
 
 
 def test_ranks_that_hold_different_rows_are_found_out_at_the_start(
