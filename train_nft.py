@@ -353,7 +353,6 @@ class Run:
     judge: Judge
     optimizer: torch.optim.Optimizer
     saved: dict  # the state in the newest checkpoint
-    old_is_new: bool = False  # the two policies are the same, bit for bit
 
     @property
     def out(self) -> Path:
@@ -527,7 +526,7 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict, is_pulled: bool) -> Measured
     x_t = (1 - t) * pairs.x_0 + t * pairs.noise  # (B, N, C)
     v = velocity(editor, x_t, pairs.t, cond)  # (B, N, C), the new policy's
     v_old = v.detach()
-    if not run.old_is_new:  # else the forward would give the same bits
+    if not old_is_new(editor):  # else the forward would give the same bits
         with torch.no_grad(), policy(editor, "old"):
             v_old = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
     loss = settings.advantage_clip * nft_loss(
@@ -548,6 +547,12 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict, is_pulled: bool) -> Measured
         loss = loss + settings.train_timesteps * pull
         measured |= {"drift_base": drift, "norm_ratio": norm_ratio}
     return measured | {"loss": loss}
+
+
+def old_is_new(editor: Editor) -> bool:
+    """Whether the old policy is the new one bit for bit, as at first and after a copy."""
+    old = lora_parameters(editor, "old").values()
+    return all(map(torch.equal, old, lora_parameters(editor, "new").values()))
 
 
 def mean_gradient(
@@ -1002,7 +1007,6 @@ def run_epochs(run: Run, state: dict):
             r = torch.linspace(0, 1, settings.group_size).expand_as(r)
 
         # ---------------- update: one step towards good edits, away from bad ones
-        run.old_is_new = not state["record"].get("old_decay")  # as at first, and after a copy
         with timed(record, "update", device):
             measured, norm = mean_gradient(run, groups, r, epoch)
         record |= epoch_record(scores, r, reasons, measured, norm)

@@ -543,10 +543,9 @@ def test_without_an_old_forward_the_gradient_has_the_same_bits(small, counts, mo
     run, group = small()
     sample.soft_update(run.editor, 0.0)
     before = counts["velocity"]
-    run.old_is_new = True
     saving, _ = raw_gradient(run, group)
     saved = counts["velocity"] - before
-    run.old_is_new = False
+    monkeypatch.setattr(train_nft, "old_is_new", lambda editor: False)
     plain, _ = raw_gradient(run, group)
     assert counts["velocity"] - before - saved == saved + 2  # two chunks
     assert torch.equal(saving, plain)
@@ -560,16 +559,23 @@ def test_the_old_policy_is_the_new_one_at_first_and_after_each_copy(
     gradient = train_nft.mean_gradient
 
     def noted(run, *args):
-        old = lora_parameters(run.editor, "old")
-        news = lora_parameters(run.editor, "new").items()
-        assert run.old_is_new == all(torch.equal(new, old[key]) for key, new in news)
-        said.append(run.old_is_new)
+        said.append(train_nft.old_is_new(run.editor))
         return gradient(run, *args)
 
     monkeypatch.setattr(train_nft, "mean_gradient", noted)
     run(epochs=2, eval_every=9, decay_rate=decay_rate)
     run(epochs=3, eval_every=9, decay_rate=decay_rate)  # resumed
     assert said == equal
+
+
+def test_the_old_policy_is_another_as_soon_as_one_bit_is(small):
+    run, _ = small()
+    assert not train_nft.old_is_new(run.editor)
+    sample.soft_update(run.editor, 0.0)
+    assert train_nft.old_is_new(run.editor)
+    last = list(lora_parameters(run.editor, "old").values())[-1].data.flatten()
+    last[-1] = last[-1].nextafter(torch.tensor(9.0))
+    assert not train_nft.old_is_new(run.editor)
 
 
 def test_an_edits_weight_does_not_depend_on_its_neighbours_in_a_batch(run):
@@ -690,10 +696,9 @@ def test_a_bar_counts_what_its_loop_does(run, monkeypatch):
 
     monkeypatch.setattr(train_nft, "tqdm", noted)
     run(epochs=1, eval_every=9, train_batch=1)
-    ended = {name: (total, steps) for name, total, steps in bars}
-    assert ended["epochs"] == (1, 1)
-    assert ended["old draws"] == (4, 4)
-    total, steps = ended["update 1"]
+    assert ["epochs", 1, 1] in bars
+    assert ["old draws", 4, 4] in bars
+    total, steps = next(bar[1:] for bar in bars if bar[0] == "update 1")
     assert total == steps > 4 * 2  # a pair a step, not a group
 
 
