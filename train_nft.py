@@ -736,7 +736,7 @@ def epoch_record(
     return record
 
 
-def _reward_by_task(drawn, score):
+def reward_by_task(drawn: Rows, score: Tensor) -> dict:
     """Entries of a record: the mean score (G, K) of the rows of each task that they name."""
     tasks = np.array([row.get("task", "") for row in drawn])
     named = sorted(set(tasks) - {""})
@@ -1010,7 +1010,7 @@ def run_epochs(run: Run, state: dict):
         with timed(record, "update", device):
             measured, norm = mean_gradient(run, groups, r, epoch)
         record |= epoch_record(scores, r, reasons, measured, norm)
-        record |= _reward_by_task(drawn, scores.score)
+        record |= reward_by_task(drawn, scores.score)
 
         # ---------------- the old policy follows, at first at once, later ever more slowly:
         # fresh data while the policy moves fast, a steady anchor once it is good

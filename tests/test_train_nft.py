@@ -757,7 +757,7 @@ def test_the_mean_reward_of_each_task_is_logged(run, dataset, tmp_path):
     assert list(means) == ["reward/task/add", "reward/task/remove"]
     score = torch.tensor([[0.1, 0.3], [torch.nan, 0.5], [0.9, 0.9], [0.0, 0.0]])
     tasks = [{"task": "add"}, {"task": "add"}, {"task": "remove"}, {}]
-    means = train_nft._reward_by_task(tasks, score)
+    means = train_nft.reward_by_task(tasks, score)
     assert means == pytest.approx({"reward/task/add": 0.3, "reward/task/remove": 0.9})
 
 
