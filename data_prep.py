@@ -586,27 +586,12 @@ def start_trackers(
     accelerator.init_trackers(project, shown, options)
 
 
-def any_rank(accelerator: Accelerator, here: bool) -> bool:
-    """Whether something is so on any of the processes: the same answer on all.
-
-    BadInput where one of them does not answer any more.
-    """
-    flag = torch.tensor([float(here)], device=accelerator.device)
-    try:
-        return accelerator.reduce(flag, "sum").item() > 0
-    except RuntimeError as error:
-        raise BadInput(
-            f"another process is gone ({one_line(error)[:80]} ...); see what it said, and go on "
-            "with all of them"
-        ) from error
-
-
 @contextmanager
 def together(accelerator: Accelerator, stop: threading.Event) -> Iterator[None]:
     """A piece of work that all processes do, and at whose end they look at each other.
 
     When a signal came to one of them, or one raised an error, all raise Stopped here, so that none
-    waits for another in vain.
+    waits for another in vain. BadInput where one of them does not answer any more.
     """
     fault = None
     try:
@@ -615,7 +600,16 @@ def together(accelerator: Accelerator, stop: threading.Event) -> Iterator[None]:
         stop.set()
     except Exception as error:  # whatever it is, the others must learn of it
         fault = error
-    if any_rank(accelerator, fault is not None or stop.is_set()):
+    is_over = fault is not None or stop.is_set()
+    over = torch.tensor([float(is_over)], device=accelerator.device)
+    try:
+        over = accelerator.reduce(over, "sum")
+    except RuntimeError as error:
+        raise BadInput(
+            f"another process is gone ({one_line(error)[:80]} ...); see what it said, and go on "
+            "with all of them"
+        ) from error
+    if over > 0:
         told = gather_object([repr(fault)])
         if repr(fault) in told[: accelerator.process_index]:
             fault = None  # said by one process is enough
