@@ -967,7 +967,8 @@ def judge_edits(job: Job) -> None:
             record = future.result()
             if job.stop.is_set() and "failure" in record:
                 continue  # given up because of the stop, no failure of the judge
-            append_json_line(file, call_of[future] | record | {"time": time.time()})
+            date = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            append_json_line(file, call_of[future] | record | {"time": time.time(), "date": date})
             failures.append(record.get("failure"))
             if len(failures) == 8 and all(failures):
                 raise BadInput(
@@ -1001,9 +1002,11 @@ def _warn_of_own_judge(job, judge):
 
 
 def _answer(job, judge, call):
-    """What a call adds to its record: its answer, or the cause of its failure."""
+    """What a call adds to its record: its answer, or the cause of its failure, and what a server
+    says of either: `model`, `finish_reason` and `usage` in tokens."""
     if job.stop.is_set():
         return {"failure": "stopped"}
+    facts = {}
     try:
         *sources, edit = map(load_image, [*call["images"], call["edit"]])
         if job.settings.benchmark == "heldout":
@@ -1013,9 +1016,12 @@ def _answer(job, judge, call):
             # VIEScore judges quality without the source
             sources = [] if call["call"] == "PQ" else [source]
         pictures = [*sources, edit]
-        return {"reply": judge.ask(_question(job, call), pictures, job.settings.reply_tokens)}
+        tokens = job.settings.reply_tokens
+        reply = judge.reply(_question(job, call), pictures, tokens, draw=call["repeat"])
+        facts = reply.facts
+        return facts | {"reply": reply.said()}
     except (JudgeFailure, BadInput) as failure:
-        return {"failure": str(failure)}
+        return facts | {"failure": str(failure)}
 
 
 def _heldout_answer(judge, row, sources, edit):

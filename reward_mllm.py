@@ -436,6 +436,7 @@ class Reply(NamedTuple):
 
     text: str
     is_cut: bool  # by the limit of its tokens
+    facts: dict = {}  # what its server says of it: model, finish_reason, usage
 
     def said(self) -> str:
         """What stands after its thoughts; JudgeFailure when it is cut or never leaves them."""
@@ -646,9 +647,13 @@ class Judge:
 
     def ask(self, text: str, pictures: list, max_tokens: int = 1024) -> str:
         """The reply to a text and PIL.Images, at temperature 0; JudgeFailure if there is none."""
+        return self.reply(text, pictures, max_tokens).said()
+
+    def reply(self, text: str, pictures: list, max_tokens: int, draw: int = 0) -> Reply:
+        """As `ask`, with all that is known of the reply. draw: its number, for --judge_draws."""
         chat = [_message("user", text, *map(self.part, pictures))]
-        (reply,) = self.unless_stopped(self.write, [chat], max_tokens)
-        return reply.said()
+        (reply,) = self.unless_stopped(self.write, [chat], max_tokens, draw)
+        return reply
 
     def believes(self, text: str, pictures: list) -> float:
         """The probability of yes in its answer to a text and PIL.Images; JudgeFailure without."""
@@ -902,7 +907,8 @@ class ServedJudge(Judge):
         text = choice["message"].get("content")
         if not text or not isinstance(text, str):
             raise JudgeFailure("an empty reply")
-        return [Reply(text, choice.get("finish_reason") == "length")]
+        facts = {key: choice.get(key) for key in ("model", "finish_reason", "usage")}
+        return [Reply(text, facts["finish_reason"] == "length", facts)]
 
     def weigh(self, chats, worth):
         options = {"max_tokens": 1, "temperature": 1, "logprobs": True}
@@ -924,7 +930,7 @@ class ServedJudge(Judge):
                 self.note(server)
                 match reply:
                     case {"choices": [{"message": {}} as choice]}:
-                        return choice
+                        return reply | choice  # with its model and usage
                 raise JudgeFailure("not one choice with a message in the reply")
             except Unavailable as failure:
                 self.note(server, str(failure))

@@ -414,12 +414,14 @@ class Answering(BaseHTTPRequestHandler):
         self.answer(
             200,
             {
+                "model": "rule-7b-0613",
+                "usage": {"prompt_tokens": 700, "completion_tokens": 30},
                 "choices": [
                     {
                         "message": {"role": "assistant", "content": reply},
                         "finish_reason": self.server.finish,
                     }
-                ]
+                ],
             },
         )
 
@@ -1385,6 +1387,18 @@ def test_a_reply_cut_by_the_token_limit_is_no_answer_and_is_asked_again(
     server.finish = "stop"
     (result,) = run("imgedit", imgedit, tmp_path / "out", server, edits=edits).values()
     assert result["subjects"]["edits"]["groups"]["all"]["answered"] == 6
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_a_call_records_what_the_server_said_of_it_and_the_date(
+    imgedit, edits, tmp_path, server, finish
+):
+    server.finish = finish
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    record = calls(tmp_path / "out")[0]
+    assert record["model"] == "rule-7b-0613" and record["finish_reason"] == finish
+    assert record["usage"] == {"prompt_tokens": 700, "completion_tokens": 30}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}", record["date"])
 
 
 # ---------------------------------------------------------------- what is kept of the source
