@@ -481,15 +481,31 @@ def test_a_layout_of_tokens_that_is_not_the_familys_is_refused_by_its_name(load,
 
 
 def test_an_editor_that_tells_its_transformer_other_times_is_refused(load, check):
+    """As thousandths, which the transformer itself divides."""
     editor = load(KONTEXT)
     forward = editor.transformer.forward
-    editor.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, kwargs | {"timestep": 1000 * kwargs["timestep"]}),
-        with_kwargs=True,
-    )
+
+    def tell(module, args, kwargs):
+        t = kwargs["timestep"]
+        return args, kwargs | {"timestep": 1000 * t if t.max() <= 1 else t}
+
+    editor.transformer.register_forward_pre_hook(tell, with_kwargs=True)
     editor.transformer.forward = lambda timestep, **kwargs: forward(
         timestep=timestep / 1000, **kwargs
     )
+    with pytest.raises(BadInput, match="calls cannot be repeated"):
+        check(editor)
+
+
+def test_a_transformer_that_returns_something_else_when_called_again_is_refused(load, check):
+    editor = load(KONTEXT)
+    calls = []
+
+    def change(module, args, output):
+        calls.append(output)
+        return (output[0] * len(calls),)
+
+    editor.transformer.register_forward_hook(change)
     with pytest.raises(BadInput, match="calls cannot be repeated"):
         check(editor)
 

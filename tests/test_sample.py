@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_kontext
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -633,6 +634,17 @@ def test_where_the_machine_compiles_each_block_is_compiled(lora_editor, monkeypa
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kw: compiled.append(module))
     sample.compile_blocks(lora_editor)
     assert compiled == blocks_of(lora_editor)
+
+
+def test_every_part_is_frozen_and_in_eval_mode_however_the_pipeline_was_made(monkeypatch):
+    pipe = tiny_kontext()
+    for part in (pipe.text_encoder_2, pipe.transformer):
+        part.train()
+    monkeypatch.setattr(sample, "_load_pipeline", lambda *args: pipe)
+    editor = sample.load_editor("x")
+    for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae, editor.transformer):
+        assert not any(module.training for module in part.modules())
+        assert not any(parameter.requires_grad for parameter in part.parameters())
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
