@@ -961,7 +961,8 @@ def choose_recompute(editor: Editor, trial: Callable[[], None]) -> float:
     """From now on backward recomputes as few blocks as memory allows, found by trial: their share.
 
     What a block computes is kept from forward to backward, or made again from its inputs. trial: a
-    training step at its full size, forwards and backward.
+    training step at its full size, forwards and backward. Not for a sharded base, whose ranks must
+    all recompute the same blocks.
     """
     kinds = editor.transformer._repeated_blocks
     blocks = [part for part in editor.transformer.modules() if type(part).__name__ in kinds]
