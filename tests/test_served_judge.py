@@ -469,7 +469,7 @@ def test_a_dead_server_is_waited_for_once_and_not_by_every_request(server, fault
 
 def test_after_an_outage_that_was_given_up_there_is_new_patience(server, monkeypatch):
     monkeypatch.setattr(reward_mllm, "REST", 0.5)
-    judge = served(server, judge_patience=0.5)
+    judge = served(server, judge_patience=0.5, judge_in_flight=2)
     server.always = "500"
     assert judge.score(*ONE).score.isnan().all()
     assert judge.score(*ONE).causes == ["HTTP 500"]  # at once
