@@ -1239,9 +1239,11 @@ def write_requirements(argv: list[str]):
     """Lets a judge write the `requirement` or the `checklist` of every row that has none."""
     (folder,), settings = _read_command(argv, "requirements DIR")
     form = settings.form
-    text, read = ASK_REQUIREMENT, _line_of
+    text = ASK_REQUIREMENT
+    read = _line_of
     if form == "checklist":
-        text, read = ASK_CHECKLIST, _checklist_in
+        text = ASK_CHECKLIST
+        read = _checklist_in
     splits = [split for split in SPLITS if split_file(folder, split)]
     questions = {}
     rows = []
