@@ -400,12 +400,7 @@ def add_policies(
                 f"{type(editor.transformer).__name__} that can have one ({one_line(error)}); name "
                 "layers, or a LoRA, of this model"
             ) from error
-    for layer in editor.transformer.modules():
-        if isinstance(layer, BaseTunerLayer):
-            editor.lora_layers += (layer,)
-            layer.cast_input_dtype_enabled = False  # see LoraMatrix
-            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
-                matrix.float().__class__ = LoraMatrix
+    editor.lora_layers = _lora_layers(editor.transformer)
     for name in editor.policies:
         for key, parameter in lora_parameters(editor, name).items():
             # All ranks and all policies begin with the same A, whatever else draws numbers.
@@ -416,6 +411,16 @@ def add_policies(
         if start:
             load_lora(editor, start, name)
     _activate(editor, "new")
+
+
+def _lora_layers(transformer):
+    """The layers that have a LoRA, from here on of LoraMatrix's kind."""
+    layers = [part for part in transformer.modules() if isinstance(part, BaseTunerLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+        for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+            matrix.float().__class__ = LoraMatrix
+    return tuple(layers)
 
 
 class LoraMatrix(nn.Linear):
