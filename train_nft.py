@@ -46,7 +46,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, tqdm  # bars of the main process
+from accelerate.utils import gather_object, send_to_device, tqdm  # bars of the first process
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
@@ -116,9 +116,9 @@ LEAST_SPREAD = 0.005  # below it r lies within 0.005 of 1/2: nothing to learn
 SHOWN_ROWS = 8  # held-out rows in the pictures under samples/
 HOPELESS = 10  # epochs in a row without a kept group that end a run
 FARTHEST = 1.0  # mean squared distance to the base's velocity: as far as noise from noise
+EXPLODED = 20  # latents are of size 1: errors so large are no training any more
 COUNT = {"at_least": 1}  # the range of some settings
 SHARE = {"at_least": 0, "at_most": 1}  # and of others
-EXPLODED = 20  # latents are of size 1: errors so large are no training any more
 
 # What the terminal shows of an epoch's record, line by line: what begins with one of these.
 SHOWN = """\
@@ -381,9 +381,8 @@ def _in_step(run):
     except Exception as error:
         if isinstance(error, BadInput) or not run.settings.shard:
             raise
-        raise SystemExit(
-            f"error: {error!r}, in step with others; go on with --resume auto"
-        ) from error
+        told = f"error: {error!r} within a forward of all processes; go on with --resume auto"
+        raise SystemExit(told) from error
 
 
 @dataclass
@@ -1012,8 +1011,8 @@ def run_epochs(run: Run, state: dict):
         record |= epoch_record(scores, r, reasons, measured, norm)
         record |= reward_by_task(drawn, scores.score)
 
-        # ---------------- the old policy follows, at first at once, later ever more slowly:
-        # fresh data while the policy moves fast, a steady anchor once it is good
+        # ---------------- the step; the old policy follows, at first at once, later ever more
+        # slowly: fresh data while the policy moves fast, a steady anchor once it is good
         record["old_decay"] = min(settings.decay_rate * (epoch + 1), settings.decay_max)
         if epoch < settings.decay_start:
             record["old_decay"] = 0.0
