@@ -369,10 +369,7 @@ def test_a_fault_inside_a_sharded_forward_hangs_nobody_and_costs_no_epoch(
     server, words, tmp_path, fault
 ):
     server.start(words(shard=True), ranks=2, fault=fault)
-    begun = time.monotonic()
-    codes = server.codes(60)
-    assert time.monotonic() - begun < 40
-    assert codes == [1, 1], server.said()
+    assert server.codes() == [1, 1], server.said()  # by themselves: none is killed
     assert "CUDA out of memory" in server.said()
     assert checkpoints(tmp_path / "run") == [1]
 
