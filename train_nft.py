@@ -924,7 +924,7 @@ def close_epoch(run: Run, state: dict, base: Rows):
         if is_best:
             state |= {"best": score, "best_epoch": epoch}
         # A rank that waits inside a forward cannot save: with a sharded base it has done so.
-        is_due = is_best or settings.shard or epoch % settings.save_every == 0
+        is_due = any([is_best, settings.shard, epoch % settings.save_every == 0])
         if run.is_main and is_due:
             _save_checkpoint(run, state)
 
