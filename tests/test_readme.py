@@ -420,9 +420,6 @@ RUN_BY = {
     "tests/ablations.py": (
         "test_ablations.py: test_a_run_goes_on_where_it_was_and_a_finished_one_is_not_run_again"
     ),
-    "tests/gpu_full_size.py": (
-        "test_gpu_full_size.py: test_two_epochs_of_a_tiny_editor_make_the_table"
-    ),
     "tests/bench_epoch.py": ("test_bench_epoch.py: test_the_counting_command_prints_both_tables"),
     "tests/full_size.py": "test_full_size.py: test_measured_tiny_editors_make_a_row",
     "tests/toy_ratings.py": (
