@@ -5,6 +5,7 @@ python tests/long_run.py [--epochs 200]
 
 import argparse
 import resource
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def main():
     def measure(text):
         say(text)
         if text.startswith("epoch"):
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peaks.append(peak / (1e6 if sys.platform == "darwin" else 1e3))  # bytes, or kilobytes
 
     train_nft.say = measure
     train_nft.load_judge = lambda *args: RuleJudge()
