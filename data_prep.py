@@ -38,11 +38,11 @@ import textwrap
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import Field, asdict, dataclass, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,7 +95,8 @@ def run_script(main: Callable[[], None]) -> None:
             "base over several GPUs with --shard"
         )
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        # What all processes meet is told by the first one; their launcher then ends the others.
+        # What all processes meet is told by the first one. When it ends, the launcher sends the
+        # others SIGTERM, which catch_signals may have made a mere flag.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     say(f"error: {message}", sys.stderr)
@@ -116,6 +117,7 @@ class _Lasting:
             self.stream.write(text)
             self.stream.flush()
         except OSError:
+            # in place of its file: what the stream still holds goes there, too
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -161,7 +163,7 @@ def seeded(*key) -> torch.Generator:
     key: anything whose repr is stable, as in seeded(seed, "noise", epoch, group, copy).
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # torch takes 63 bits
 
 
 # ---------------------------------------------------------------- settings
@@ -193,7 +195,8 @@ class CheckedSettings:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if value == [] and field.default_factory():  # the default is not empty
+            # a list may be empty where its default is
+            if value == [] and field.default_factory():
                 raise BadInput(f"--{field.name}: is empty; give at least one value")
             for part in value if isinstance(value, list) else [value]:
                 _check_value(field, part)
@@ -206,7 +209,7 @@ def _check_value(field, value):
     if type(value) in (int, float):
         limits = field.metadata["limits"]
         fits = [LIMITS[name](value, limit) for name, limit in limits.items()]
-        if not all(fits) or not abs(value) < LARGEST:  # also for nan
+        if not all(fits) or not abs(value) < LARGEST:  # "not <" holds for nan, too
             wanted = _in_words(limits) or "between -2^63 and 2^63"
             raise BadInput(f"--{field.name} {value}: give a number {wanted}")
 
@@ -215,6 +218,7 @@ class SettingsParser(HfArgumentParser):
     """transformers' parser of dataclasses; a mistake is one line, and fields may carry limits."""
 
     def add_argument(self, *names, limits=None, **options):
+        # the metadata of a field come here as options; argparse knows no limits
         return super().add_argument(*names, **options)
 
     def error(self, message):
@@ -261,12 +265,13 @@ def disk_faults(path: str | Path) -> Iterator[None]:
 
 
 def _to_disk(path):
-    """Waits until a file or a folder's list of files is on the disk, to outlast a power cut."""
+    """Waits until a file, or a folder's list of files, is on the disk, to outlast a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
-        if path.is_file():  # some network disks cannot, for a folder
+        # of a folder some network disks cannot do it, and nothing is lost
+        if path.is_file():
             raise
     finally:
         os.close(handle)
@@ -302,10 +307,11 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     for an error of the disk, and where another process is at it.
     """
     folder = Path(folder).resolve()
-    room = folder.with_name(f".part-{folder.name}")  # stays after a kill
+    room = folder.with_name(f".part-{folder.name}")  # after a kill the next call clears it
     part = room / "whole"
-    if folder.exists() and not folder.is_dir() or Path.cwd().is_relative_to(folder):
-        raise BadInput(f"{folder}: is a file, or the folder you work in; name another")
+    check_names(folder.parent, [], [folder.name])
+    if Path.cwd().is_relative_to(folder):
+        raise BadInput(f"{folder}: is the folder you work in; name another")
     if room.exists() and not (room / ".lock").is_file():
         raise BadInput(f"{room}: is in the way; move it elsewhere")
     with disk_faults(folder), locked(room):
@@ -317,12 +323,11 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             for path in [part, *part.rglob("*")]:
                 _to_disk(path)
             if folder.exists():
-                old = f"{folder.name}.old-{time.time_ns()}"
-                place = room  # what is there goes in the end
+                old = room / "old"  # goes with the room
                 if any(folder.iterdir()) and not is_whole(folder, alone=True):
-                    place = folder.parent
-                    say(f"{folder}: held files of others; they are in {place / old}", sys.stderr)
-                folder.rename(place / old)
+                    old = folder.with_name(f"{folder.name}.old-{time.time_ns()}")
+                    say(f"{folder}: held files of others; they are in {old}", sys.stderr)
+                folder.rename(old)
             part.rename(folder)
             _to_disk(folder.parent)
         finally:
@@ -333,6 +338,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     """{relative path: sha256} of all below a folder but its own hashes.json."""
     hashes = {}
     for path in folder.rglob("*"):
+        # a folder or a link to nowhere counts as well: it may be the user's
         content = path.read_bytes() if path.is_file() else b""
         hashes[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     hashes.pop("hashes.json", None)
@@ -343,13 +349,11 @@ def is_whole(folder: str | Path, alone: bool = False) -> bool:
     """Whether all files of a folder are there as whole_folder wrote them; alone: and no others."""
     folder = Path(folder)
     try:
-        recorded = read_json(folder / "hashes.json")
-        found = file_hashes(folder)
+        recorded = read_json(folder / "hashes.json").items()
+        found = file_hashes(folder).items()
     except (OSError, BadInput):
         return False
-    if alone:
-        return recorded == found
-    return recorded.items() <= found.items()
+    return recorded == found if alone else recorded <= found
 
 
 @contextmanager
@@ -396,9 +400,12 @@ def numbered_folders(folder: Path, name: str) -> dict[int, Path]:
 
     BadInput for a file with such a name: it would be in the way.
     """
-    numbers = [path.name.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*")]
-    found = {int(digits): folder / f"{name}-{digits}" for digits in numbers if digits.isdecimal()}
-    check_names(folder, [], [path.name for path in found.values()])
+    found = {}
+    for path in folder.glob(f"{name}-*"):
+        digits = path.name.removeprefix(f"{name}-")
+        if digits.isdecimal():
+            check_names(folder, [], [path.name])
+            found[int(digits)] = path
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -414,7 +421,8 @@ def prune_folders(newest: Path, keep: int, best: int) -> None:
     with disk_faults(folder):
         for number in numbers[keep:]:
             if number != best:
-                folders[number].rename(folder / f".part-{name}-{number}-old")  # never half of it
+                # a kill amid the removal must not leave a half of it under its name
+                folders[number].rename(folder / f".part-{name}-{number}-old")
         for path in folder.glob(f".part-{name}-[0-9]*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -438,7 +446,7 @@ def _noted(faults):
     try:
         yield
     except BadInput as fault:
-        if faults is None or isinstance(fault, DiskFault):
+        if faults is None or isinstance(fault, DiskFault):  # a full disk is no fault of a row
             raise
         faults.append(str(fault))
 
@@ -524,10 +532,12 @@ def append_json_line(path: str | Path, value: dict) -> None:
     line = _json_line(value)
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # opened for appending: reads go where seek says, writes to the end
         with open(path, "ab+", buffering=0) as file:
             size = file.tell()
             file.seek(max(size - 1, 0))
-            if file.read() not in (b"", b"\n"):
+            last_byte = file.read()
+            if last_byte not in (b"", b"\n"):
                 file.seek(0)
                 size = file.truncate(file.read().rfind(b"\n") + 1)
             if file.write(line) < len(line):  # a full disk took a part
@@ -612,7 +622,7 @@ def together(accelerator: Accelerator, stop: threading.Event) -> Iterator[None]:
     if over > 0:
         told = gather_object([repr(fault)])
         if repr(fault) in told[: accelerator.process_index]:
-            fault = None  # said by one process is enough
+            fault = None  # a process before this one says the same
         raise Stopped from fault
 
 
@@ -725,21 +735,21 @@ def _check_header(path):
 TABLES = (".parquet", ".arrow")  # what is looked for in a folder; other kinds are named
 
 
-def table_files(path: str | Path, kinds: tuple = TABLES) -> list[Path]:
-    """A table's file itself, or by name all files of these kinds below a folder."""
+def table_files(path: str | Path) -> list[Path]:
+    """A table's file itself, or by name all TABLES below a folder."""
     path = Path(path)
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in kinds)
+    return sorted(file for file in path.rglob("*") if file.suffix in TABLES)
 
 
-def read_records(path: str | Path, kinds: tuple = TABLES) -> Iterator[dict]:
-    """The records of a table, or of those of these kinds in a folder: {column: value}.
+def read_records(path: str | Path) -> Iterator[dict]:
+    """The records of a table, or of all TABLES below a folder: {column: value}.
 
     Parquet and arrow (streams, as `datasets` writes them) a few at a time, JSON lines, a JSON list,
     csv (all is text). BadInput for a broken file.
     """
-    for file in table_files(path, kinds):
+    for file in table_files(path):
         try:
             yield from _records_in(file)
         except ImportError:
@@ -753,24 +763,27 @@ def read_records(path: str | Path, kinds: tuple = TABLES) -> Iterator[dict]:
 
 def _records_in(file):
     """The records of one file, by its ending."""
-    if file.suffix == ".csv":
+    if file.suffix in TABLES:
+        for batch in _record_batches(file):
+            yield from batch.to_pylist()
+    elif file.suffix == ".csv":
         with open(file, encoding="utf-8-sig", newline="") as text:
             yield from csv.DictReader(text)
-    elif file.suffix == ".parquet":
-        from pyarrow.parquet import ParquetFile
-
-        for batch in ParquetFile(file).iter_batches(16):
-            yield from batch.to_pylist()
-    elif file.suffix == ".arrow":
-        import pyarrow
-
-        for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))):
-            for start in range(0, len(batch), 16):
-                yield from batch.slice(start, 16).to_pylist()
     elif file.suffix == ".json" and file.read_bytes().lstrip().startswith(b"["):
-        yield from map(dict, json.loads(file.read_bytes()))
+        yield from map(dict, json.loads(file.read_bytes()))  # dict: an error for what is no object
     else:
         yield from (record for _, record in read_json_lines(file))
+
+
+def _record_batches(file):
+    """The records of a parquet or arrow file as pyarrow's batches of 16: each may hold pictures."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    if file.suffix == ".parquet":
+        return ParquetFile(file).iter_batches(16)
+    # mapped, not read: the whole table takes no memory
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all().to_batches(16)
 
 
 class PictureFile(io.BytesIO):
@@ -831,22 +844,22 @@ def read_rows(folder: str | Path, split: str, faults: list | None = None) -> lis
     rows = []
     places = {}
     for number, row in read_json_lines(file, faults):
-        content = row | {"id": None}
         row["id"] = str(row.get("id", f"{split}-{number}"))
-        row["where"] = f"{file}:{number}"
         with _noted(faults):
-            _check_texts(row)
-            _find_pictures(row, folder)
-            _refuse_repeats([row["id"], content], places, row["where"], f"line {number}")
-            rows.append(row)
-    if not rows and not faults:
+            checked = _checked(row, f"{file}:{number}", folder)
+            _refuse_repeat(row, places, checked["where"], f"line {number}")
+            rows.append(checked)
+    if not rows and not faults:  # where all are faulty, the faults say it
         raise BadInput(f"{file}: holds no rows; add some")
     return rows
 
 
-def _refuse_repeats(values, places, where, place):
-    """BadInput for a value that came before; places: of each value so far, to be gone on with."""
-    for value in values:
+def _refuse_repeat(row, places, where, place):
+    """BadInput for a row whose id or content came before.
+
+    places: {id or content: the first place with it}, to which the row's own are added.
+    """
+    for value in (row["id"], row | {"id": None}):
         first = places.setdefault(json.dumps(value, sort_keys=True), place)
         if first != place:
             words = f"repeats the id or the content of {first}"
@@ -858,30 +871,23 @@ def _as_list(value):
     return value if isinstance(value, list) else [value]
 
 
-def _check_texts(row):
-    """BadInput for a row with a misspelt key, or without the texts that it must hold."""
-    where = row["where"]
+def _checked(row, where, folder):
+    """A row with `where`, `images` and absolute paths; BadInput for what it lacks or misspells."""
     for key in row.keys() - set(KEYS):
-        for meant in difflib.get_close_matches(key, KEYS, 1, 0.8):
-            if meant not in row:
-                raise BadInput(f"{where}: unknown key `{key}`; write `{meant}`")
+        meant = difflib.get_close_matches(key, KEYS, 1, 0.8)
+        if meant and meant[0] not in row:
+            raise BadInput(f"{where}: unknown key `{key}`; write `{meant[0]}`")
     for key in ("prompt", "requirement", "task"):
         if not isinstance(row.get(key, ""), str):
             raise BadInput(f"{where}: `{key}` is {row[key]!r}, not text; write it in quotes")
     if not row.get("prompt", "").strip():
         raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
-
-
-def _find_pictures(row, folder):
-    """Gives a row its `images` and makes all its paths absolute; BadInput where one leaves."""
-    where = row["where"]
-    names = _as_list(row.get("image") or [])
-    if not names:
+    if not row.get("image"):
         raise BadInput(f"{where}: the row has no `image`; add a path, relative to {folder}")
-    row["images"] = [inside(folder, name, where) for name in names]
-    for key in ("target", "mask"):
-        if key in row:
-            row[key] = inside(folder, row[key], where)
+    paths = {"images": [inside(folder, name, where) for name in _as_list(row["image"])]}
+    for key in row.keys() & {"target", "mask"}:
+        paths[key] = inside(folder, row[key], where)
+    return row | paths | {"where": where}
 
 
 def inside(folder: str | Path, name: str, where: str) -> str:
@@ -931,6 +937,11 @@ def row_pictures(row: dict, keys: tuple = ("images", "target", "mask")) -> list[
     return paths
 
 
+def _all_pictures(rows, *keys):
+    """The set of all pictures of rows; keys: as of row_pictures."""
+    return set().union(*(row_pictures(row, *keys) for row in rows))
+
+
 def load_sources(row: dict) -> list[Image.Image]:
     """A row's source pictures; BadInput where one cannot be had, nor its target or mask."""
     pictures = [load_image(path) for path in row_pictures(row)]
@@ -939,13 +950,10 @@ def load_sources(row: dict) -> list[Image.Image]:
 
 def _look_through(rows, look, show=True):
     """{path: look(path)} and {path: fault} of all pictures of rows; show: with a progress bar."""
-    paths = set()
-    for row in rows:
-        paths.update(row_pictures(row))
     seen = {}
     faults = {}
     with ThreadPoolExecutor() as pool:  # for disks in the network: they answer late
-        looks = {path: pool.submit(look, path) for path in sorted(paths)}
+        looks = {path: pool.submit(look, path) for path in sorted(_all_pictures(rows))}
         for path in tqdm(looks, "pictures", leave=False, disable=not show):
             try:
                 seen[path] = looks[path].result()
@@ -964,7 +972,7 @@ def load_rows(folder: str | Path, skip: bool, accelerator: Accelerator) -> dict[
     rows = {"train": [], "test": []}
     messages = []
     for split in SPLITS:
-        with _noted(messages):
+        with _noted(messages):  # also that there is no such file: other processes may have one
             rows[split] = read_rows(folder, split, messages)
     broken = _header_faults(rows["train"] + rows["test"], folder, accelerator)
     messages += broken.values()
@@ -982,12 +990,13 @@ def load_rows(folder: str | Path, skip: bool, accelerator: Accelerator) -> dict[
 
 
 def _header_faults(rows, folder, accelerator):
-    """{path: fault} of the pictures whose headers show one to any process; all get the same."""
-    mine = rows[accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+    """{path: fault} of the pictures whose headers show one to any process: the same in all."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    mine = rows[accelerator.local_process_index :: processes]
     _, found = _look_through(mine, _check_header, accelerator.is_main_process)
     if len(set(gather_object([fingerprint(rows)]))) > 1:
         raise BadInput(f"{folder}: its rows differ between processes; give each node the same ones")
-    return functools.reduce(operator.or_, gather_object([found]))
+    return ChainMap(*gather_object([found]))
 
 
 def fingerprint(rows: list[dict]) -> str:
@@ -1008,6 +1017,7 @@ def rows_of_epoch(number: int, rows: int, seed: int, epoch: int) -> Iterator[int
 
 # ---------------------------------------------------------------- the check
 
+OTHER_SIZE = "`mask` has not the size of the row's first picture; resize it"
 NEAR = 0.05  # root mean square difference of two thumbnails below which they show one picture
 
 
@@ -1022,10 +1032,10 @@ class CheckSettings(CheckedSettings):
 def check_dataset(settings: CheckSettings) -> None:
     """Reads a dataset once: prints each fault on a line, or what it holds; BadInput for faults."""
     folder = Path(settings.dataset).resolve()
-    splits = [split for split in SPLITS if split_file(folder, split)]
+    splits = [split for split in SPLITS if split_file(folder, split)] or ["train"]
     rows = []
     faults = []
-    for split in splits or SPLITS:
+    for split in splits:
         rows += read_rows(folder, split, faults)
     start = time.process_time()
     seen, broken = _look_through(rows, _look_at)
@@ -1033,9 +1043,9 @@ def check_dataset(settings: CheckSettings) -> None:
     faults += broken.values()
     for row in rows:
         pair = (row["images"][0], row.get("mask"))
-        if len({seen[path].size for path in pair if path in seen}) > 1:
-            words = "`mask` has not the size of the row's first picture; resize it"
-            faults.append(f"{row['where']}: {words}")
+        sizes = {seen[path].size for path in pair if path in seen}
+        if len(sizes) > 1:
+            faults.append(f"{row['where']}: {OTHER_SIZE}")
     for benchmark in settings.against:
         faults += _copies(seen, benchmark)
     for fault in faults:
@@ -1046,7 +1056,8 @@ def check_dataset(settings: CheckSettings) -> None:
         print(line)
     print(f"read {speed:.0f} pictures a second and core")
     counts = f"{len(rows)} rows in {' and '.join(splits)}, {len(seen)} pictures"
-    print(f"{folder}: no faults; " + "; nothing of ".join([counts, *settings.against]))
+    absent = "".join(f"; nothing of {benchmark}" for benchmark in settings.against)
+    print(f"{folder}: no faults; {counts}{absent}")
 
 
 def _summary(rows, seen):
@@ -1054,14 +1065,10 @@ def _summary(rows, seen):
     tasks = Counter(row.get("task", "none") for row in rows)
     yield "tasks: " + ", ".join(f"{task} {number}" for task, number in tasks.most_common())
     yield "words of a prompt: " + _spread([len(row["prompt"].split()) for row in rows])
-    sources = {}
-    for row in rows:
-        sources |= {path: seen[path] for path in row["images"]}
-    yield "longer side of a source picture: " + _spread(
-        [max(look.size) for look in sources.values()]
-    )
-    different = len({look.thumbnail.tobytes() for look in sources.values()})
-    yield f"source pictures: {len(sources)}, of which {len(sources) - different} repeat another"
+    looks = [seen[path] for path in _all_pictures(rows, ["images"])]
+    yield "longer side of a source picture: " + _spread([max(look.size) for look in looks])
+    different = {look.thumbnail.tobytes() for look in looks}
+    yield f"source pictures: {len(looks)}, of which {len(looks) - len(different)} repeat another"
     white = [100 * seen[row["mask"]].thumbnail.mean() for row in rows if "mask" in row]
     if white:
         yield f"white part of a mask in %: {_spread(white)}"
@@ -1094,19 +1101,18 @@ def _thumbnail(image):
 
 def _copies(seen, folder):
     """A line for each picture of {path: Look} that shows one of a benchmark's."""
-    own = np.array([look.thumbnail for look in seen.values()]).reshape(-1, 768)
+    paths = list(seen)
+    own = np.array([seen[path].thumbnail for path in paths]).reshape(-1, 768)
     faults = []
     picture = None
     for picture in _benchmark_pictures(folder):
-        try:
+        with suppress(BadInput):  # a broken one is no fault of the dataset
             theirs = _thumbnail(load_image(picture))
-        except BadInput:
-            continue  # no fault of the dataset
-        distances = np.sqrt(np.square(own - theirs).mean(1))  # (pictures,)
-        for path, distance in zip(seen, distances, strict=True):
-            if distance < NEAR:
-                faults.append(f"{path}: shows {picture} of the benchmark; remove its rows")
-    if not picture:
+            distances = np.sqrt(np.square(own - theirs).mean(1))  # (pictures,)
+            for near in np.flatnonzero(distances < NEAR):
+                words = f"shows {picture} of the benchmark; remove its rows"
+                faults.append(f"{paths[near]}: {words}")
+    if picture is None:
         raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
     return faults
 
@@ -1142,8 +1148,8 @@ FORMATS = {
 class ImportSettings(CheckedSettings):
     """What `data_prep.py import SRC DIR` is told. A column may be a path, as in media.0.uri."""
 
-    source: str = setting("", "A table, or a folder of them; also the first word after import.")
-    dataset: str = setting("", "The dataset folder to be made; also the second word.")
+    source: str = setting(MISSING, "A table, or a folder of them; also the first word.")
+    dataset: str = setting(MISSING, "The dataset folder to be made; also the second word.")
     format: Literal[tuple(FORMATS)] = setting("", "A public set, whose columns are known.")
     prompt: str = setting("prompt", "Column of the instruction.")
     image: str = setting("image", "Column of the source picture, or of a list of them.")
@@ -1165,26 +1171,26 @@ def import_dataset(settings: ImportSettings) -> None:
     Started again after a stop it goes on; pictures that are there are not decoded again. BadInput
     for a folder that holds something else, and where no rows are left for one of the splits.
     """
-    if not (settings.source and settings.dataset):
-        raise BadInput("import: name what is read and what is made: import SRC DIR")
     columns = FORMATS[settings.format].split()
     settings = replace(settings, **dict(column.split("=") for column in columns))
     folder = Path(settings.dataset)
     with locked(folder):
-        if _is_imported(folder, asdict(settings)):
+        _refuse_others(folder, asdict(settings))
+        if (folder / "train.jsonl").exists():
             say(f"{folder}: was imported before; nothing to do")
             return
+        write_json(folder / "import.json", asdict(settings))
         rows, faults = _take_rows(settings)
-        test, train = _split_by_picture(rows, settings, faults)
+        test, train, sharing = _split_by_picture(rows, settings)
+        for row in sharing:
+            faults.append(f"row {row['id']}: shares a picture with a row that is held out")
         if not train:
             raise BadInput(
                 f"{settings.source}: {len(rows)} good rows, none of them left to train on; see "
                 f"--test. Left out: {len(faults)} {faults[:1]}"
             )
-        used = set()
-        for row in test + train:
-            used.update(row_pictures(row, WRITTEN))
-        for path in (folder / "pictures").iterdir():
+        used = _all_pictures(test + train, WRITTEN)
+        for path in [*folder.glob("pictures/*"), *folder.glob(".part-*")]:
             if f"pictures/{path.name}" not in used:  # of a row that was left out, or of a kill
                 path.unlink()
         write_json_lines(folder / "left_out.jsonl", [{"fault": fault} for fault in faults])
@@ -1193,21 +1199,17 @@ def import_dataset(settings: ImportSettings) -> None:
     say(f"{folder}: {len(train)} rows to train on, {len(test)} held out, {len(faults)} left out")
 
 
-def _is_imported(folder, settings):
-    """Whether all is there; if not, the folder is made ready, or BadInput if it holds others'."""
+def _refuse_others(folder, settings):
+    """BadInput for a folder that holds something else, or a finished import of other settings."""
     record = folder / "import.json"
-    if (folder / "train.jsonl").exists() and record.exists():
+    if not record.exists():
+        # hidden ones are the lock, and the record in parts after a kill
+        if any(not name.startswith(".") for name in os.listdir(folder)):
+            raise BadInput(f"{folder}: holds something else; name a new folder")
+    elif (folder / "train.jsonl").exists():
         changes = changed(read_json(record), settings, "")
         if changes:
             raise BadInput(f"{folder}: {', '.join(changes)}; name another folder")
-        return True
-    names = [name for name in os.listdir(folder) if not name.startswith(".")]
-    if names and not record.exists():
-        raise BadInput(f"{folder}: holds something else; name a new folder")
-    for path in folder.rglob(".part-*"):  # of a kill
-        path.unlink()
-    write_json(record, settings)
-    return False
 
 
 def _take_rows(settings):
@@ -1218,17 +1220,19 @@ def _take_rows(settings):
     records = _numbered_records(settings.source)
     with ThreadPoolExecutor() as pool, tqdm(desc="rows", leave=False) as bar:
         while not settings.rows or len(rows) < settings.rows:
-            batch = list(itertools.islice(records, 64))
+            batch = list(itertools.islice(records, 64))  # so many are held in memory
             if not batch:
                 break
             futures = [pool.submit(_import_row, place, record, settings) for place, record in batch]
             for (place, _), future in zip(batch, futures, strict=True):
                 with _noted(faults):
                     row = future.result()
-                    _refuse_repeats([row["id"], row | {"id": None}], places, place, place)
+                    _refuse_repeat(row, places, place, place)
                     rows.append(row)
             bar.update(len(batch))
-    return rows[: settings.rows or None], faults
+    if settings.rows:
+        rows = rows[: settings.rows]  # the last batch may hold more
+    return rows, faults
 
 
 def _numbered_records(source):
@@ -1255,22 +1259,18 @@ def _import_row(place, record, settings):
             continue
         if key in (*WRITTEN, "kept"):
             value = _import_pictures(value, key, place, settings)
-        row[key] = value
-    if "kept" in row:
-        row["mask"] = row.pop("kept")
+        row["mask" if key == "kept" else key] = value
     row["id"] = str(row["id"])
-    checked = row | {"where": place}
-    _check_texts(checked)
-    _find_pictures(checked, settings.dataset)
+    checked = _checked(row, place, settings.dataset)
     if "mask" in row:
-        sizes = [load_image(path).size for path in (checked["mask"], checked["images"][0])]
-        if sizes[0] != sizes[1]:
-            raise BadInput(f"{place}: the mask has not the size of the picture; resize it")
+        sizes = {load_image(path).size for path in (checked["mask"], checked["images"][0])}
+        if len(sizes) > 1:
+            raise BadInput(f"{place}: {OTHER_SIZE}")
     return row
 
 
 def _import_pictures(value, key, place, settings):
-    """The name of a picture that a record holds under a key, or names; the pictures are written."""
+    """Writes the picture or pictures that a record holds under a key; their name or names."""
     names = []
     for cell in _as_list(value):
         base = settings.pictures or _folder_of(settings.source)
@@ -1280,13 +1280,17 @@ def _import_pictures(value, key, place, settings):
             ImageOps.invert(load_image(file)).save(negative, "PNG")
             file = PictureFile(negative.getvalue(), file.where)
         names.append(_keep_picture(file, settings.dataset))
-    return names if key == "image" and len(names) > 1 else names[0]
+    if key == "image" and len(names) > 1:
+        return names
+    return names[0]
 
 
 def _value_at(record, column):
     """What a record holds in a column, or at a path such as media.0.uri; None without it."""
+    if column in record:  # a column's own name may hold dots
+        return record[column]
     value = record
-    for key in [column] if column in record else column.split("."):
+    for key in column.split("."):
         try:
             value = value[int(key) if isinstance(value, list) else key]
         except (LookupError, TypeError, ValueError):
@@ -1307,10 +1311,10 @@ def _keep_picture(file, folder):
     return name
 
 
-def _split_by_picture(rows, settings, faults):
-    """(test, train), drawn by the content of the first source picture.
+def _split_by_picture(rows, settings):
+    """(test, train, sharing): the rows by lot, which is the same for rows of one first picture.
 
-    A row that would bring a source or a target of the one into the other is added to `faults`.
+    sharing: rows that would bring a source or a target of the test's into training.
     """
 
     def lot(row):
@@ -1318,16 +1322,15 @@ def _split_by_picture(rows, settings, faults):
 
     rows = sorted(rows, key=lot)
     test = rows[: settings.test]
-    held_out = set()
-    for row in test:
-        held_out.update(row_pictures(row, ("image", "target")))
+    held_out = _all_pictures(test, ("image", "target"))
     train = []
+    sharing = []
     for row in rows[settings.test :]:
         if held_out.isdisjoint(row_pictures(row, ("image", "target"))):
             train.append(row)
         else:
-            faults.append(f"row {row['id']}: shares a picture with a row that is held out")
-    return test, train
+            sharing.append(row)
+    return test, train, sharing
 
 
 # ---------------------------------------------------------------- statistics
@@ -1346,14 +1349,12 @@ def bootstrap(
     number = len(known)
     if number < 2:
         return names.tolist(), np.full((draws, len(names)), np.nan)
-    totals = np.zeros((number, len(names)))
-    counts = np.zeros((number, len(names)))
-    np.add.at(totals, (cluster, group), values)
-    np.add.at(counts, (cluster, group), 1)
     # how often each draw of `number` clusters takes each of them: (draws, number)
     times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), draws)
-    with np.errstate(all="ignore"):
-        return names.tolist(), (times @ totals) / (times @ counts)
+    weights = times[:, cluster]  # (draws, n): a value comes as often as its cluster
+    is_member = np.eye(len(names))[group]  # (n, T)
+    with np.errstate(invalid="ignore"):  # 0 / 0 of a group that was not drawn
+        return names.tolist(), (weights * values) @ is_member / (weights @ is_member)
 
 
 def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]:
@@ -1368,7 +1369,8 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]
     kept = ~np.isnan(gains)
     rows = np.array([result["row"] for result in base])[kept]
     _, draws = bootstrap(gains[kept], ["all"] * len(rows), rows)
-    low, high = np.nanquantile(np.append(draws, np.nan), (0.025, 0.975))  # NaN of no draws
+    # with one NaN more: of no draws at all the quantiles are NaN
+    low, high = np.nanquantile(np.append(draws, np.nan), (0.025, 0.975))
     return {
         "base": np.nanmean(before),
         "now": np.nanmean(after),
@@ -1383,9 +1385,11 @@ def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of two (n,) tensors, ties at their mean rank."""
     ranks = []
     for values in (a, b):
-        _, index, counts = values.unique(return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum(0) - (counts - 1) / 2)[index])
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+        ordered = values.sort().values
+        # first place + last place = twice the mean place, which correlates just as well
+        first = torch.searchsorted(ordered, values)
+        ranks.append(first + torch.searchsorted(ordered, values, right=True))
+    return torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
 
 
 # ---------------------------------------------------------------- pictures of results
@@ -1408,21 +1412,22 @@ def picture_grid(
     captions: texts of the same layout, written below the pictures. Each picture is enlarged to the
     size of the largest, at least `cell` pixels.
     """
-    pictures = filter(None, itertools.chain(*rows))
-    side = max([cell, *(max(picture.size) for picture in pictures)])
-    down = side + LINE * CAPTION_LINES
-    columns = max([1, *map(len, rows)])
-    size = ((side + GAP) * columns, LINE * TITLE_LINES + down * len(rows))
-    sheet = Image.new("RGB", size, "white")
+    sizes = [max(picture.size) for picture in itertools.chain(*rows) if picture]
+    side = max([cell, *sizes])
+    height = side + LINE * CAPTION_LINES  # of a picture with its caption
+    top = LINE * TITLE_LINES
+    columns = max(map(len, rows), default=1)
+    sheet = Image.new("RGB", ((side + GAP) * columns, top + height * len(rows)), "white")
     _write(sheet, title, (0, 0), sheet.width, TITLE_LINES)
-    for i, row in enumerate(rows):
-        top = LINE * TITLE_LINES + down * i
-        for j, picture in enumerate(row):
-            left = (side + GAP) * j
+    for row, texts in zip(rows, captions, strict=True):
+        left = 0
+        for picture, text in zip(row, texts, strict=True):
             if picture:
                 square = ImageOps.pad(picture, (side, side), Image.Resampling.NEAREST, "white")
                 sheet.paste(square, (left, top))
-            _write(sheet, captions[i][j], (left, top + side), side, CAPTION_LINES)
+            _write(sheet, text, (left, top + side), side, CAPTION_LINES)
+            left += side + GAP
+        top += height
     return sheet
 
 
@@ -1754,32 +1759,27 @@ def write_rows(folder: Path, settings: ToySettings) -> None:
 # ---------------------------------------------------------------- the command
 
 
+COMMANDS = {
+    "toy": (ToySettings, build_toy),
+    "check": (CheckSettings, check_dataset),
+    "import": (ImportSettings, import_dataset),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
-    """python data_prep.py COMMAND ..."""
+    """python data_prep.py COMMAND [WORD ...] [--name value ...]: words are the first settings."""
     command, *words = argv or sys.argv[1:] or ["no command"]
-    if command == "check":
-        words = _named(words, "dataset")
-        check_dataset(parse_settings(CheckSettings, words, check_dataset.__doc__))
-    elif command == "import":
-        words = _named(words, "source", "dataset")
-        import_dataset(parse_settings(ImportSettings, words, import_dataset.__doc__))
-    elif command == "toy":
-        build_toy(parse_settings(ToySettings, words, build_toy.__doc__))
-    else:
+    if command not in COMMANDS:
         raise BadInput(
-            f"{command}: say what to do: python data_prep.py toy [--out DIR], check DIR "
+            f"{command}: say what to do: python data_prep.py toy [DIR], check DIR "
             "[--against BENCH], or import SRC DIR --prompt COLUMN --image COLUMN"
         )
-
-
-def _named(words, *names):
-    """The words of a command, with names before the first ones where they have none."""
+    settings, function = COMMANDS[command]
     named = []
-    for name in names:
+    for field in fields(settings):
         if words and not words[0].startswith("-"):
-            named += [f"--{name}", words[0]]
-            words = words[1:]
-    return named + words
+            named += [f"--{field.name}", words.pop(0)]
+    function(parse_settings(settings, named + words, function.__doc__))
 
 
 # ------------- how the toy's two models were grown: not needed to read the method

@@ -374,7 +374,7 @@ def test_only_a_plain_file_is_replaced_by_a_file_and_a_folder_by_a_folder(tmp_pa
     for place in (tmp_path, "", ".", "/", tmp_path / "pipe"):
         with pytest.raises(BadInput, match="is no plain file"), whole_file(place):
             pass
-    with pytest.raises(BadInput, match="is a file, or"), whole_folder(tmp_path / "pipe"):
+    with pytest.raises(BadInput, match="is a file; move"), whole_folder(tmp_path / "pipe"):
         pass
 
 
