@@ -137,6 +137,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _as_list(value):
+    """A list itself, and anything else as the one thing in a list."""
+    return value if isinstance(value, list) else [value]
+
+
 def catch_signals() -> threading.Event:
     """An event that SIGTERM, SIGHUP or Ctrl-C sets, so that loops and waits can end well.
 
@@ -198,12 +203,13 @@ class CheckedSettings:
             # a list may be empty where its default is
             if value == [] and field.default_factory():
                 raise BadInput(f"--{field.name}: is empty; give at least one value")
-            for part in value if isinstance(value, list) else [value]:
+            for part in _as_list(value):
                 _check_value(field, part)
 
 
 def _check_value(field, value):
     """BadInput for a number outside its limits or beyond all sense, or for a text that is none."""
+    # what no file name and no utf-8 can hold: NUL, and what Python makes of bytes that are no utf-8
     if isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
         raise BadInput(f"--{field.name} {value!r}: holds NUL, or is not utf-8; write or rename it")
     if type(value) in (int, float):
@@ -429,12 +435,13 @@ def prune_folders(newest: Path, keep: int, best: int) -> None:
 
 def check_names(folder: str | Path, files: list[str], folders: list[str]) -> None:
     """BadInput where one of these is to be written in a folder and something else has its name."""
-    kinds = dict.fromkeys(files, os.path.isfile) | dict.fromkeys(folders, os.path.isdir)
-    for name, is_right in kinds.items():
-        path = Path(folder, name)
-        if os.path.exists(path) and not is_right(path):
-            what = "is no plain file" if name in files else "is a file"
-            raise BadInput(f"{path}: {what}; move it, or name another")
+    for names, is_right, fault in (
+        (files, os.path.isfile, "is no plain file"),
+        (folders, os.path.isdir, "is a file"),
+    ):
+        for path in [Path(folder, name) for name in names]:
+            if os.path.exists(path) and not is_right(path):
+                raise BadInput(f"{path}: {fault}; move it, or name another")
 
 
 # ---------------------------------------------------------------- JSON lines
@@ -518,9 +525,11 @@ def write_json_lines(path: str | Path, objects: Iterable[dict]) -> None:
 def keep_json_lines(path: str | Path, key: str, last: int) -> None:
     """Leaves of a JSON lines file, if there is one, the objects whose `key` is a number <= last."""
     if os.path.exists(path):
-        values = [value for _, value in read_json_lines(path, faults=[])]
-        counted = [value for value in values if isinstance(value.get(key), int)]
-        write_json_lines(path, [value for value in counted if value[key] <= last])
+        kept = []
+        for _, value in read_json_lines(path, faults=[]):
+            if isinstance(value.get(key), int) and value[key] <= last:
+                kept.append(value)
+        write_json_lines(path, kept)
 
 
 def append_json_line(path: str | Path, value: dict) -> None:
@@ -658,6 +667,7 @@ def load_processor(kind: type, place: str | Path, **options):
     from transformers.utils import is_torchvision_available
 
     class PictureProcessor(kind):
+        # it would refuse None in the place of its part for videos
         def check_argument_for_proper_class(self, name, value):
             if name != "video_processor":
                 super().check_argument_for_proper_class(name, value)
@@ -866,11 +876,6 @@ def _refuse_repeat(row, places, where, place):
             raise BadInput(f"{where}: {words}; remove or change one")
 
 
-def _as_list(value):
-    """A list itself, and anything else as the one thing in a list."""
-    return value if isinstance(value, list) else [value]
-
-
 def _checked(row, where, folder):
     """A row with `where`, `images` and absolute paths; BadInput for what it lacks or misspells."""
     for key in row.keys() - set(KEYS):
@@ -919,7 +924,7 @@ def faultless(
     """The rows of which `fault_of` says nothing; as `faults_of` for the others, if any are left."""
     kept = []
     for row in rows:
-        with faults_of(row, skip, is_told):
+        with faults_of(row, skip, is_told):  # where skipped, the block ends at the fault
             fault = fault_of(row)
             if fault:
                 raise BadInput(fault)
@@ -978,9 +983,8 @@ def load_rows(folder: str | Path, skip: bool, accelerator: Accelerator) -> dict[
     messages += broken.values()
     if messages and not skip:
         raise BadInput(messages[0])
-    if accelerator.is_main_process:
-        for message in messages:
-            say(f"skipped: {message}", sys.stderr)
+    for message in messages:
+        say_once(f"skipped: {message}", sys.stderr)
     for split in SPLITS:
         rows[split] = [row for row in rows[split] if broken.keys().isdisjoint(row_pictures(row))]
         if not rows[split]:
@@ -1037,7 +1041,7 @@ def check_dataset(settings: CheckSettings) -> None:
     faults = []
     for split in splits:
         rows += read_rows(folder, split, faults)
-    start = time.process_time()
+    start = time.process_time()  # of all threads together: seconds of one core
     seen, broken = _look_through(rows, _look_at)
     speed = len(seen) / (time.process_time() - start)
     faults += broken.values()
@@ -1129,7 +1133,8 @@ def _benchmark_pictures(folder):
 
 # ---------------------------------------------------------------- import
 
-# The columns of public sets, as their cards or readers name them; none was tried on the original.
+# Settings of an import for public sets, whose columns are as their cards or readers name them; none
+# was tried on the original.
 FORMATS = {
     "": "",
     "released": "requirement=requirement",
@@ -1711,7 +1716,8 @@ def build_toy(settings: ToySettings) -> None:
 
 def _is_built(folder, settings):
     """Whether a folder holds the toy of these settings; BadInput for a part of one, or no toy."""
-    if not folder.exists() or folder.is_dir() and not os.listdir(folder):
+    is_empty = folder.is_dir() and not os.listdir(folder)
+    if is_empty or not folder.exists():
         return False
     fix = "move the folder away, or name another with --out"
     try:
