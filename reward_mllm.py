@@ -27,6 +27,7 @@ Departures from the authors' released code:
 """
 
 import base64
+import hashlib
 import inspect
 import io
 import json
@@ -61,6 +62,7 @@ from data_prep import (
     SPLITS,
     BadInput,
     CheckedSettings,
+    DiskFault,
     _keep_picture,
     append_json_line,
     catch_signals,
@@ -655,14 +657,6 @@ class Judge:
         (reply,) = self.unless_stopped(self.write, [chat], max_tokens, draw)
         return reply
 
-    def believes(self, text: str, pictures: list) -> float:
-        """The probability of yes in its answer to a text and PIL.Images; JudgeFailure without."""
-        chat = [_message("user", text, *map(self.part, pictures))]
-        (verdict,) = self.unless_stopped(self.answer, [chat], STRATEGIES["yes_no"])
-        if verdict.cause:
-            raise JudgeFailure(verdict.cause)
-        return verdict.score
-
     def part(self, picture):
         return {"type": "image", "image": picture}
 
@@ -1165,56 +1159,53 @@ class WriterSettings(JudgeSettings):
     per_picture: int = setting(3, "Instructions for a picture.", at_least=1, at_most=20)
 
 
-def _read_command(argv, usage):
-    """The folders and the settings of a command; usage names it and its folders."""
-    count = usage.count(" ")
-    folders = [Path(word).resolve() for word in argv[:count] if not word.startswith("--")]
-    if len(folders) < count:
-        raise BadInput(f"{usage}: names no folder; python reward_mllm.py {usage} --judge ...")
-    return folders, parse_settings(WriterSettings, argv[count:], description=usage)
+def _ask_all(judge, questions, folder, failed):
+    """{question: what the judge says}; a question is (text, path of a picture in the folder, ...).
 
-
-def _ask_all(judge, ask, questions, folder, failed):
-    """{question: answer}; a question is (text, path of a picture, ...), ask a method of the judge.
-
-    A file in the folder keeps each answer as it comes: none is paid for twice, whatever stops a
-    run. The causes of those that cannot be had are counted in `failed`.
+    A file in the folder keeps each answer as it comes, by the content of what was asked: none is
+    paid for twice, whatever stops a run. What gets no answer is counted in `failed` by its cause.
     """
     file = folder / "judge_said.jsonl"
-    said = {}
-    if file.exists():
-        for _, note in read_json_lines(file, faults=[]):
-            match note:
-                case {"judge": judge.name, "asked": [*question], "said": answer}:
-                    said[tuple(question)] = answer
+    known = {}
+    for _, note in read_json_lines(file, faults=[]) if file.exists() else []:
+        match note:
+            case {"key": str(key), "said": str(said)}:
+                known[key] = said
 
     def work(text, *paths):
-        return ask(text, [load_image(path) for path in paths])
+        pictures = [load_image(folder / path) for path in paths]
+        content = hashlib.sha256(f"{judge.name}\n{text}".encode())
+        for picture in pictures:  # by its pixels: another may have come to lie at its path
+            content.update(picture.tobytes())
+        key = content.hexdigest()
+        return key, known.get(key) or judge.ask(text, pictures)
 
     servers = judge.settings.judge.split(",")
     pool = ThreadPoolExecutor(judge.settings.judge_in_flight * len(servers))
+    question_of = {pool.submit(work, *question): question for question in questions}
+    answers = {}
     try:
-        todo = {pool.submit(work, *asked): asked for asked in questions if asked not in said}
-        for future in tqdm(as_completed(todo), total=len(todo)):
+        for future in tqdm(as_completed(question_of), total=len(question_of)):
             try:
-                answer = future.result()
+                key, answer = future.result()
             except (JudgeFailure, BadInput) as failure:
+                if judge.stop.is_set():
+                    fix = "the same command goes on and asks nothing twice"
+                    raise BadInput(f"{folder}: stopped; {fix}") from None
                 failed[str(failure)] += 1
                 continue
-            said[todo[future]] = answer
-            note = {"judge": judge.name, "asked": todo[future], "said": answer}
-            append_json_line(file, note)
+            answers[question_of[future]] = answer
+            if key not in known:
+                append_json_line(file, {"key": key, "said": answer})
     finally:
         pool.shutdown(cancel_futures=True)
-    if judge.stop.is_set():
-        raise BadInput(f"{folder}: stopped; the same command goes on and asks nothing twice")
-    return said
+    return answers
 
 
 def _objects_in(text):
     """The JSON objects in a text that hold no others, whatever stands around and between them."""
     objects = []
-    for part in re.findall(r"\{[^{}]*\}", text or ""):
+    for part in re.findall(r"\{[^{}]*\}", text):
         with suppress(ValueError):
             objects.append(json.loads(part, strict=False))
     return objects
@@ -1235,45 +1226,44 @@ def _checklist_in(reply):
     return []
 
 
-def write_requirements(argv: list[str]):
+def write_requirements(settings: WriterSettings, folder: Path):
     """Lets a judge write the `requirement` or the `checklist` of every row that has none."""
-    (folder,), settings = _read_command(argv, "requirements DIR")
     form = settings.form
-    text = ASK_REQUIREMENT
+    template = ASK_REQUIREMENT
     read = _line_of
     if form == "checklist":
-        text = ASK_CHECKLIST
+        template = ASK_CHECKLIST
         read = _checklist_in
-    splits = [split for split in SPLITS if split_file(folder, split)]
-    questions = {}
+
+    def question_of(row):
+        return (template.replace("{prompt}", row["prompt"]), *row["images"])
+
+    splits = [split for split in SPLITS if split_file(folder, split)] or SPLITS
     rows = []
-    for split in splits or SPLITS:
+    for split in splits:
         rows += read_rows(folder, split)
-    for row in rows:
-        if not row.get(form):
-            questions[row["where"]] = (text.replace("{prompt}", row["prompt"]), *row["images"])
+    questions = [question_of(row) for row in rows if not row.get(form)]
     failed = Counter()
     written = 0
     with locked(folder):  # a folder that cannot be written is noticed before a model is loaded
         judge = load_judge(settings, stop=catch_signals())
-        said = _ask_all(judge, judge.ask, questions.values(), folder, failed)
+        said = _ask_all(judge, questions, folder, failed)
         for split in splits:
             file = split_file(folder, split)
-            lines = read_json_lines(file)
-            for number, line in lines:
-                question = questions.get(f"{file}:{number}")
-                answer = read(said.get(question))
-                if answer:
+            lines = [line for _, line in read_json_lines(file)]
+            # Read again, and known by what they ask: somebody may have edited the file meanwhile.
+            for row, line in zip(read_rows(folder, split), lines, strict=True):
+                answer = read(said.get(question_of(row), ""))
+                if answer and not row.get(form):
                     line[form] = answer
                     written += 1
-            write_json_lines(file, [line for _, line in lines])
+            write_json_lines(file, lines)
     kept = len(rows) - len(questions)
     print(f"{folder}: {written} {form}s written, {kept} kept, failed: {dict(failed)}")
 
 
-def propose(argv: list[str]):
+def propose(settings: WriterSettings, source: Path, folder: Path):
     """Lets a judge look at the pictures of a folder and write the rows of a dataset for them."""
-    (source, folder), settings = _read_command(argv, "propose PICTURES DIR")
     mix = dict.fromkeys(settings.tasks, 1) or MIX
     if not mix.keys() <= REQUIREMENTS.keys():
         raise BadInput(f"--tasks {' '.join(mix)}: name some of {' '.join(REQUIREMENTS)}")
@@ -1283,22 +1273,24 @@ def propose(argv: list[str]):
     with locked(folder):
         images = _take_pictures(source, folder, left_out)
         judge = load_judge(settings, stop=catch_signals())
-        tasks = {}
-        questions = {}
+        tasks = {}  # of each question what edits should be
         for image in images:
             draw = random.Random(image)  # its name is a hash of its content
-            tasks[image] = draw.choices(list(mix), mix.values(), k=settings.per_picture)
-            text = ASK_EDITS.replace("{kinds}", ", ".join(tasks[image]))
-            questions[image] = (text, f"{folder}/{image}")
-        said = _ask_all(judge, judge.ask, questions.values(), folder, left_out)
-        proposed = {}
-        for image, question in questions.items():
-            for row in _rows_in(said.get(question), image, tasks[image], left_out):
-                text = ASK_POSSIBLE.replace("{prompt}", row["prompt"])
-                proposed[text, f"{folder}/{image}"] = row
-        said = _ask_all(judge, judge.believes, proposed, folder, left_out)
-        possible = [proposed[asked] for asked in proposed if said.get(asked, 0) >= 0.5]
-        left_out["not possible there"] = sum(said.get(asked, 1) < 0.5 for asked in proposed)
+            kinds = draw.choices(list(mix), mix.values(), k=settings.per_picture)
+            tasks[ASK_EDITS.replace("{kinds}", ", ".join(kinds)), image] = kinds
+        said = _ask_all(judge, tasks, folder, left_out)
+        proposed = {}  # of each question whether it is possible, its row
+        for question, kinds in tasks.items():
+            image = question[1]
+            for row in _rows_in(said.get(question, ""), image, kinds, left_out):
+                proposed[ASK_POSSIBLE.replace("{prompt}", row["prompt"]), image] = row
+        said = _ask_all(judge, proposed, folder, left_out)
+        possible = []
+        for question, row in proposed.items():
+            if re.match(r"\W*yes\b", said.get(question, ""), re.IGNORECASE):
+                possible.append(row)
+            elif question in said:
+                left_out["not possible there"] += 1
         _write_splits(possible, folder, left_out)
 
 
@@ -1310,6 +1302,8 @@ def _take_pictures(source, folder, left_out):
             try:
                 file = picture_file(path.read_bytes(), source, str(path))
                 images.add(_keep_picture(file, folder))
+            except DiskFault:
+                raise
             except BadInput as fault:
                 left_out[str(fault)] += 1
     if not images:
@@ -1341,10 +1335,10 @@ def _rows_in(reply, image, tasks, left_out):
 
 def _write_splits(rows, folder, left_out):
     """Writes train.jsonl and test.jsonl; no picture is in both."""
-    images = sorted({row["image"] for row in rows})
+    images = sorted({row["image"] for row in rows})  # hashes, so the first are a fair draw
     if len(images) < 2:
         raise BadInput(f"{folder}: rows for {len(images)} pictures, not two; {dict(left_out)}")
-    held_out = set(random.Random(0).sample(images, max(1, len(images) // HELD_OUT)))
+    held_out = images[: max(1, len(images) // HELD_OUT)]
     test = [row for row in rows if row["image"] in held_out]
     train = [row for row in rows if row["image"] not in held_out]
     write_json_lines(folder / "test.jsonl", test)
@@ -1365,11 +1359,24 @@ class Settings(JudgeSettings):
     requirement: str = setting("", "What a good edit must show.")
 
 
+WRITERS = {"requirements": (write_requirements, "DIR"), "propose": (propose, "PICTURES DIR")}
+
+
+def _run_writer(name, argv):
+    """Runs a command that writes for a dataset; argv: its folders, then its settings."""
+    write, names = WRITERS[name]
+    usage = f"{name} {names}"
+    count = len(names.split())
+    folders = [Path(word).resolve() for word in argv[:count] if not word.startswith("--")]
+    if len(folders) < count:
+        raise BadInput(f"{usage}: names no folder; python reward_mllm.py {usage} --judge ...")
+    write(parse_settings(WriterSettings, argv[count:], description=usage), *folders)
+
+
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"requirements": write_requirements, "propose": propose}
-    if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
+    if argv and argv[0] in WRITERS:
+        return _run_writer(argv[0], argv[1:])
     settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
     for name in ("source", "edited", "prompt"):
         if not getattr(settings, name):

@@ -57,15 +57,26 @@ def writer(question, pictures):
 
 
 def looker(question, pictures):
-    """A judge that believes that an edit is possible when it sees the thing that it names."""
+    """A judge that says yes where it sees the thing that an instruction names."""
     instruction = re.search("instruction: (.*)", question).group(1)
-    return 1.0 * any(thing in instruction for thing in things_in(pictures[-1]).values())
+    seen = things_in(pictures[-1]).values()
+    return "Yes." if any(thing in instruction for thing in seen) else "No, it is not there."
+
+
+def answers(write=writer, look=looker):
+    """The rule of a server that proposes by `write`, and says by `look` what is possible."""
+
+    def says(question, pictures):
+        rule = look if "Answer yes or no" in question else write
+        return rule(question, pictures)
+
+    return says
 
 
 @pytest.fixture
 def server():
     with JudgeServer() as server:
-        server.says, server.believes = writer, looker
+        server.says = answers()
         yield server
 
 
@@ -204,7 +215,7 @@ def test_what_is_not_possible_in_the_picture_is_left_out_and_counted(server, tmp
         edits = json.loads(writer(question, pictures))
         return json.dumps([*edits, edit_of(edits[0]["task"], "dragon")])
 
-    server.says = dreamer
+    server.says = answers(dreamer)
     toy_pictures(tmp_path / "mine", 6)
     propose(server, tmp_path / "mine", tmp_path / "data", "--tasks", "remove", "adjust")
     rows = read_rows(tmp_path / "data", "train") + read_rows(tmp_path / "data", "test")
