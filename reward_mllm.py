@@ -70,6 +70,7 @@ from data_prep import (
     load_processor,
     load_sources,
     locked,
+    one_line,
     parse_settings,
     picture_file,
     read_json_lines,
@@ -137,37 +138,26 @@ STRATEGIES = {
     "written": Strategy(WRITTEN, {}),
 }
 
-REQUIREMENTS = {  # what a good edit must show, by the kind of its task
-    "add": "the new thing, once, where it was asked for, in fitting size and light, hiding "
-    "nothing without need.",
-    "remove": "the thing gone with its shadow and reflection; in its place what would plausibly "
-    "be behind it.",
-    "replace": "the new thing where the old one was, in fitting size, pose and light, and no "
-    "trace of the old.",
-    "adjust": "the named property changed as asked, on all of the named thing and on nothing "
-    "else; its shape is the same.",
-    "color_alter": "the new colour on all of the named thing, its shading and texture kept, and "
-    "on nothing else.",
-    "material_alter": "the named thing plainly made of the new material, with fitting sheen and "
-    "texture; its shape is the same.",
-    "background": "the new background all around, meeting an unchanged foreground at clean edges.",
-    "style": "the new style in every part of the picture; the scene, its things and places are "
-    "still the same.",
-    "tone_transfer": "the new light, weather, season or mood over the whole picture; things and "
-    "places are the same.",
-    "action": "the new pose, movement or expression, with sound anatomy; the same person or "
-    "animal as before.",
-    "ps_human": "the person changed as asked and still plainly the same person, with natural "
-    "skin, face and hands.",
-    "text": "the new text, spelled exactly as asked, in the old one's place and manner; other "
-    "text is the same.",
-    "hybrid": "every one of the changes that were asked for, each of them complete, and no other.",
-    "extract": "the named thing alone, whole and unaltered, on a plain background.",
-    "reference": "what was asked for of the reference picture, recognisably the same; the rest is "
-    "that of the edited picture.",
-    "red_box": "the change made to what the red box marks and nowhere else, and the box itself "
-    "gone.",
-}
+# what a good edit must show, by the kind of its task
+GOOD_EDITS = """
+add: the new thing, once, where it was asked for, in fitting size and light, hiding nothing else.
+remove: the thing gone with its shadow and reflection; there what would plausibly be behind it.
+replace: the new thing where the old was, in fitting size, pose and light, and no trace of the old.
+adjust: the named property changed as asked, on all of the named thing alone; its shape as before.
+color_alter: the new colour on all of the named thing alone, its shading and texture kept.
+material_alter: the named thing plainly made of the new material, with fitting sheen, in its shape.
+background: the new background all around, meeting an unchanged foreground at clean edges.
+style: the new style in every part of the picture; the scene, its things and places are the same.
+tone_transfer: the new light, weather, season or mood all over; things and places are the same.
+action: the new pose, movement or expression, with sound anatomy; the same person or animal.
+ps_human: the person changed as asked and plainly the same one, with natural skin, face and hands.
+text: the new text, spelled exactly as asked, in the old one's place and manner; no other changed.
+hybrid: every one of the changes that were asked for, each of them complete, and no other.
+extract: the named thing alone, whole and unaltered, on a plain background.
+reference: what was asked for of the reference picture, recognisably; the rest of the edited one.
+red_box: the change made to what the red box marks and nowhere else, and the box itself gone.
+"""
+REQUIREMENTS = dict(line.split(": ", 1) for line in GOOD_EDITS.strip().splitlines())
 ANY_EDIT = "the change that was asked for, complete and natural, and no other change."
 OTHER_NAMES = {  # that ImgEdit, GEdit and training sets give to these tasks
     "alter": "adjust",
@@ -179,18 +169,20 @@ OTHER_NAMES = {  # that ImgEdit, GEdit and training sets give to these tasks
 
 def requirement_of(row: dict) -> str:
     """What a good edit of a row must show: its `requirement`, or the text for its `task`."""
+    if row.get("requirement"):
+        return row["requirement"]
     task = re.sub("[- ]", "_", str(row.get("task")).strip().lower())
-    task = task.removeprefix("subject_").removesuffix("_change")  # as in GEdit's subject-add
-    task = OTHER_NAMES.get(task, task)
-    return row.get("requirement") or REQUIREMENTS.get(task, ANY_EDIT)
+    # GEdit writes subject-add and background_change
+    task = task.removeprefix("subject_").removesuffix("_change")
+    return REQUIREMENTS.get(OTHER_NAMES.get(task, task), ANY_EDIT)
 
 
 # ---------------------------------------------------------------- settings
 
-IS_SERVED = "https?://"
-# a host's name or [IPv6], perhaps a port and a path; no login, for it would be shown and saved
-ADDRESS = rf"{IS_SERVED}(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{{1,5}})?(/[^\s@,]*)?"
+# A host's name or [IPv6], perhaps a port and a path. No login, for it would be shown and saved.
+ADDRESS = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s@,]*)?"
 ADDRESSES = f"{ADDRESS}(,{ADDRESS})*"
+FUNCTION = r"(.+\.py)(?::(\w+))?"
 
 
 @dataclass(frozen=True)
@@ -217,10 +209,10 @@ class JudgeSettings(CheckedSettings):
     judge_think: int = setting(
         1024, "Tokens of a thought or a written score, at most.", at_least=1, at_most=2**17
     )
+    # As it stands it finds the last number in: "score": 4}   **Score:** 7.5.   score: [3
     judge_reply: str = setting(
         r"(?i)score[\"'*_:=\[\s]{1,9}(\d+(?:\.\d+)?)[^\w\d]*$",
-        "Regular expression whose (groups) are a written score: the mean of what it finds, of "
-        "several groups the least.",
+        "Regular expression whose (groups) are a written score.",
     )
     judge_range: list[float] = setting([0.0, 10.0], "The worst and the best written score.")
     judge_draws: int = setting(
@@ -243,18 +235,21 @@ class JudgeSettings(CheckedSettings):
     def __post_init__(self):
         super().__post_init__()
         if len(self.judge_range) != 2 or self.judge_range[0] >= self.judge_range[1]:
-            fix = "give the worst and the best score, 0 10"
-            raise BadInput(f"--judge_range {self.judge_range}: {fix}")
+            raise BadInput(f"--judge_range {self.judge_range}: give the worst and the best score")
         try:
             groups = re.compile(self.judge_reply).groups
         except Exception:  # too deep and too large are errors of other kinds
             groups = 0
         if groups == 0:
-            fix = "write a regular expression with a (group) around the number"
-            raise BadInput(f"--judge_reply {self.judge_reply}: {fix}")
-        if re.match(IS_SERVED, self.judge) and not re.fullmatch(ADDRESSES, self.judge):
-            fix = "http://HOST:PORT/v1[,...] without a password; JUDGE_API_KEY holds a key"
-            raise BadInput(f"--judge: not of the form {fix}")
+            raise BadInput(
+                f"--judge_reply {self.judge_reply}: write a regular expression with a (group) "
+                "around the number"
+            )
+        if not re.fullmatch(f"local:.*|{ADDRESSES}|{FUNCTION}", self.judge):
+            raise BadInput(
+                "--judge: not of the form local:MODEL, http://HOST:PORT/v1[,...] without a "
+                "password (JUDGE_API_KEY holds a key), or FILE.py[:NAME]"
+            )
 
 
 def _read_prompts(settings):
@@ -284,7 +279,8 @@ def _read_weights(entries, aspects):
     weights = {}
     for entry in entries:
         aspect, _, number = entry.partition("=")
-        if aspect not in aspects or not re.fullmatch(r"[01](\.0*)?|0?\.\d+", number):
+        is_weight = re.fullmatch(r"[01](\.0*)?|0?\.\d+", number)  # 1, 1.0, 0.4, .4
+        if aspect not in aspects or not is_weight:
             raise BadInput(
                 f"--judge_aspects {entry}: give ASPECT=WEIGHT, a weight from 0 to 1 of one of "
                 f"{', '.join(sorted(aspects))}, or add --judge_prompt {aspect}=FILE"
@@ -308,7 +304,8 @@ def plain_terms(
     brightness_drift: the edit's mean brightness minus the source's, in [-1, 1].
     sharpness_drift: (edit - source) / (edit + source) of the mean absolute Laplacian; -1: blurred.
     """
-    return default_collate([_differences(source, edit, mask) for edit in edits])
+    terms = [_differences(source, edit, mask) for edit in edits]
+    return default_collate(terms)  # a dict of tensors from a list of dicts
 
 
 def _differences(source, edit, mask):
@@ -318,12 +315,12 @@ def _differences(source, edit, mask):
     change = after - before
     error = change.square().mean(2)  # (H, W)
     if mask:
-        must_stay = _pixels_of(mask, edit.size).mean(2) < 0.5
+        must_stay = _pixels_of(mask, edit.size).mean(2) < 0.5  # (H, W), black in the mask
         error = error[must_stay]  # (pixels,)
     dull = _sharpness(before)
     sharp = _sharpness(after)
     return {
-        "psnr": -10 * error.mean().clamp(min=1e-6).log10(),
+        "psnr": -10 * error.mean().clamp(min=1e-6).log10(),  # 1e-6 is 60 dB
         "pixel_distance": change.abs().mean(),
         "brightness_drift": change.mean(),
         "sharpness_drift": (sharp - dull) / (sharp + dull),
@@ -339,9 +336,10 @@ def _pixels_of(picture, size):
 def _sharpness(pixels):
     """The mean absolute Laplacian of the brightness, above 0, of pixels (H, W, 3)."""
     light = pixels.mean(2)
-    # second differences along both sides, of the pixels that have four neighbours
-    bend = light.diff(2, dim=0)[:, 1:-1] + light.diff(2, dim=1)[1:-1]
-    return bend.abs().mean() + 1e-6
+    # second differences, of the pixels that have four neighbours
+    down = light.diff(2, dim=0)[:, 1:-1]
+    across = light.diff(2, dim=1)[1:-1]
+    return (down + across).abs().mean() + 1e-6
 
 
 # ---------------------------------------------------------------- the score
@@ -364,12 +362,18 @@ class Scores(NamedTuple):
 
     @staticmethod
     def stack(groups: list["Scores"]) -> "Scores":
-        """G groups' Scores as one, (G, n) each, terms without the groups that have none; causes and
-        words are those of all G n edits."""
+        """G groups' Scores as one: (G, n) each; causes and words are those of all G n edits.
+
+        A group that could not be judged has no terms, and NaN in their place.
+        """
+        none = torch.full_like(groups[0].score, torch.nan)
+        terms = {}
+        for name in sorted(set().union(*[group.terms for group in groups])):
+            terms[name] = torch.stack([group.terms.get(name, none) for group in groups])
         return Scores(
             torch.stack([group.score for group in groups]),
             torch.stack([group.mass for group in groups]),
-            default_collate([group.terms for group in groups if group.terms] or [{}]),
+            terms,
             sum((group.causes for group in groups), []),
             sum((group.words for group in groups), []),
         )
@@ -429,7 +433,7 @@ class Unavailable(JudgeFailure):
 
 def _cause_of(error):
     """What an exception says, in one line that is not long."""
-    text = " ".join(str(error).split())[:200]
+    text = one_line(error)[:200]
     return text if isinstance(error, JudgeFailure) else f"{type(error).__name__}: {text}"
 
 
@@ -472,16 +476,17 @@ def _written_score(text, settings):
 
 def _read_written(replies, settings):
     """The Verdict in several Replies about one edit: the mean of those that hold a score."""
+    words = replies[-1].text[-200:]
     scores = []
+    causes = []
     for reply in replies:
-        words = reply.text[-200:]
         try:
             scores.append(_written_score(reply.said(), settings))
         except JudgeFailure as failure:
-            cause = str(failure)
-    if scores:
-        return Verdict(fmean(scores), words=words)
-    return Verdict(cause=cause, words=words)
+            causes.append(str(failure))
+    if not scores:
+        return Verdict(cause=causes[-1], words=words)
+    return Verdict(fmean(scores), words=words)
 
 
 # ---------------------------------------------------------------- what all judges share
@@ -530,10 +535,11 @@ class Judge:
         self.prompts = _read_prompts(settings)
         known = {*self.prompts, *PLAIN_TERMS} - {"execution"}
         self.weights = _read_weights(settings.judge_aspects, known)
-        asked = {"execution", *self.weights}
-        self.aspects = [name for name in self.prompts if name in asked]  # execution first
+        weighted = [name for name in self.weights if name not in PLAIN_TERMS]
+        self.aspects = ["execution", *weighted]
         strategy = STRATEGIES[settings.judge_strategy]
         low, high = settings.judge_range
+        # a general judge that writes its score is told its range
         self.strategy = strategy._replace(ending=strategy.ending.format(low=low, high=high))
 
     # ------------------------------------------------ from a group of edits to its Scores
@@ -558,44 +564,41 @@ class Judge:
         """The Scores of n edits under all aspects."""
         mask = load_image(row["mask"]) if row.get("mask") else None
         terms = plain_terms(sources[0], edits, mask)
-        found = []  # for each question, n Verdicts
-        for aspect in self.aspects:
-            answers = self.examine(row, aspect, sources, edits)
-            terms[aspect] = torch.stack(list(map(_scores_of, answers))).mean(0)  # (n,)
-            found += answers
+        answers = {aspect: self.examine(row, aspect, sources, edits) for aspect in self.aspects}
+        for aspect, verdicts in answers.items():
+            terms[aspect] = torch.tensor([verdict.score for verdict in verdicts])  # (n,)
         score = combine(terms, self.weights)
-        masses = []
-        causes = []
-        for i, verdicts in enumerate(zip(*found, strict=True)):  # of one edit
-            masses.append(min(verdict.mass for verdict in verdicts))
-            faults = [verdict.cause for verdict in verdicts] + [_range_fault(score[i])]
-            causes.append(next(filter(None, faults), ""))  # the first
-            if causes[i]:
-                score[i] = torch.nan
-        words = [verdict.words for verdict in found[0]]  # about execution
-        return Scores(score, torch.tensor(masses), terms, causes, words)
+        # of each edit; what is said of execution comes first
+        joined = [_joined(verdicts) for verdicts in zip(*answers.values(), strict=True)]
+        mass = torch.tensor([one.mass for one in joined])
+        words = [one.words for one in joined]
+        faults = map(_range_fault, score)
+        causes = [one.cause or fault for one, fault in zip(joined, faults, strict=True)]
+        score[[bool(cause) for cause in causes]] = torch.nan
+        return Scores(score, mass, terms, causes, words)
 
     def examine(self, row, aspect, sources, edits):
-        """n Verdicts on each question of an aspect: on one, or on each item of the checklist."""
+        """n Verdicts on an aspect: on its one question, or on all items of a checklist."""
         items = [""]
         if "{item}" in self.prompts[aspect]:
             items = row.get("checklist") or [requirement_of(row)]
         if not isinstance(items, list):
             raise JudgeFailure("the row's checklist is no list; write a list of questions")
-        asked = [_background(self.inquire, row, aspect, item, sources, edits) for item in items]
-        return [future.result() for future in asked]
+        answers = [self.inquire(row, aspect, item, sources, edits) for item in items]
+        return list(map(_joined, zip(*answers, strict=True)))
 
     def inquire(self, row, aspect, item, sources, edits):
         """n Verdicts on one question."""
         strategy = STRATEGIES["yes_no"] if item else self.strategy
         question, ending = self.question(row, aspect, item)
-        sources = [self.part(_shrunk(source, edits[0])) for source in sources]
+        shown = [self.part(_shrunk(source, edits[0])) for source in sources]
         chats = []
         for edit in edits:
-            parts = [question, *sources, self.part(edit)]
+            pictures = [*shown, self.part(edit)]
+            parts = [question, *pictures, ending]
             if self.settings.judge_order == "pictures_first":
-                parts = [*sources, self.part(edit), question]
-            chats.append([_message("user", *parts, ending)])
+                parts = [*pictures, question, ending]
+            chats.append([_message("user", *parts)])
         # Servers are asked side by side; a local judge's batches take their turn at its lock.
         starts = range(0, len(chats), self.batch)
         batches = [_background(self.answer, chats[i : i + self.batch], strategy) for i in starts]
@@ -609,13 +612,15 @@ class Judge:
     def question(self, row, aspect="execution", item=""):
         """An aspect's question about a row, and how to answer it, which stands last."""
         ending = THINK if self.strategy.thinks else self.strategy.ending
-        if item:
-            ending = YES_NO
+        texts = {
+            "{answer}": YES_NO if item else ending,
+            "{requirement}": requirement_of(row),
+            "{item}": item,
+            "{prompt}": row["prompt"],
+        }
 
-        def fill(text):
-            text = text.replace("{answer}", ending).replace("{requirement}", requirement_of(row))
-            text = text.replace("{item}", item)
-            return text.replace("{prompt}", row["prompt"])  # last: its own braces stay as they are
+        def fill(text):  # in one pass, as an instruction may itself hold a name in braces
+            return re.sub("|".join(texts), lambda name: texts[name[0]], text)
 
         question, answer, rest = self.prompts[aspect].partition("{answer}")
         return fill(question), fill(answer + rest)
@@ -663,7 +668,7 @@ class Judge:
     def write(self, chats, tokens, draw=0):
         raise JudgeFailure("this judge does not write; take another --judge")
 
-    def check_stop(self, *_):
+    def check_stop(self):
         """JudgeFailure once there is nothing to wait for any more."""
         if self.is_closed or self.stop.is_set():
             raise JudgeFailure("stopped")
@@ -686,9 +691,12 @@ class Judge:
             self.lock.release()
 
 
-def _scores_of(verdicts):
-    """The scores of n Verdicts, (n,)."""
-    return torch.tensor([verdict.score for verdict in verdicts])
+def _joined(verdicts):
+    """Several Verdicts on one edit as one: the mean score, the least mass, the first cause."""
+    causes = filter(None, [verdict.cause for verdict in verdicts])
+    score = fmean(verdict.score for verdict in verdicts)
+    mass = min(verdict.mass for verdict in verdicts)
+    return Verdict(score, mass, next(causes, ""), verdicts[0].words)
 
 
 def _drawn(verdict, edit):
@@ -696,6 +704,7 @@ def _drawn(verdict, edit):
     if verdict.cause:
         return verdict
     draw = random.Random(edit.tobytes())
+    # in the order of the shares, for a strategy that draws asks for a digit
     (score,) = draw.choices(list(DIGITS.values()), verdict.shares.values())
     return verdict._replace(score=score)
 
@@ -714,8 +723,6 @@ def _shrunk(picture, edit):
 
 # ---------------------------------------------------------------- a function as the judge
 
-FILE_JUDGE = r"(.+\.py)(?::(\w+))?"
-
 
 class FileJudge(Judge):
     """A function `score(row, sources, edits)` of FILE.py, or NAME of FILE.py:NAME.
@@ -727,7 +734,7 @@ class FileJudge(Judge):
 
     def __init__(self, settings, stop=None):
         super().__init__(settings, stop)
-        file, name = re.fullmatch(FILE_JUDGE, settings.judge).groups(default="score")
+        file, name = re.fullmatch(FUNCTION, settings.judge).groups(default="score")
         if self.aspects != ["execution"]:
             raise BadInput(f"--judge_aspects: {file} answers no questions; name plain terms alone")
         try:
@@ -743,7 +750,7 @@ class FileJudge(Judge):
             values = [float(value) for value in self.function(row, sources, edits)]
         if len(values) != len(edits):
             raise JudgeFailure(f"{len(values)} scores for {len(edits)} edits")
-        return [[Verdict(value, cause=_range_fault(value)) for value in values]]
+        return [Verdict(value, cause=_range_fault(value)) for value in values]
 
 
 # ---------------------------------------------------------------- a local judge
@@ -760,6 +767,7 @@ class LocalJudge(Judge):
         code = {"trust_remote_code": settings.trust_remote_code}
         try:
             model = AutoModelForImageTextToText.from_pretrained(self.name, dtype=dtype, **code)
+            # the model's own class, where it is known: AutoProcessor may want torchvision
             kind = PROCESSOR_MAPPING.get(type(model.config), AutoProcessor)
             self.processor = load_processor(kind, self.name, **code)
         except (OSError, ValueError, KeyError) as error:
@@ -769,7 +777,7 @@ class LocalJudge(Judge):
             ) from error
         self.model = model.to(device).eval()
         # A thread may have waited long for its turn, and each word it writes is a forward.
-        self.model.register_forward_pre_hook(self.check_stop)
+        self.model.register_forward_pre_hook(lambda *_: self.check_stop())
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"  # the next word's place is the last in every row
         _answer_token_ids(self.tokenizer, self.strategy.worth)  # refused here, if it must be
@@ -792,6 +800,7 @@ class LocalJudge(Judge):
             whole = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         written = whole[:, inputs["input_ids"].shape[1] :]  # (B, tokens at most)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        # A shorter reply than the batch's longest is filled up behind its end.
         ends = torch.tensor(self.model.generation_config.eos_token_id)
         has_ended = torch.isin(written.cpu(), ends).any(1)
         return list(map(Reply, texts, (~has_ended).tolist()))
@@ -807,7 +816,7 @@ class LocalJudge(Judge):
             likeliest = p.topk(5)
             words = self.tokenizer.batch_decode(likeliest.indices[:, None])
             seen = dict(zip(words, likeliest.values.tolist(), strict=True))
-            seen |= zip(worth, p[token_ids].tolist(), strict=True)
+            seen |= zip(worth, p[token_ids].tolist(), strict=True)  # however unlikely they are
             verdicts.append(expected_score(seen, worth))
         return verdicts
 
@@ -817,6 +826,7 @@ def _answer_token_ids(tokenizer, texts=DIGITS):
     ids = []
     for text in texts:
         pieces = tokenizer.encode(text, add_special_tokens=False)
+        # An answer in two pieces has no probability at one place; an unknown one decodes to others.
         if len(pieces) != 1 or tokenizer.decode(pieces).strip() != text:
             raise BadInput(
                 f"{tokenizer.name_or_path}: the answer {text} is not one token of its own "
@@ -835,14 +845,6 @@ REST = 5.0  # seconds at most between two tries, and for which a lost outage is 
 TELL_AT = 4  # failures in a row at which a server has stopped answering
 
 
-@dataclass
-class Server:
-    """A server, and how often it failed since its last good reply."""
-
-    url: str
-    failures: int = 0
-
-
 class ServedJudge(Judge):
     """OpenAI-compatible servers with the same model. The key is JUDGE_API_KEY or OPENAI_API_KEY.
 
@@ -852,29 +854,30 @@ class ServedJudge(Judge):
 
     def __init__(self, settings, stop=None):
         super().__init__(settings, stop)
-        keys = map(os.environ.get, ("JUDGE_API_KEY", "OPENAI_API_KEY"))
-        self.key = next(filter(None, keys), "EMPTY").strip()
+        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        self.key = (key or "EMPTY").strip()
         if not re.fullmatch("[!-~]+", self.key):
             raise BadInput("JUDGE_API_KEY: holds what a key cannot; ASCII without spaces only")
         processes = int(os.environ.get("WORLD_SIZE") or 1)
         in_flight = max(1, settings.judge_in_flight // processes)
-        self.servers = [Server(url.rstrip("/")) for url in settings.judge.split(",")]
+        urls = [url.rstrip("/") for url in settings.judge.split(",")]
+        self.failures = Counter()  # of each server since its last good reply
         # A request takes a place from the front, and puts it back at the end when it has its reply:
         # servers take turns, and a slow one, whose places come back late, has less to do.
         self.places = queue.Queue()
-        for server in self.servers * in_flight:
-            self.places.put(server)
+        for url in urls * in_flight:
+            self.places.put(url)
         self.failing_since = math.inf  # the first failure after the last good reply of them all
         self.pool = urllib3.PoolManager(  # it goes through no proxy
-            num_pools=len(self.servers),
+            num_pools=len(urls),
             maxsize=in_flight,  # as many connections are kept open
             headers={"Authorization": f"Bearer {self.key}"},
             retries=False,
         )
         self.is_new = False  # a server that wants the options of OpenAI's newer models
         self.name = settings.judge_model
-        for server in self.servers:
-            self.find_model(server.url)
+        for url in urls:
+            self.find_model(url)
 
     def find_model(self, url):
         """Takes the first model that a server lists, or sees that it has the one that is wanted."""
@@ -884,8 +887,10 @@ class ServedJudge(Judge):
             if self.name not in names:
                 raise JudgeFailure(f"serves {str(names)[:200]}, not {self.name!r}")
         except Exception as error:  # the reply may be any JSON
-            fix = "start the server, or correct --judge or --judge_model"
-            raise BadInput(f"judge {url}: {_cause_of(error)}; {fix}") from None
+            raise BadInput(
+                f"judge {url}: {_cause_of(error)}; start the server, or correct --judge or "
+                "--judge_model"
+            ) from None
 
     def part(self, picture):
         file = io.BytesIO()
@@ -897,7 +902,8 @@ class ServedJudge(Judge):
         options = {"max_tokens": tokens, "temperature": 0}
         if self.settings.judge_draws > 1:
             options |= {"temperature": DRAW_TEMPERATURE, "seed": draw}
-        choice = self.complete(*chats, options)
+        (chat,) = chats
+        choice = self.complete(chat, options)
         text = choice["message"].get("content")
         if not text or not isinstance(text, str):
             raise JudgeFailure("an empty reply")
@@ -905,36 +911,37 @@ class ServedJudge(Judge):
         return [Reply(text, facts["finish_reason"] == "length", facts)]
 
     def weigh(self, chats, worth):
-        options = {"max_tokens": 1, "temperature": 1, "logprobs": True}
-        options["top_logprobs"] = TOP_LOGPROBS
-        return [_read_choice(self.complete(*chats, options), worth)]
+        (chat,) = chats
+        options = {"max_tokens": 1, "temperature": 1}
+        options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        return [_read_choice(self.complete(chat, options), worth)]
 
     def complete(self, chat, options):
         """The one choice of a chat completion. What fails is tried again where that may help."""
         deadline = math.inf
         while True:
-            server = self.places.get()
+            url = self.places.get()
             body = {"model": self.name, "messages": chat, **options}
             if self.is_new:
                 body["max_completion_tokens"] = body.pop("max_tokens")
                 del body["temperature"]
             try:
                 self.check_stop()  # it may have waited long for its place
-                reply = self.request(f"{server.url}/chat/completions", body)
-                self.note(server)
+                reply = self.request(f"{url}/chat/completions", body)
+                self.note(url)
                 match reply:
                     case {"choices": [{"message": {}} as choice]}:
                         return reply | choice  # with its model and usage
                 raise JudgeFailure("not one choice with a message in the reply")
             except Unavailable as failure:
-                self.note(server, str(failure))
+                self.note(url, str(failure))
                 now = time.monotonic()
                 # One request that a server cannot bear must not wait for as long as others can.
                 deadline = min(deadline, now + self.settings.judge_patience)  # of the first failure
                 if now >= deadline:
                     raise
                 # Its place stays taken for a while: a server that fails has less and less to do.
-                self.stop.wait(min(server.failures, REST) * random.uniform(0.5, 1))
+                self.stop.wait(min(self.failures[url], REST) * random.uniform(0.5, 1))
             except JudgeFailure as failure:
                 # Asked once more without what newer models refuse, if that is what it is about.
                 is_about_options = re.search("max_tokens|temperature", str(failure))
@@ -942,24 +949,24 @@ class ServedJudge(Judge):
                     raise
                 self.is_new = True
             finally:
-                self.places.put(server)
+                self.places.put(url)
 
-    def note(self, server, cause=""):
+    def note(self, url, cause=""):
         """Counts failures in a row; tells in a line when a server stops answering, or is back."""
         with self.lock:
             if cause:
                 self.cause = cause
                 self.failing_since = min(self.failing_since, time.monotonic())
-                server.failures += 1
-                if server.failures == TELL_AT:
-                    say(f"judge {server.url}: stopped answering: {cause}", sys.stderr)
+                self.failures[url] += 1
+                if self.failures[url] == TELL_AT:
+                    say(f"judge {url}: stopped answering: {cause}", sys.stderr)
                 return
-            if server.failures >= TELL_AT:
-                say(f"judge {server.url}: answers again", sys.stderr)
+            if self.failures[url] >= TELL_AT:
+                say(f"judge {url}: answers again", sys.stderr)
             self.failing_since = math.inf
-            server.failures = 0
+            self.failures[url] = 0
 
-    def check_stop(self, *_):
+    def check_stop(self):
         """JudgeFailure also when no server gave a good reply for judge_patience seconds: all that
         wait give up together, and so do others for a while; then there is new patience."""
         super().check_stop()
@@ -1017,26 +1024,25 @@ def _read_choice(choice, worth):
         first = choice["logprobs"]["content"][0]
         words = [str(word["token"]) for word in first["top_logprobs"]]
         values = [math.exp(word["logprob"]) for word in first["top_logprobs"]]
-        thinks = str(first["token"]).strip().startswith("<think")
+        starts = str(first["token"]).strip()
     except Exception:  # the reply may be any JSON
         return Verdict(cause="no logprobs in the reply")
     verdict = expected_score(dict(zip(words, values, strict=True)), worth)
     said = choice["message"]
-    is_double = any(words.count(answer) > 1 for answer in worth)
+    thoughts = said.get("reasoning_content") or said.get("reasoning")
+    is_double = max(map(words.count, worth)) > 1
     unseen = worth.keys() - set(words)  # each at most as likely as the last that is listed
-    faults = {
-        "the judge thinks before it answers": thinks
-        or said.get("reasoning_content")
-        or said.get("reasoning"),
-        "probabilities that cannot be": is_double or not sum(values) < 1.01,  # nor is NaN
-        "a distribution cut by top-k or top-p": values.count(0.0) > 1,
-        "answers missing from top_logprobs": verdict.cause
-        or len(unseen) * min(values) > 1e-3 * verdict.mass,
-    }
-    for cause, is_so in faults.items():
-        if is_so:
-            return verdict._replace(score=torch.nan, cause=cause)
-    return verdict
+    if thoughts or starts.startswith("<think"):
+        cause = "the judge thinks before it answers"
+    elif is_double or not sum(values) < 1.01:  # nor is NaN
+        cause = "probabilities that cannot be"
+    elif values.count(0.0) > 1:
+        cause = "a distribution cut by top-k or top-p"
+    elif verdict.cause or len(unseen) * min(values) > 1e-3 * verdict.mass:
+        cause = "answers missing from top_logprobs"
+    else:
+        return verdict
+    return verdict._replace(score=torch.nan, cause=cause)
 
 
 # ---------------------------------------------------------------- which judge, and is it fit?
@@ -1054,22 +1060,18 @@ def load_judge(
     is one; dtype: its precision there, float32 on a CPU; stop: once it is set, all waiting ends
     within a second, and what is missing is NaN with the cause "stopped".
     """
-    if re.match(IS_SERVED, settings.judge):
+    if settings.judge.startswith("http"):
         return ServedJudge(settings, stop)
-    if re.fullmatch(FILE_JUDGE, settings.judge):
-        return FileJudge(settings, stop)
     if not settings.judge.startswith("local:"):
-        raise BadInput(
-            f"judge {settings.judge!r}: not of the form local:MODEL, http://host:port/v1 or "
-            "FILE.py; name one such as local:Qwen/Qwen2.5-VL-7B-Instruct"
-        )
+        return FileJudge(settings, stop)
+    # A device that is not there is noticed before a model is read for minutes.
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     device = settings.judge_device or device or usual
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        fix = "name cpu or cuda:0"
-        raise BadInput(f"--judge_device {device}: {_cause_of(error)}; {fix}") from None
+        fault = f"--judge_device {device}: {_cause_of(error)}"
+        raise BadInput(f"{fault}; name cpu or cuda:0") from None
     if torch.device(device).type == "cpu":
         dtype = torch.float32
     return LocalJudge(settings, device, dtype, stop)
@@ -1093,6 +1095,7 @@ def refuse_silent_judge(scores: Scores, name: str, least: float = 0.5):
 def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
     """Asks about a few rows, and sets judge.noise. BadInput for a silent judge, and, unless
     judge_check is off, for one that untouched sources please more than right edits (`target`)."""
+    # Enough for a mean, and few enough for a start within seconds.
     examples = [row for row in rows if row.get("target")][:16]
     plain = []
     padded = []
@@ -1107,6 +1110,7 @@ def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
     scores = Scores.stack([future.result() for future in plain])
     refuse_silent_judge(scores, judge.name)
     untouched, right, once = scores.score.unbind(1)  # (rows,)
+    # the same picture, once beside others of its size and once padded beside a wider one
     again, _ = Scores.stack([future.result() for future in padded]).score.unbind(1)
     moves = (once - again).square().nanmean().sqrt()
     judge.noise = moves.nan_to_num().item()
@@ -1220,7 +1224,7 @@ def _checklist_in(reply):
     """The questions in a reply; [] unless some are about doing, some about keeping, all of text."""
     for found in _objects_in(reply):
         match found:
-            case {"done": [_, *_] as done, "kept": [_, *_] as kept}:
+            case {"done": [_, *_] as done, "kept": [_, *_] as kept}:  # two lists with something
                 items = list(map(_line_of, done + kept))
                 return items if all(items) else []
     return []
@@ -1298,11 +1302,11 @@ def _take_pictures(source, folder, left_out):
     """The names of a folder's pictures in a dataset, where each gets one by its content."""
     images = set()
     for path in sorted(source.rglob("*")):
-        if path.suffix.lower() in Image.registered_extensions() and path.is_file():
+        if path.suffix.lower() in Image.registered_extensions():
             try:
-                file = picture_file(path.read_bytes(), source, str(path))
+                file = picture_file(str(path.relative_to(source)), source, str(path))
                 images.add(_keep_picture(file, folder))
-            except DiskFault:
+            except DiskFault:  # no fault of the picture
                 raise
             except BadInput as fault:
                 left_out[str(fault)] += 1
@@ -1324,7 +1328,7 @@ def _rows_in(reply, image, tasks, left_out):
         known = [other["prompt"] for other in rows]
         if not all(row.values()) or row["task"] not in tasks:
             left_out["incomplete or of another kind"] += 1
-        elif get_close_matches(row["prompt"], known, 1, LIKE):
+        elif get_close_matches(row["prompt"], known, 1, LIKE):  # it would be learnt twice
             left_out["like another"] += 1
         else:
             rows.append(row)
@@ -1384,7 +1388,7 @@ def main(argv: list[str] | None = None):
     sources = [load_image(path) for path in settings.source]
     edit = load_image(settings.edited)
     judge = load_judge(settings)
-    scores = judge.score(vars(settings), sources, [edit])  # a row's names are among its own
+    scores = judge.score(vars(settings), sources, [edit])  # they hold all that a row has
     refuse_silent_judge(scores, judge.name, least=0)
     facts = {"score": scores.score, "mass on answers": scores.mass, **scores.terms}
     for name, value in facts.items():

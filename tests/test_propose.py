@@ -24,7 +24,7 @@ from judge_server import JudgeServer
 
 import data_prep
 import reward_mllm
-from data_prep import BadInput, CheckSettings, check_dataset, read_rows
+from data_prep import BadInput, CheckSettings, DiskFault, check_dataset, read_rows
 from reward_mllm import Judge, JudgeFailure, JudgeSettings, Verdict, load_judge
 
 
@@ -356,6 +356,25 @@ def test_a_full_disk_stops_the_questions_at_once(server, tmp_path, monkeypatch):
     assert len(server.requests) < 8
 
 
+def test_a_full_disk_while_pictures_are_copied_is_one_line(server, tmp_path, monkeypatch):
+    toy_pictures(tmp_path / "mine", 3)
+
+    def full(file, folder):
+        raise DiskFault(f"{folder}/pictures/a.png: cannot be written (no space); make room")
+
+    monkeypatch.setattr(reward_mllm, "_keep_picture", full)
+    with pytest.raises(DiskFault, match="a.png: cannot be written .no space.; make room"):
+        propose(server, tmp_path / "mine", tmp_path / "data")
+    assert not server.requests
+
+
+def test_a_folder_that_is_called_like_a_picture_is_counted(server, tmp_path, capsys):
+    toy_pictures(tmp_path / "mine", 3)
+    (tmp_path / "mine/album.png").mkdir()
+    propose(server, tmp_path / "mine", tmp_path / "data")
+    assert re.search("3 pictures; left out: .*album.png.*no such", capsys.readouterr().out)
+
+
 # ---------------------------------------------------------------- checklists: written
 
 
@@ -412,6 +431,54 @@ def test_requirements_that_were_paid_for_before_a_kill_are_not_asked_again(serve
     (folder / "train.jsonl").write_bytes(before)  # as if it was killed before the rows were written
     assert all(row["checklist"] for row in checklist(server, folder))
     assert len(server.requests) == 2
+
+
+def test_another_picture_under_the_same_path_is_asked_about_anew(server, folder):
+    server.says = lambda question, pictures: json.dumps(LISTS)
+    before = (folder / "train.jsonl").read_bytes()
+    checklist(server, folder)
+    (folder / "train.jsonl").write_bytes(before)
+    Image.new("RGB", (32, 32), "red").save(folder / "part0/0.png")
+    server.says = lambda question, pictures: json.dumps(LISTS | {"done": ["Is it still red?"]})
+    rows = checklist(server, folder)
+    assert len(server.requests) == 3
+    assert rows[0]["checklist"][0] == "Is it still red?"
+    assert rows[2]["checklist"][0] == LISTS["done"][0]
+
+
+def test_a_picture_that_has_only_moved_is_not_asked_about_again(server, folder):
+    server.says = lambda question, pictures: json.dumps(LISTS)
+    before = (folder / "train.jsonl").read_text()
+    checklist(server, folder)
+    (folder / "part0").rename(folder / "first")
+    (folder / "train.jsonl").write_text(before.replace("part0", "first"))
+    assert all(row["checklist"] for row in checklist(server, folder))
+    assert len(server.requests) == 2
+
+
+def test_rows_that_are_edited_while_a_judge_is_asked_keep_their_place_and_their_answers(
+    server, folder
+):
+    def says(question, pictures):
+        rows = [json.loads(line) for line in (folder / "train.jsonl").open("rb")]
+        if len(rows) == 3:  # somebody puts a row in front
+            rows.insert(0, {"prompt": "a new one", "image": "part0/0.png"})
+            (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        about = re.search("instruction: (.*)", question).group(1)
+        return json.dumps(LISTS | {"done": [f"{about}?"]})
+
+    server.says = says
+    rows = checklist(server, folder)
+    assert [row["prompt"] for row in rows] == ["a new one", "edit 0", "edit 1", "edit 2"]
+    assert "checklist" not in rows[0] and rows[2]["checklist"] == ["mine?"]
+    assert rows[1]["checklist"][0] == "edit 0?" and rows[3]["checklist"][0] == "edit 2?"
+
+
+@pytest.mark.parametrize("line", ["{}", '{"key": 3, "said": "x"}', '{"key": "x"}', "[1]", "\x00"])
+def test_notes_that_are_none_are_passed_over(server, folder, line):
+    (folder / "judge_said.jsonl").write_text(f"{line}\n")
+    server.says = lambda question, pictures: json.dumps(LISTS)
+    assert all(row["checklist"] for row in checklist(server, folder))
 
 
 # ---------------------------------------------------------------- checklists: judged

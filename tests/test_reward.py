@@ -265,7 +265,8 @@ def test_missing_scores_are_nan_with_their_cause_and_stack_with_others(judge, as
     assert torch.equal(both.score[1], scores.score)
     assert both.causes == ["gone"] * 6 + [""] * 6 and both.words == [""] * 6 + scores.words
     assert both.terms.keys() == scores.terms.keys()
-    assert torch.equal(both.terms["psnr"], scores.terms["psnr"][None])  # of those that have it
+    assert both.terms["psnr"][0].isnan().all()
+    assert torch.equal(both.terms["psnr"][1], scores.terms["psnr"])
 
 
 # ---------------------------------------------------------------- other families
