@@ -541,17 +541,21 @@ def append_json_line(path: str | Path, value: dict) -> None:
     line = _json_line(value)
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # opened for appending: reads go where seek says, writes to the end
         with open(path, "ab+", buffering=0) as file:
-            size = file.tell()
-            file.seek(max(size - 1, 0))
-            last_byte = file.read()
-            if last_byte not in (b"", b"\n"):
-                file.seek(0)
-                size = file.truncate(file.read().rfind(b"\n") + 1)
+            size = _cut_half_line(file)
             if file.write(line) < len(line):  # a full disk took a part
                 file.truncate(size)
                 raise OSError("no space for a whole line")
+
+
+def _cut_half_line(file):
+    """Cuts off what stands behind the last whole line of a file; its size."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if file.read() in (b"", b"\n"):  # the last byte
+        return size
+    file.seek(0)
+    return file.truncate(file.read().rfind(b"\n") + 1)
 
 
 # ---------------------------------------------------------------- several processes

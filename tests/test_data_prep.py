@@ -1214,6 +1214,22 @@ def test_a_wrong_command_is_one_line(words, message):
     assert "\n" not in str(error.value)
 
 
+def test_words_before_the_first_name_are_the_first_settings(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(BadInput, match=f"{tmp_path}: holds no toy.json"):
+        data_prep.main(["toy", str(tmp_path), "--seed", "1"])
+
+
+def test_a_broken_picture_of_a_benchmark_is_no_fault_of_the_dataset(tmp_path, capsys):
+    draw(tmp_path / "data" / "0.png", 0)
+    draw(tmp_path / "bench" / "b.png", 0)
+    (tmp_path / "bench" / "a.png").write_text("text")
+    write(tmp_path / "data", {"prompt": "p", "image": "0.png"})
+    with pytest.raises(BadInput, match="1 faults"):
+        data_prep.main(["check", str(tmp_path / "data"), "--against", str(tmp_path / "bench")])
+    assert "bench/b.png of the benchmark" in capsys.readouterr().out
+
+
 def test_without_a_command_it_says_which_there_are(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data_prep.py"])
     with pytest.raises(BadInput, match="no command: say what to do"):
