@@ -14,16 +14,16 @@ C latent channels. t is flow time in [0, 1]: x_t = (1 - t) x_0 + t noise, v = no
 Departures from the papers (arXiv:2510.16888, arXiv:2509.16117v2) and their released code:
 1. Solver. Theirs, DPM-Solver++ 2M, extrapolates x_0 in log-SNR, which is infinite at t = 1 and
    t = 0: its first two steps and its last are first order. Ours extrapolates the velocity in t:
-   only the first step, which has no history, is first order. The correction of its mean velocity
-   is that of a step at most 1.5 times as long as the one before.
+   only the first step, which has no history, is first order. It extrapolates no further than a
+   step of 1.5 times the length of the last would.
 2. Noise level and what the model is told are one number: a group's `sigmas` are the timesteps that
    the transformer was given, rounded to its dtype by the pipeline; training noises with them.
 3. A group's text embeddings and source tokens are made once a pipeline call, of as many copies as
    memory allows, and stored once, not K times.
 4. A copy's noise has its own generator: a group is the same however it is cut into calls.
-5. The LoRA's weights are float32 over a base of any dtype, and multiplied in the base's (theirs
-   loads Kontext in float32). A is gaussian with deviation 1 / rank, as theirs, but from a seed of
-   its own. On Flux.2, which theirs does not train, the single blocks have a LoRA too.
+5. The LoRA's weights are float32 over a base of any dtype; it is computed in the base's dtype
+   (theirs loads Kontext in float32). A is gaussian with deviation 1 / rank, as theirs, but from a
+   seed of its own. On Flux.2, which theirs does not train, the single blocks have a LoRA too.
 6. A LoRA to start from gives rank, alpha and layers to all policies; in theirs `old` has rank 32
    and alpha 64 whatever the file says. As in theirs it is not merged: the base, which the loss
    pulls to, stays the released model.
@@ -98,8 +98,8 @@ FLUX2_TARGETS = LORA_TARGETS + r"|single_.*\.attn\.(to_qkv_mlp_proj|to_out)"
 class Family:
     """How a pipeline class differs from the others; the defaults suit most."""
 
-    guidance_name: str = "guidance_scale"  # the argument of the pipeline's call that holds it
-    # Its value in rollouts and training (1: no CFG), and in evaluation; None: the pipeline's own.
+    guidance_name: str = "guidance_scale"  # what the pipeline's call names its guidance
+    # The guidance in rollouts and training (1: no CFG), and in evaluation; None: the pipeline's.
     rollout_guidance: float | None = None
     evaluation_guidance: float | None = None
     negative: str | None = None  # the negative prompt without which there is no true CFG
@@ -107,7 +107,7 @@ class Family:
     max_pixels: int = 8192**2  # the pipeline shrinks sources of more pixels
     # A prompt of too many tokens is "cut", taken "whole", or makes the pipeline "fail".
     long_text: str = "cut"
-    template_tokens: int = 0  # what the pipeline puts around a prompt; counts where that is cut
+    template_tokens: int = 0  # put around a prompt by the pipeline, and within its limit
     targets: str = LORA_TARGETS  # regular expression: the names of the layers that get a LoRA
     source_first: bool = False  # in hidden_states the source's tokens stand before the edit's
     rollout_steps: int = 6  # solver steps of a training edit; see FLUX2
@@ -176,9 +176,8 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
     dx/dt = v is integrated with v linear in t through this evaluation and the last (two-step
     Adams-Bashforth with variable steps), in float32. It has the order of DPM-Solver++ 2M
     (arXiv:2211.01095, Alg. 2) but nothing infinite at t = 1 or t = 0. Its only state is the last
-    velocity, `last_v`; a rollout's first step, which set_timesteps announces, drops it.
-    `solver_order` 1 is Euler's method, for ablations. `first_x` and `last_x` are a rollout's noise
-    and its newest x, for others to read.
+    velocity, `last_v`; a rollout's first step drops it (set_timesteps has reset step_index).
+    `solver_order` 1 is Euler's method, for ablations. `last_x` is the newest x, for others to read.
     """
 
     solver_order = 2
@@ -194,7 +193,6 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
         """
         if self.step_index is None:  # the first step of a rollout
             self._init_step_index(timestep)
-            self.first_x = sample
             self.last_v = None
         t = self.sigmas[self.step_index]
         h = self.sigmas[self.step_index + 1] - t  # negative: from noise, t = 1, to data, t = 0
@@ -255,17 +253,17 @@ def load_editor(
     pipe = _load_pipeline(base, device, dtype, trust_remote_code)
     family = _family(pipe, base)
     resolution = _checked_resolution(pipe, family, base, resolution)
-    # The length of a prompt: the default of the pipeline's call, or 512 where the call has no such
-    # argument (LongCat), or the tokenizer's own limit where that is lower.
+    # How long a prompt may be stands in the signature of the pipeline's call. LongCat's has no such
+    # argument; there it is 512, and an attribute of the pipeline. A tokenizer may take less.
     argument = _parameters(pipe).get("max_sequence_length")
     max_text = argument.default if argument else 512
     max_text = min(max_text, getattr(_tokenizer(pipe), "model_max_length", max_text))
     if not argument:
-        pipe.tokenizer_max_length = max_text  # where LongCat looks
+        pipe.tokenizer_max_length = max_text
     pipe.scheduler = FlowDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.solver_order = solver_order
-    if pipe.config.get("sample_sigmas"):  # times of its own, whatever number of steps is wanted
-        pipe.register_to_config(sample_sigmas=None)
+    if pipe.config.get("sample_sigmas"):  # a fixed list of times, which forbids other numbers
+        pipe.register_to_config(sample_sigmas=None)  # of steps
     if torch.cuda.is_available():
         pipe.vae.enable_slicing()  # decodes picture by picture; twelve at once cost Qwen 10 GB
     pipe.set_progress_bar_config(disable=True)
@@ -518,10 +516,10 @@ def save_lora(editor: Editor, folder: str | Path, name: str = "new") -> None:
     """
     full = {}
     for key, weight in lora_parameters(editor, name).items():
-        product = weight.double() * _strength(editor, name, key)
-        # Float32 holds it without rounding where alpha / rank is a power of two.
-        is_exact = torch.equal(product, product.float().double())
-        full[f"transformer.{key}"] = product.float() if is_exact else product
+        exact = weight.double() * _strength(editor, name, key)
+        rounded = exact.float()  # loses nothing where alpha / rank is a power of two
+        is_same = torch.equal(rounded.double(), exact)
+        full[f"transformer.{key}"] = rounded if is_same else exact
     config = editor.transformer.peft_config[name]
     settings = json.dumps({key: getattr(config, key) for key in LORA_CONFIG})
     with whole_file(Path(folder, LORA_FILE)) as temporary:
@@ -786,9 +784,9 @@ def _sources_keep_their_size(editor, images):
 
 
 def _conditioning(editor, arguments, x_0):
-    """A Group's cond out of the first call's arguments: no times, and one copy of the rest.
+    """A Group's cond out of the first call's arguments: one copy, without times and caches.
 
-    BadInput if `velocity` could not make that call of it.
+    BadInput if `velocity` could not make that call again.
     """
     tokens = arguments["hidden_states"]  # (B, N + S, C)
     if tokens.shape[1] <= x_0.shape[1]:  # N
@@ -800,13 +798,13 @@ def _conditioning(editor, arguments, x_0):
         raise BadInput(
             f"{editor.kind} runs its guidance in one batch with the edits; give a guidance of 1"
         )
-    dropped = ["timestep"]
-    if "kv_cache" in arguments:  # to be filled for the next calls; training replays the first
-        dropped += ["kv_cache", "kv_cache_mode"]
-    cond = {name: value for name, value in arguments.items() if name not in dropped}
-    for name, value in cond.items():
+    cond = {}
+    for name, value in arguments.items():
         if _has_batch(name, value):
-            cond[name] = value[:1].clone()  # a slice would keep all copies in memory
+            value = value[:1].clone()  # a slice alone would keep all copies in memory
+        # A cache is for the calls that follow; training makes the first one again.
+        if name not in ("timestep", "kv_cache", "kv_cache_mode"):
+            cond[name] = value
     return cond
 
 
@@ -860,9 +858,8 @@ def row_fault(editor: Editor, row: dict) -> str:
             "another editor"
         )
     prompt = row["prompt"]
-    if family.long_text == "whole":
-        return ""
-    if _text_tokens(editor.pipe, prompt) + family.template_tokens <= editor.max_text:
+    tokens = _text_tokens(editor.pipe, prompt) + family.template_tokens
+    if tokens <= editor.max_text or family.long_text == "whole":
         return ""
     fault = (
         f"a prompt has more than the {editor.max_text} tokens that {editor.kind} takes: "
@@ -900,31 +897,28 @@ def check_editor(
     row: one of the data; started: the policies begin from a LoRA, not as the base. BadInput names
     the row, the editor or the LoRA's layers.
     """
+    # With CFG the solver is given a mixture of velocities, which the transformer's own is not.
     if not editor.transformer.config.get("guidance_embeds"):
-        guidance = 1.0  # with CFG the solver does not get the transformer's own velocity
+        guidance = 1.0
+    noises = [seeded(0), seeded(0)]  # the same edit twice, drawn in one step
     with faults_of(row, skip=False):
-        # Two edits in one step; the solver then holds what went in and out.
-        noises = [seeded(0), seeded(1)]
         group = rollout(editor, load_sources(row), row["prompt"], noises, 1, guidance)
-    solver = editor.pipe.scheduler
-    x_t = solver.first_x  # (2, N, C)
-    arguments = (editor, x_t, group.sigmas.expand(2))
-    v = velocity(*arguments, group.cond)
+    place = _edit_tokens(editor, group.x_0.shape[1])
+    x_t = group.cond["hidden_states"][:, place].float().expand_as(group.x_0)  # (2, N, C), noise
+    t = group.sigmas.expand(2)
+    v = velocity(editor, x_t, t, group.cond)
 
-    # 1. The transformer's first call can be made again: it was given the solver's x_t, at the place
-    # where training puts another, and its t; and returns what it returned, but for rounding.
-    tokens = group.cond["hidden_states"]  # (1, N + S, C)
-    given = tokens[:, _edit_tokens(editor, x_t.shape[1])]
-    is_given = torch.equal(given, x_t[:1].to(given))
-    is_time = abs(group.sigmas - solver.sigmas[0].item()) < 0.01
-    is_returned = (v - solver.last_v).norm() < 0.05 * v.norm()
-    if not (is_given and is_time and is_returned):
+    # 1. Training's call of the transformer is the rollout's: its v leads from x_t to the same x_0,
+    # but for rounding. Tokens at another place, or times of another meaning, would not.
+    error = x_t - group.sigmas.item() * v - group.x_0  # (2, N, C)
+    if error.norm() > 0.05 * v.norm():
         raise BadInput(
             f"{editor.kind}: its transformer's calls cannot be repeated; mend its line of FAMILIES "
             "in sample.py (source_first is the order of tokens) or take another editor"
         )
-    # 2. The editor sees its source; velocity itself replaces the edit's tokens.
-    if torch.allclose(v, velocity(*arguments, group.cond | {"hidden_states": -tokens})):
+    # 2. The editor sees its source: the tokens beside the edit's, which velocity itself puts in.
+    other_source = group.cond | {"hidden_states": -group.cond["hidden_states"]}
+    if torch.allclose(v, velocity(editor, x_t, t, other_source)):
         raise BadInput(
             f"{editor.kind}: another source picture changes nothing; take an editor that sees it"
         )
@@ -932,9 +926,9 @@ def check_editor(
     same = editor.policies if started else ("base", *editor.policies)
     for name in same:
         with policy(editor, name):
-            own = velocity(*arguments, group.cond)
+            own = velocity(editor, x_t, t, group.cond)
         assert torch.equal(v, own), f"policies new and {name} differ at the start"
-    # 4. The LoRA gets a gradient: that of any loss will do.
+    # 4. The LoRA gets a gradient: that of any loss will do. Its norm is what clipping returns.
     v.square().mean().backward()
     if nn.utils.clip_grad_norm_(lora_parameters(editor, "new").values(), math.inf) == 0:
         raise BadInput(f"{editor.kind}: the LoRA gets no gradient; name other --lora_targets")
@@ -963,7 +957,7 @@ def parked(editor: Editor, park: bool = True) -> Iterator[None]:
 
 
 def choose_recompute(editor: Editor, trial: Callable[[], None]) -> float:
-    """From now on backward recomputes as few blocks as memory allows, found by trial: their share.
+    """From now on backward recomputes no, half or all blocks, the least that fits: their share.
 
     What a block computes is kept from forward to backward, or made again from its inputs. trial: a
     training step at its full size, forwards and backward. Not for a sharded base, whose ranks must
@@ -971,20 +965,21 @@ def choose_recompute(editor: Editor, trial: Callable[[], None]) -> float:
     """
     kinds = editor.transformer._repeated_blocks
     blocks = [part for part in editor.transformer.modules() if type(part).__name__ in kinds]
-    repeated = []
+    recomputed = blocks
 
     def run(block, *arguments):
-        if block in repeated:
+        if block in recomputed:
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
 
+    # The transformer now calls each of its blocks by way of `run`.
     editor.transformer.enable_gradient_checkpointing(run)
-    for quarters in range(5):
-        repeated[:] = blocks[: quarters * len(blocks) // 4]
+    for share in (0.0, 0.5, 1.0):
+        recomputed = blocks[: round(share * len(blocks))]
         with suppress(torch.OutOfMemoryError):
             trial()
             break
-    return quarters / 4
+    return share
 
 
 def compile_blocks(editor: Editor) -> None:
@@ -998,7 +993,7 @@ def compile_blocks(editor: Editor) -> None:
     except Exception as error:  # what a missing tool makes two libraries raise has no end
         note(f"nothing is compiled, which costs time ({one_line(error)})")
         return
-    # Those are more than the default of 8 variants, after which torch goes on uncompiled.
+    # After so many variants of a block (else after 8) torch runs the others uncompiled.
     torch._dynamo.config.recompile_limit = 64
     editor.transformer.compile_repeated_blocks()
 
