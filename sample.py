@@ -60,7 +60,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer
 from transformers.utils import is_torchvision_available
 
 from data_prep import (
@@ -83,7 +82,8 @@ from data_prep import (
 
 TOY = "data/toy/editor"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-PEFT_FILE = "adapter_model.safetensors"  # PEFT's, with adapter_config.json beside it
+PEFT_FILE = "adapter_model.safetensors"  # PEFT's, which holds tensors alone
+PEFT_CONFIG = "adapter_config.json"  # what stands beside it
 
 # ---------------------------------------------------------------- families of editors
 
@@ -138,8 +138,8 @@ FAMILIES = {
     "FluxKontextPipeline": Family(rollout_guidance=2.5, evaluation_guidance=3.5),
     "QwenImageEditPipeline": QWEN,
     "QwenImageEditPlusPipeline": replace(QWEN, several=True),
-    "Flux2Pipeline": FLUX2,
     "QwenImage21Pipeline": replace(QWEN, evaluation_guidance=1.0, several=True, source_first=True),
+    "Flux2Pipeline": FLUX2,
     "Flux2KleinPipeline": KLEIN,
     "Flux2KleinKVPipeline": replace(KLEIN, source_first=True),
     "LongCatImageEditPipeline": replace(NO_CFG, evaluation_guidance=4.5, long_text="fail"),
@@ -280,8 +280,8 @@ def _load_pipeline(base, device, dtype, trust_remote_code):
         fix = "run python data_prep.py toy first"
     try:
         processors, tokenizers = _processors(base)
-        # The tokenizers' places are left empty (None), since diffusers would refuse their class
-        # there, and filled afterwards.
+        # diffusers would refuse a tokenizer in a processor's place: it is left empty (None), and
+        # filled afterwards.
         pipe = DiffusionPipeline.from_pretrained(
             base,
             dtype=dtype,
@@ -300,22 +300,22 @@ def _load_pipeline(base, device, dtype, trust_remote_code):
 
 
 def _processors(base):
-    """Where torchvision is missing, a pipeline's processors without videos; else nothing.
+    """What a pipeline needs in place of its processors where torchvision is missing.
 
-    -> ({part: processor}, {part: tokenizer}), part being a name in model_index.json. The second is
-    for Flux.2, which uses its processor for text alone: a tokenizer does.
+    -> processors that do without it (but for videos) and, for Flux.2, which uses its processor for
+    text alone, tokenizers; both as {part: it}, part being a name in model_index.json.
     """
     processors = {}
     tokenizers = {}
     if is_torchvision_available():
         return processors, tokenizers
-    # {part: [library, class]}, among settings that are no lists.
+    # model_index.json is {part: [library, class]}, and settings, which are no lists.
     for part, made_of in DiffusionPipeline.load_config(base).items():
         kind = made_of[1] if isinstance(made_of, list) else None
         if kind in ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"):
             processors[part] = load_processor(getattr(transformers, kind), base, subfolder=part)
         if kind == "PixtralProcessor":
-            tokenizers[part] = AutoTokenizer.from_pretrained(base, subfolder=part)
+            tokenizers[part] = transformers.AutoTokenizer.from_pretrained(base, subfolder=part)
     return processors, tokenizers
 
 
@@ -329,6 +329,7 @@ def _family(pipe, base):
     family = FAMILIES.get(kind)
     if not family:
         family = Family()
+        # A transformer that is not told its guidance is guided by CFG, under one name or another.
         if not pipe.transformer.config.get("guidance_embeds"):
             family = QWEN if "true_cfg_scale" in _parameters(pipe) else NO_CFG
         note(f"{kind} is not in FAMILIES of sample.py; assumed: {family}")
@@ -394,9 +395,8 @@ def add_policies(
                 editor.transformer.add_adapter(LoraConfig(**config), name)
         except ValueError as error:
             raise BadInput(
-                f"LoRA {start or targets}: its names match no module of "
-                f"{type(editor.transformer).__name__} that can have one ({one_line(error)}); name "
-                "layers, or a LoRA, of this model"
+                f"LoRA {start or targets}: its names match no module of {editor.kind} that can "
+                f"have one ({one_line(error)}); name layers, or a LoRA, of this model"
             ) from error
     editor.lora_layers = _lora_layers(editor.transformer)
     for name in editor.policies:
@@ -412,24 +412,26 @@ def add_policies(
 
 
 def _lora_layers(transformer):
-    """The layers that have a LoRA, from here on of LoraMatrix's kind."""
+    """The layers that have a LoRA. Their matrices become LoraMatrix, see there."""
     layers = [part for part in transformer.modules() if isinstance(part, BaseTunerLayer)]
     for layer in layers:
         layer.cast_input_dtype_enabled = False
         for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
-            matrix.float().__class__ = LoraMatrix
+            matrix.float()
+            matrix.__class__ = LoraMatrix  # another forward over the same parameters
     return tuple(layers)
 
 
 class LoraMatrix(nn.Linear):
     """A or B of a LoRA: float32 to learn in, multiplied in the dtype of what comes in.
 
-    peft, left alone, casts every layer's input (tokens, in) to float32 instead, which on a bf16
-    base was 30 % of the update's memory traffic; the matrices are far smaller.
+    In bf16 the weights would lose their updates, which are smaller than its rounding. peft, left
+    alone, casts every layer's input (tokens, in) to float32 instead of the far smaller matrices: on
+    a bf16 base 30 % of the update's memory traffic.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out) in x's dtype."""
+        """(..., in) -> (..., out), in x's dtype."""
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
@@ -506,13 +508,14 @@ LORA_CONFIG = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 def save_lora(editor: Editor, folder: str | Path, name: str = "new") -> None:
     """Writes one adapter as folder/LORA_FILE, at full strength: alpha / rank is multiplied into B.
 
-    So every reader of tensors draws the same edits: diffusers' pipe.load_lora_weights(folder), and
-    programs that know no metadata. (`.alpha` tensors would not do: diffusers 0.42 refuses them for
-    Flux.2.) What load_lora and add_policies need of the LoraConfig lies in the file's metadata,
-    under a name of our own: under diffusers' name the strength would count twice. No bit is lost:
-    where float32 cannot hold the product, as with a factor of 1.5, B is float64. LongCat's pipeline
-    has no load_lora_weights; there it is
-    pipe.transformer.load_lora_adapter(folder, weight_name=LORA_FILE).
+    So every reader draws the same edits: diffusers' pipe.load_lora_weights(folder), and programs
+    that read tensors alone. (LongCat's pipeline has no such method; there it is
+    pipe.transformer.load_lora_adapter(folder, weight_name=LORA_FILE). `.alpha` tensors beside a
+    plain B would not do: diffusers 0.42 refuses them for Flux.2.)
+
+    The LoraConfig, for load_lora and add_policies, is metadata under a name of our own: under
+    diffusers' name the strength would count twice. No bit is lost: where float32 cannot hold the
+    product, as with a factor of 1.5, B is float64.
     """
     full = {}
     for key, weight in lora_parameters(editor, name).items():
@@ -547,9 +550,8 @@ def load_lora(editor: Editor, folder: str | Path, name: str) -> None:
     alpha = editor.transformer.peft_config[name].lora_alpha
     if found != wanted or lora.config["lora_alpha"] != alpha:
         raise BadInput(
-            f"{folder}: its layers, rank or alpha are not those of this "
-            f"{type(editor.transformer).__name__} and its policies; take the LoRA's own base "
-            "model, rank and alpha"
+            f"{folder}: its layers, rank or alpha are not those of this {editor.kind} and its "
+            "policies; take the LoRA's own base model, rank and alpha"
         )
     for key, parameter in own.items():
         # In other files B is without its strength, as in the adapter: nothing to undo.
@@ -571,25 +573,25 @@ def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
             metadata = stored.metadata() or {}
         weights, alphas = _plain_names(tensors)
         layers = {key.split(".lora_")[0] for key in weights}
-        # Another program's names: diffusers' converter may know them.
-        if pipe and not layers <= dict(pipe.transformer.named_modules()).keys():
-            with suppress(Exception):  # what the converter raises on other names has no end
+        # Layers that the model has not: another program's names, which diffusers may know.
+        if pipe and layers - dict(pipe.transformer.named_modules()).keys():
+            with suppress(Exception):  # what its converter raises on other names has no end
                 weights, alphas = _plain_names(pipe.lora_state_dict(tensors))
         config = _lora_config(file, metadata, weights, alphas)
-    except Exception as error:  # nor has what a damaged file makes three libraries raise
+    except Exception as error:  # what a damaged file makes three libraries raise has no end
         raise BadInput(
             f"{place}: not a LoRA that can be read ({one_line(error)}); name RUN/checkpoint-N, a "
-            "whole file or a hub id"
+            f"hub id, a whole file, or a PEFT folder with {PEFT_FILE} and {PEFT_CONFIG}"
         ) from error
     return Lora(weights, config, is_full_strength="lora_config" in metadata)
 
 
 def _lora_file(place):
-    """The file of the LoRA that a file, a folder or a hub id names; there may be none."""
+    """The file of a LoRA: `place` itself, or what lies in that folder or under that hub id."""
     path = Path(place)
     if not path.exists():
-        wanted = [LORA_FILE, PEFT_FILE, "adapter_config.json"]
-        path = Path(snapshot_download(str(place), allow_patterns=wanted))
+        files = [LORA_FILE, PEFT_FILE, PEFT_CONFIG]
+        path = Path(snapshot_download(str(place), allow_patterns=files))
     for name in (PEFT_FILE, LORA_FILE):
         if (path / name).is_file():
             return path / name
@@ -597,18 +599,20 @@ def _lora_file(place):
 
 
 def _plain_names(tensors):
-    """A LoRA's weights by the names that lora_parameters gives, and {^LAYER.alpha: number}."""
+    """A LoRA's weights by the names that lora_parameters gives, and the alphas beside them.
+
+    The alphas are {^LAYER.alpha: number}, the form that get_peft_kwargs wants.
+    """
     weights = {}
     alphas = {}
     for key, tensor in tensors.items():
-        # Before the layer: PEFT's, ComfyUI's and diffusers' prefix. Then kohya's names for A and B,
-        # and the name of the adapter in PEFT's.
+        # The prefixes of PEFT, ComfyUI and diffusers; then kohya's names for A and B.
         key = re.sub(r"^(base_model\.model\.|diffusion_model\.|transformer\.)+", "", key)
         key = key.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
         if key.endswith(".alpha"):
-            alphas[f"^{key}"] = tensor.item()  # as diffusers takes them, see _lora_config
+            alphas[f"^{key}"] = tensor.item()
         else:
-            weights[key.replace(".default.", ".")] = tensor
+            weights[key.replace(".default.", ".")] = tensor  # PEFT's name of an adapter
     return weights, alphas
 
 
@@ -618,17 +622,18 @@ def _lora_config(file, metadata, weights, alphas):
     Where it says nothing, alpha is the rank, as in diffusers.
     """
     layers = sorted({key.split(".lora_")[0] for key in weights})
-    # The settings, as JSON: in save_lora's metadata, in diffusers' metadata, or in PEFT's own file.
+    # JSON in our metadata, in diffusers', or in PEFT's own file.
     settings = metadata.get("lora_config") or metadata.get("lora_adapter_metadata")
     if file.name == PEFT_FILE:
-        settings = Path(file.parent, "adapter_config.json").read_text()
+        settings = Path(file.parent, PEFT_CONFIG).read_text()
     if settings:
         config = json.loads(settings)
     else:
-        # diffusers makes patterns of these keys, regular expressions, by cutting their ends off.
+        # Of the ranks and alphas that are not the most frequent diffusers makes PEFT's patterns:
+        # regular expressions, which are these keys without their endings.
         ranks = {f"^{layer}.lora_B.": len(weights[f"{layer}.lora_A.weight"]) for layer in layers}
         config = get_peft_kwargs(ranks, alphas, weights)
-    # diffusers' metadata has the name of the part before each key.
+    # In diffusers' metadata each key begins with the name of the pipeline's part.
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     known = {key: config[key] for key in LORA_CONFIG if key in config}
     return known | {"target_modules": layers}
@@ -679,7 +684,7 @@ def rollout(
         if evaluation:
             guidance = editor.family.evaluation_guidance
     steps = steps or editor.family.rollout_steps
-    # All copies in as few calls as memory allows; each call encodes text and sources once.
+    # Text and sources are encoded once a call: the fewer calls, the better.
     batch = rollout_batch or len(generators)
     groups = []
     for first in range(0, len(generators), batch):
@@ -687,7 +692,7 @@ def rollout(
         groups.append(_call_pipeline(editor, images, prompt, some, steps, guidance))
     edits = sum([group.images for group in groups], [])  # the calls' lists in one
     x_0 = torch.cat([group.x_0 for group in groups])  # (K, N, C)
-    # Conditioning and times are the same in every call: the first call's stand for all.
+    # Conditioning and times are the same in every call: the first's stand for all.
     return replace(groups[0], images=edits, x_0=x_0)
 
 
@@ -699,14 +704,14 @@ def _call_pipeline(editor, images, prompt, generators, steps, guidance):
     calls = []  # the transformer's keyword arguments, one entry a step
 
     def listen(module, args, kwargs):
-        # With true CFG a step has a second call, the unconditional one, which is not for us: by
-        # then there is one entry more than there are finished steps (None before the first).
-        if len(calls) == (pipe.scheduler.step_index or 0):
+        # With true CFG each step has a second call, the unconditional one: not for us.
+        finished_steps = pipe.scheduler.step_index or 0  # None before the first
+        if len(calls) == finished_steps:
             calls.append(kwargs)
 
     hook = pipe.transformer.register_forward_pre_hook(listen, with_kwargs=True)
     try:
-        # Leaving the block takes the hook away.
+        # Leaving the block removes the hook.
         with hook, _sources_keep_their_size(editor, images):
             edits = pipe(
                 image=images[0] if len(images) == 1 else images,
@@ -738,8 +743,7 @@ def _call_options(editor, size, guidance):
         "max_sequence_length": editor.max_text,
         editor.family.guidance_name: guidance,
     }
-    # True CFG needs a scale above 1 (None: the pipeline's own may be) and a negative prompt.
-    # With one of them alone the pipeline warns.
+    # Without CFG the pipeline would warn of a negative prompt. (None: its own guidance may be CFG.)
     if guidance is None or guidance > 1:
         options["negative_prompt"] = editor.family.negative
     taken = _parameters(editor.pipe)
@@ -759,25 +763,24 @@ def working_size(editor: Editor, image: Image.Image) -> tuple[int, int]:
 
 @contextmanager
 def _sources_keep_their_size(editor, images):
-    """Within, a pipeline that sizes sources by a function of its module keeps the size they have.
+    """Within, the pipeline takes its sources at the size that they have.
 
-    That function maps an area and a ratio of sides; pipelines copy it from each other under one
-    name. The small picture that Qwen-Image-Edit-Plus shows its text encoder stays the pipeline's
-    own, if it is not above ours.
+    Some pipelines ask a function of their module, calculate_dimensions, for the size of a source
+    with some ratio of sides at some area; another function stands in for it here.
     """
     name = "calculate_dimensions"
     module = _module(editor.pipe)
-    original = getattr(module, name, None)
-    # The pipeline asks with a source's ratio of sides alone, computed as here, so the ratio is the
-    # key; sources of equal ratio have one working size.
+    original = getattr(module, name, None)  # None: this pipeline has and needs no such function
+    # Sources of one ratio have one working size, so the ratio tells which is meant.
     size_by_ratio = {image.width / image.height: image.size for image in images}
 
     def size_function(area, ratio):
-        # (width, height), and in some pipelines a third value, which stays.
+        # Qwen-Image-Edit-Plus shows its text encoder a smaller picture, which stays the pipeline's
+        # own, if it is not above the working size. For the VAE the area is a megapixel.
         size = original(min(area, editor.resolution**2), ratio)
-        if area < 1024**2:  # asked for the text encoder; for the VAE the area is a megapixel
+        if area < 1024**2:
             return size
-        return (*size_by_ratio[ratio], *size[2:])
+        return (*size_by_ratio[ratio], *size[2:])  # some return a third value, which stays
 
     with patch.object(module, name, size_function, create=original is None):
         yield
@@ -956,30 +959,30 @@ def parked(editor: Editor, park: bool = True) -> Iterator[None]:
             part.to(device)
 
 
-def choose_recompute(editor: Editor, trial: Callable[[], None]) -> float:
-    """From now on backward recomputes no, half or all blocks, the least that fits: their share.
+def choose_recompute(editor: Editor, trial: Callable[[], None]) -> list[str]:
+    """From now on backward recomputes as few blocks as memory allows, found by trial.
 
-    What a block computes is kept from forward to backward, or made again from its inputs. trial: a
-    training step at its full size, forwards and backward. Not for a sharded base, whose ranks must
-    all recompute the same blocks.
+    What a block computes is kept from forward to backward, or made again from its inputs: in no
+    block, in those of one class (where there are two, as in Flux), or in all. -> these classes.
+    trial: a training step at its full size, forwards and backward. Not for a sharded base, whose
+    ranks must all recompute the same blocks.
     """
-    kinds = editor.transformer._repeated_blocks
-    blocks = [part for part in editor.transformer.modules() if type(part).__name__ in kinds]
-    recomputed = blocks
+    classes = editor.transformer._repeated_blocks  # their names
+    recomputed = classes
 
     def run(block, *arguments):
-        if block in recomputed:
+        if type(block).__name__ in recomputed:
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
 
-    # The transformer now calls each of its blocks by way of `run`.
+    # The transformer calls each of its blocks by way of this function.
     editor.transformer.enable_gradient_checkpointing(run)
-    for share in (0.0, 0.5, 1.0):
-        recomputed = blocks[: round(share * len(blocks))]
+    for count in range(len(classes) + 1):
+        recomputed = classes[:count]
         with suppress(torch.OutOfMemoryError):
             trial()
             break
-    return share
+    return recomputed
 
 
 def compile_blocks(editor: Editor) -> None:
@@ -1012,7 +1015,7 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
         ignored_modules=adapters,
     )
     fsdp2_prepare_model(accelerator, editor.transformer)
-    # DTensors: numel counts the numbers of all ranks, to_local gives this rank's.
+    # What is sharded is a DTensor: numel counts what all ranks hold, to_local is this rank's part.
     sharded = [part for part in editor.transformer.parameters() if hasattr(part, "to_local")]
     total = sum(part.numel() for part in sharded)
     local = sum(part.to_local().numel() for part in sharded)

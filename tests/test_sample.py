@@ -583,9 +583,9 @@ def blocks_of(editor):
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
-@pytest.mark.parametrize("fits, share", [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)])
-def test_backward_recomputes_as_few_blocks_as_fit_and_the_gradient_stays(lora_editor, fits, share):
-    """Two blocks; a trial fits once `fits` of them are recomputed, or never."""
+@pytest.mark.parametrize("fits, again", [(0, 0), (1, 1), (2, 2), (3, 2)])
+def test_backward_recomputes_as_few_blocks_as_fit_and_the_gradient_stays(lora_editor, fits, again):
+    """A block of each class; a trial fits once `fits` of them are recomputed, or never."""
     group = draw(lora_editor)
     _, wanted = prediction_and_gradients(lora_editor, group)
     calls = []
@@ -599,10 +599,11 @@ def test_backward_recomputes_as_few_blocks_as_fit_and_the_gradient_stays(lora_ed
         if len(calls) - 2 < fits:  # forwards that are done again
             raise torch.OutOfMemoryError
 
-    assert sample.choose_recompute(lora_editor, trial) == share
+    classes = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
+    assert sample.choose_recompute(lora_editor, trial) == classes[:again]
     calls.clear()
     prediction_and_gradients(lora_editor, group)
-    assert len(calls) == 2 + 2 * share
+    assert len(calls) == 2 + again
 
 
 def test_a_trial_that_fails_otherwise_is_not_taken_for_a_lack_of_memory(lora_editor):
@@ -983,6 +984,14 @@ def test_a_broken_lora_file_is_one_line_that_names_it(lora_editor, kontext_folde
     editor = sample.load_editor(kontext_folder)
     with pytest.raises(BadInput, match=str(place)) as error:
         sample.add_policies(editor, start=place)
+    assert "\n" not in str(error.value)
+
+
+def test_pefts_file_without_its_settings_is_refused_with_the_fix(lora_editor, tmp_path):
+    weights = sample.lora_parameters(lora_editor, "new")
+    save_file(named(weights, NAMES["peft"]), tmp_path / sample.PEFT_FILE)
+    with pytest.raises(BadInput, match="a PEFT folder with .* and adapter_config.json$") as error:
+        sample.read_lora(tmp_path)
     assert "\n" not in str(error.value)
 
 
