@@ -262,8 +262,9 @@ def load_editor(
         pipe.tokenizer_max_length = max_text
     pipe.scheduler = FlowDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.solver_order = solver_order
-    if pipe.config.get("sample_sigmas"):  # a fixed list of times, which forbids other numbers
-        pipe.register_to_config(sample_sigmas=None)  # of steps
+    # A fixed list of times would forbid other numbers of steps.
+    if pipe.config.get("sample_sigmas"):
+        pipe.register_to_config(sample_sigmas=None)
     if torch.cuda.is_available():
         pipe.vae.enable_slicing()  # decodes picture by picture; twelve at once cost Qwen 10 GB
     pipe.set_progress_bar_config(disable=True)
@@ -425,7 +426,7 @@ def _lora_layers(transformer):
 class LoraMatrix(nn.Linear):
     """A or B of a LoRA: float32 to learn in, multiplied in the dtype of what comes in.
 
-    In bf16 the weights would lose their updates, which are smaller than its rounding. peft, left
+    In bf16 the weights would lose updates that are smaller than their rounding. peft, left
     alone, casts every layer's input (tokens, in) to float32 instead of the far smaller matrices: on
     a bf16 base 30 % of the update's memory traffic.
     """
@@ -801,13 +802,15 @@ def _conditioning(editor, arguments, x_0):
         raise BadInput(
             f"{editor.kind} runs its guidance in one batch with the edits; give a guidance of 1"
         )
-    cond = {}
-    for name, value in arguments.items():
+    dropped = ["timestep"]
+    # A cache to be filled for the calls that follow is not for training, which makes the first one
+    # again. Where there is a mode alone, tokens attend to each other by it: it stays.
+    if "kv_cache" in arguments:
+        dropped += ["kv_cache", "kv_cache_mode"]
+    cond = {name: value for name, value in arguments.items() if name not in dropped}
+    for name, value in cond.items():
         if _has_batch(name, value):
-            value = value[:1].clone()  # a slice alone would keep all copies in memory
-        # A cache is for the calls that follow; training makes the first one again.
-        if name not in ("timestep", "kv_cache", "kv_cache_mode"):
-            cond[name] = value
+            cond[name] = value[:1].clone()  # a slice alone would keep all copies in memory
     return cond
 
 
