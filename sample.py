@@ -157,11 +157,6 @@ def _parameters(pipe):
     return inspect.signature(pipe.__call__).parameters
 
 
-def _module(pipe):
-    """The module of a pipeline's class, where its functions for sizes and texts stand."""
-    return sys.modules[type(pipe).__module__]
-
-
 # ---------------------------------------------------------------- the solver
 
 # A step that is longer than this many times the step before gets only a part of its second-order
@@ -323,7 +318,7 @@ def _processors(base):
 def _family(pipe, base):
     """A pipeline's family; BadInput for one that edits no pictures."""
     kind = type(pipe).__name__
-    if getattr(pipe, "transformer", None) is None or "image" not in _parameters(pipe):
+    if "transformer" not in pipe.components or "image" not in _parameters(pipe):
         raise BadInput(
             f"{base}: {kind} edits no pictures; name an editor such as FLUX.1-Kontext-dev"
         )
@@ -724,6 +719,8 @@ def _call_pipeline(editor, images, prompt, generators, steps, guidance):
                 **_call_options(editor, images[0].size, guidance),
             ).images
     except ValueError as error:
+        if calls:  # a row is refused before the transformer is called; this is something else
+            raise
         raise BadInput(f"{editor.kind} refuses a row: {one_line(error)}; remove it") from error
     edits = [edit.convert("RGB") for edit in edits]  # Qwen-Image-2.1's have an alpha channel
     x_0 = pipe.scheduler.last_x.float()  # (B, N, C), the latents that were decoded
@@ -770,7 +767,7 @@ def _sources_keep_their_size(editor, images):
     with some ratio of sides at some area; another function stands in for it here.
     """
     name = "calculate_dimensions"
-    module = _module(editor.pipe)
+    module = inspect.getmodule(type(editor.pipe))
     original = getattr(module, name, None)  # None: this pipeline has and needs no such function
     # Sources of one ratio have one working size, so the ratio tells which is meant.
     size_by_ratio = {image.width / image.height: image.size for image in images}
@@ -883,10 +880,11 @@ def _text_tokens(pipe, prompt):
     if tokenizer is None:
         return 0
     pieces = [prompt]
-    # LongCat tokenizes what stands in quotes letter by letter.
-    if hasattr(_module(pipe), "split_quotation"):
+    # LongCat tokenizes what stands in quotes letter by letter, by a function of its module.
+    split = getattr(inspect.getmodule(type(pipe)), "split_quotation", None)
+    if split:
         pieces = []
-        for piece, is_quoted in _module(pipe).split_quotation(prompt):
+        for piece, is_quoted in split(prompt):
             pieces += list(piece) if is_quoted else [piece]
     return sum(len(tokenizer(piece, verbose=False).input_ids) for piece in pieces)
 
@@ -971,7 +969,6 @@ def choose_recompute(editor: Editor, trial: Callable[[], None]) -> list[str]:
     ranks must all recompute the same blocks.
     """
     classes = editor.transformer._repeated_blocks  # their names
-    recomputed = classes
 
     def run(block, *arguments):
         if type(block).__name__ in recomputed:
@@ -1009,8 +1006,7 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
 
     To be called with the editor on the CPU; what is not sharded moves to the rank's device.
     """
-    modules = editor.transformer.modules()
-    adapters = [module for module in modules if isinstance(module, LoraMatrix)]
+    adapters = [part for part in editor.transformer.modules() if isinstance(part, LoraMatrix)]
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

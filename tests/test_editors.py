@@ -629,7 +629,7 @@ def plain_pipeline(folder):
         if isinstance(kind, list) and kind[1] in ("Qwen2_5_VLProcessor", "Qwen3VLProcessor"):
             parts[name] = load_processor(getattr(transformers, kind[1]), folder / name)
         if kind == ["transformers", "PixtralProcessor"]:
-            late[name] = sample.AutoTokenizer.from_pretrained(folder / name)
+            late[name] = transformers.AutoTokenizer.from_pretrained(folder / name)
     pipe = DiffusionPipeline.from_pretrained(folder, **parts, **dict.fromkeys(late))
     pipe.register_modules(**late)
     return pipe

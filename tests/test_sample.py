@@ -355,6 +355,17 @@ def test_an_editor_that_never_sees_the_source_is_refused(editor, monkeypatch):
         draw(editor)
 
 
+def test_a_fault_within_the_transformer_is_not_taken_for_the_rows(editor):
+    """With a sharded base the other ranks are then within that forward, too."""
+
+    def fail(**kwargs):
+        raise ValueError("wrong shapes")
+
+    editor.transformer.forward = fail
+    with pytest.raises(ValueError, match="^wrong shapes$"):
+        draw(editor)
+
+
 def test_guidance_reaches_the_model(editor):
     assert draw(editor, guidance=2.5).cond["guidance"].tolist() == [2.5]
 
