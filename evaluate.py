@@ -50,6 +50,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from operator import itemgetter
 from pathlib import Path
+from string import Template
 from typing import Literal
 
 import numpy as np
@@ -98,24 +99,24 @@ from reward_mllm import (
 )
 from sample import add_policies, load_editor, policy, rollout
 
-METRICS = {  # the main one first
+METRICS = {  # what a table shows of each benchmark, the main one first
     "imgedit": ("score",),
     "gedit": ("O", "SC", "PQ"),
     "heldout": ("judge", "oracle", "success"),
 }
-PARTS = {  # the scores that a row's answers hold, in their order
+PARTS = {  # the scores that the METRICS are made of, in the order in which a judge gives them
     "imgedit": ("adherence", "quality", "preservation"),
     "gedit": ("success", "overediting", "naturalness", "artifacts"),
     "heldout": (),
 }
-SCORES = {"imgedit": 3, "gedit": 2, "heldout": 1}  # in one answer
 FLOOR = {"imgedit": 1.0, "gedit": 0.0, "heldout": 0.0}  # what counts in place of no score
 KEPT = ("psnr", "ssim")  # how much of the source an edit keeps, beside each benchmark's METRICS
 CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG")  # of pictures, ours first
 MADE_FROM = "made from"  # the key of the PNG text with the hash of what an edit was drawn from
+DRAWN = {"trained": "new", "base": "base"}  # subjects that we draw: the editor's policy for each
 MISSING = "no edit"  # what stands in place of an answer where there is no edit
-ALL_DIGITS = 99  # round() to so many leaves a float as it is; to None it would make an int
+UNROUNDED = 99  # digits: more than a float has, so that round() leaves it as it is
 FIX = "take the benchmark's own"
 Rows = list[dict]
 
@@ -381,7 +382,7 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
     strict: a metric without a value counts at the floor, ImgEdit's 1 or else 0. official: a row
     that lacks one has none (NaN), and ImgEdit's rows and tasks are rounded to 2 digits.
     """
-    digits = 2 if (benchmark, mode) == ("imgedit", "official") else ALL_DIGITS
+    digits = 2 if (benchmark, mode) == ("imgedit", "official") else UNROUNDED
     rows = []
     for _, calls in itertools.groupby(records, itemgetter("row")):
         rows.append(_scored_row(benchmark, list(calls), mode, digits))
@@ -391,61 +392,62 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
 def _scored_row(benchmark, calls, mode, digits):
     """A row of `score` from all of its calls."""
     size = len(CALLS[benchmark])
-    starts = range(0, len(calls), size)
-    rounds = [_measured(benchmark, calls[i : i + size], mode) for i in starts]
-    main = METRICS[benchmark][0]
-    repeats = [found[main] for found in rounds]
+    rounds = []
+    for start in range(0, len(calls), size):
+        rounds.append(_measured(benchmark, calls[start : start + size], mode))
+    repeats = np.array([found[METRICS[benchmark][0]] for found in rounds])
     said = [record.get("reply") or record.get("failure", "") for record in calls]
-    row = calls[0] | {"repeats": repeats, "said": "\n".join(said).strip()}
-    row["answered"] = not any(map(math.isnan, repeats))
+    row = calls[0] | {"repeats": repeats.tolist(), "said": "\n".join(said).strip()}
+    row["answered"] = not np.isnan(repeats).any()
     for name in rounds[0]:
-        if mode == "official":  # what has no score is left out
-            values = [found[name] for found in rounds if not math.isnan(found[main])]
-        else:
-            values = [found[name] for found in rounds]
-            values = np.nan_to_num(values, nan=FLOOR[benchmark])
+        values = np.array([found[name] for found in rounds])
+        if mode == "official":
+            values = values[~np.isnan(repeats)]  # what has no score is left out
+        values = np.nan_to_num(values, nan=FLOOR[benchmark])
         row[name] = _average(values, digits) if len(values) else math.nan
     return row
 
 
 def _scores_in(benchmark, record, mode="strict"):
-    """The list of scores in the answer to one call; None where there are none."""
+    """The list of scores in the answer to one call, as PARTS names them; None where there are
+    none."""
     reply = record.get("reply", "")
     if benchmark == "imgedit":
         return parse_imgedit(reply, mode, record.get("labels", ()))
     if benchmark == "gedit":
         return parse_gedit(reply, mode)
-    if record.keys() & {"scores", "truth"}:
-        return [*record.get("scores", [math.nan]), *record.get("truth", {}).values()]
-    return None
+    return record.get("scores")  # the judge's own
 
 
 def _measured(benchmark, calls, mode):
     """{metric: its value in one round of calls about a row}, NaN where there is none."""
-    scores = []
-    for call in calls:
-        # a toy row has the oracle's two besides
-        count = 3 if "target_scene" in call else SCORES[benchmark]
-        scores.append(_scores_in(benchmark, call, mode) or [math.nan] * count)
-    values = []
+    names = METRICS[benchmark] + PARTS[benchmark]
+    first = calls[0]
+    if benchmark == "heldout":
+        unknown = dict.fromkeys(names, math.nan)
+        # the oracle knows a toy's rows alone
+        truth = first.get("truth", unknown) if "target_scene" in first else {}
+        return truth | {"judge": first.get("scores", [math.nan])[0]}
+    unread = [math.nan] * (len(PARTS[benchmark]) // len(calls))
+    scores = [_scores_in(benchmark, call, mode) or unread for call in calls]
     if benchmark == "imgedit":
         values = [_average(scores[0])]
-    elif benchmark == "gedit":
+    else:
         sc, pq = map(min, scores)
         # false for NaN, and for what official reading lets through: a negative score
         overall = math.sqrt(sc * pq) if sc * pq >= 0 else math.nan
         values = [overall, sc, pq]
-    if mode == "strict" or benchmark == "heldout":
-        values += itertools.chain(*scores)  # official reading does not know which is which
-    return dict(zip(METRICS[benchmark] + PARTS[benchmark], values, strict=False))
+    if mode == "strict":  # official reading may find any number of scores, which are no parts
+        values += itertools.chain(*scores)
+    return dict(zip(names, values, strict=False))
 
 
-def _average(values, digits=ALL_DIGITS):
+def _average(values, digits=UNROUNDED):
     """The mean of what is not empty, rounded."""
     return round(float(sum(values) / len(values)), digits)
 
 
-def _grouped(rows, metrics, digits=ALL_DIGITS):
+def _grouped(rows, metrics, digits=UNROUNDED):
     """{group: its table}. GEdit's groups are the languages and the intersection subset of each, for
     other rows there is one, "all". KEPT stands beside the metrics."""
     groups = {}
@@ -458,7 +460,7 @@ def _grouped(rows, metrics, digits=ALL_DIGITS):
     return {name: tabulate(members, metrics, digits) for name, members in groups.items()}
 
 
-def tabulate(rows: Rows, metrics: tuple, digits: int = ALL_DIGITS) -> dict:
+def tabulate(rows: Rows, metrics: tuple, digits: int = UNROUNDED) -> dict:
     """Means with 95 % intervals.
 
     Returns {"rows": how many, "answered": how many, metric: {"macro": [mean, low, high], "micro":
@@ -483,9 +485,9 @@ def tabulate(rows: Rows, metrics: tuple, digits: int = ALL_DIGITS) -> dict:
         # a draw may hold no picture of a rare task, NaN: its mean is over the tasks that it holds
         macro = np.ma.masked_invalid(draws).mean(1).filled(np.nan)  # (D,)
         by_task = {}
-        for name, of_task in zip(names, draws.T, strict=True):
+        for name, of_task in zip(names, draws.T, strict=True):  # (D,) of each task
             by_task[name] = _interval(values[tasks == name], of_task, digits)
-        means = [mean for mean, _, _ in by_task.values()]
+        means = [mean for mean, *_ in by_task.values()]
         table[metric] = {
             "macro": _interval(means, macro),
             "micro": _interval(values, overall),
@@ -494,7 +496,7 @@ def tabulate(rows: Rows, metrics: tuple, digits: int = ALL_DIGITS) -> dict:
     return table
 
 
-def _interval(values, draws, digits=ALL_DIGITS):
+def _interval(values, draws, digits=UNROUNDED):
     """[mean of the values, 2.5 % and 97.5 % quantile of the draws (D,) or (D, 1)]; None in place of
     a mean of nothing, and of both quantiles when all draws are NaN."""
     draws = draws[~np.isnan(draws)]
@@ -546,7 +548,6 @@ def _read_heldout(folder, settings):
         row.setdefault("task", "all")
         # an edit is called by its row's id
         row.update(row=row["id"], source=row["images"][0], files=[row["id"]])
-        inside(folder, f"{row['id']}.png", row["where"])  # only the check: an id may hold ".."
     return rows, {}
 
 
@@ -564,7 +565,6 @@ def _read_imgedit(folder, settings):
     for key, entry in _read_json(file, FIX).items():
         where = f"{file}: row {key}"
         _check_entry(entry, ("id", "prompt", "edit_type"), where)
-        inside(folder, f"{key}.png", where)
         task = entry["edit_type"].replace("alter", "adjust")
         if not isinstance(prompts.get(task), str):
             raise BadInput(
@@ -574,6 +574,7 @@ def _read_imgedit(folder, settings):
         rows.append(
             {
                 "row": key,
+                "where": where,
                 "prompt": entry["prompt"],
                 "images": [inside(file.parent, entry["id"], where)],
                 "task": task,
@@ -608,26 +609,27 @@ def _read_gedit(folder, settings):
             times[place] += 1
             # a few keys repeat, for rows of their own
             name = place if times[place] == 1 else f"{place}-{times[place]}"
-            rows.append(_gedit_row(entry, name, folder, Path(settings.out).resolve(), where))
+            row = _gedit_row(entry, name, folder, Path(settings.out, "sources"), where)
             # with and without fullset/; the short one is what the method's authors write
             short = "{task_type}/{key}".format(**entry)
-            rows[-1]["files"] = [f"fullset/{name}", f"fullset/{place}", name, place, short]
+            row["files"] = [f"fullset/{name}", f"fullset/{place}", name, place, short]
+            rows.append(row)
     return rows, prompts
 
 
 def _gedit_row(entry, name, folder, out, where):
-    """A checked row of GEdit-Bench, whose pictures are written below `out`. The raw one is edited,
-    the one shown to the judge is resized; either stands in for the other."""
-    inside(out, f"{name}.png", where)  # only the check: a key may hold ".."
+    """A row of GEdit-Bench, whose pictures are written below `out`. The raw one is edited, the one
+    shown to the judge is resized; either stands in for the other."""
     resized = entry.get("input_image")
     raw = entry.get("input_image_raw") or resized or entry.get("file_name")
     if not raw:
         _check_entry(entry, ("file_name",), where)
     return {
         "row": name,
+        "where": where,
         "prompt": entry["instruction"],
-        "images": [_stored(out / f"sources/{name}.png", raw, folder, where)],
-        "shown": _stored(out / f"sources/{name}_shown.png", resized or raw, folder, where),
+        "images": [_stored(inside(out, f"{name}.png", where), raw, folder, where)],
+        "shown": _stored(inside(out, f"{name}_shown.png", where), resized or raw, folder, where),
         "task": entry["task_type"],
         "language": entry["instruction_language"],
         "intersection": bool(entry.get("Intersection_exist")),
@@ -637,10 +639,10 @@ def _gedit_row(entry, name, folder, out, where):
 def _stored(path, cell, folder, where):
     """Writes the file of a table's picture to `path`, unless it is there, and returns the path."""
     content = picture_file(cell, folder, where).getvalue()
-    if not path.is_file() or path.read_bytes() != content:
+    if not Path(path).is_file() or Path(path).read_bytes() != content:
         with whole_file(path) as part:
             part.write_bytes(content)
-    return str(path)
+    return path
 
 
 VIE_TEXTS = {  # the constants of vie_prompts.py that VIEScore joins for each call
@@ -682,10 +684,11 @@ READERS = {"imgedit": _read_imgedit, "gedit": _read_gedit, "heldout": _read_held
 def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
     """(rows, the judge's prompts by task for ImgEdit, by call for GEdit, none for a held-out set).
 
-    rows: dicts with `row` (its name), `prompt`, `images` (paths of its sources), `task`, `source`
-    (the same for all rows on one picture), `files` (where its edit may lie in a subject's folder,
-    without ending; the first is ours), `hash` (of prompt and pictures), ImgEdit's `labels`, GEdit's
-    `language`, `intersection` and `shown` (the path of the source as its judge sees it).
+    rows: dicts with `row` (its name), `where` (it is listed), `prompt`, `images` (paths of its
+    sources), `task`, `source` (the same for all rows on one picture), `files` (where its edit may
+    lie in a subject's folder, without ending; the first is ours), `hash` (of prompt and pictures),
+    ImgEdit's `labels`, GEdit's `language`, `intersection` and `shown` (the path of the source as
+    its judge sees it).
     BadInput when a file or picture is missing or not as the benchmark has it.
     """
     folder = Path(settings.bench).resolve()
@@ -698,6 +701,7 @@ def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
             "folder, with parquet, arrow or metadata.jsonl for GEdit-Bench"
         )
     for row in rows:
+        inside(folder, f"{row['row']}.png", row["where"])  # only the check: a name may hold ".."
         hashes = []
         for path in map(Path, [*row["images"], row.get("shown", row["images"][0])]):
             if not path.is_file():
@@ -836,8 +840,7 @@ def draw_edits(job: Job) -> None:
         # Several processes have fewer threads each, which add up in another order: a grey level
         # may then differ from what one process draws.
         torch.set_num_threads(1)
-    # only these are ours to draw; sorted, as the order of a set differs from run to run
-    for subject in sorted({*_subjects_of(settings)} & {"trained", "base"}):
+    for subject in filter(DRAWN.get, _subjects_of(settings)):
         if not settings.base:
             raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
         made_from = [getattr(settings, name) for name in SAMPLING_FLAGS]
@@ -850,7 +853,7 @@ def draw_edits(job: Job) -> None:
             if not _is_current(path, recipe):
                 job.refuse_when_stopped()
                 editor = editor or _editor_of(job)
-                with policy(editor, "new" if subject == "trained" else "base"):
+                with policy(editor, DRAWN[subject]):
                     group = rollout(
                         editor,
                         list(map(load_image, row["images"])),
@@ -983,17 +986,17 @@ def judge_edits(job: Job) -> None:
 def _is_asked(settings, call, answers):
     """Whether a call is to be made: there is an edit, and no answer, or none that counts."""
     answer = answers.get(call["key"], {"failure": "not judged"})
-    if settings.ask_again == "unread" and not _scores_in(settings.benchmark, answer):
-        return call["edit"]
-    return call["edit"] and "failure" in answer
+    is_unread = settings.ask_again == "unread" and not _scores_in(settings.benchmark, answer)
+    return call["edit"] and (is_unread or "failure" in answer)
 
 
 def _warn_of_own_judge(job, judge):
     """A warning when the LoRA was trained with this very judge."""
     lora = job.settings.lora  # RUN/checkpoint-N
     config = Path(lora).parent / "config.json"
-    trained = _read_json(config, "take a run's own folder") if config.is_file() else {}
-    if lora and trained.get("judge") == job.settings.judge:
+    if not lora or not config.is_file():
+        return
+    if _read_json(config, "take a run's own folder").get("judge") == job.settings.judge:
         say_once(
             f"warning: {judge.name} is the judge that {lora} was trained with; its scores tell how "
             "well it is pleased: let another judge have the last word",
@@ -1082,10 +1085,12 @@ def _ssim(source, edit, mask=None):
     default.
     """
 
-    pictures = []
-    for picture in (source, edit, mask or edit):
-        pictures.append(picture.convert("L").resize(edit.size, Image.Resampling.LANCZOS))
-    x, y, white = torch.from_numpy(np.stack(pictures) / 255)  # (H, W) each, in float64
+    def luminance(picture):  # (H, W) in [0, 1]; float64, as variances are small differences
+        picture = picture.convert("L").resize(edit.size, Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(picture) / 255)
+
+    x = luminance(source)
+    y = luminance(edit)
     moments = torch.stack([x, y, x * x + y * y, x * y])
     # of each window; (H - 6, W - 6) each
     mean_x, mean_y, squares, product = F.avg_pool2d(moments, 7, stride=1)
@@ -1096,9 +1101,9 @@ def _ssim(source, edit, mask=None):
     # Eq. 13, brightness times structure; the paper's 0.01^2 and 0.03^2 keep dark and flat places
     # stable
     ssim = (2 * mean_x * mean_y + 1e-4) / (means + 1e-4)
-    ssim = ssim * (2 * covariance + 9e-4) / (variances + 9e-4)
+    ssim *= (2 * covariance + 9e-4) / (variances + 9e-4)
     if mask:
-        ssim = ssim[white[3:-3, 3:-3] < 0.5]  # by the middle pixel of each window
+        ssim = ssim[luminance(mask)[3:-3, 3:-3] < 0.5]  # by the middle pixel of each window
     return ssim.mean().item()
 
 
@@ -1118,10 +1123,8 @@ def score_calls(job: Job) -> Rows:
     for first in job.bar(calls[::calls_per_row], "kept of the source"):
         first.update(_kept_of_source(job, first))
     results = {}
-    # of calls-LABEL-PROCESS.jsonl
-    stems = {file.stem.rpartition("-")[0] for file in job.out.glob("calls-*.jsonl")}
-    for stem in sorted(stems):
-        label = stem.removeprefix("calls-")
+    labels = {re.sub("calls-|-\\d+$", "", file.stem) for file in job.out.glob("calls-*-*.jsonl")}
+    for label in sorted(labels):
         answers = _read_answers(job, label)
         if any(call["key"] in answers for call in calls):
             results[f"scores-{label}-{settings.mode}.json"] = _result(job, label, calls, answers)
@@ -1139,19 +1142,20 @@ def score_calls(job: Job) -> Rows:
 
 def _result(job, label, calls, answers):
     """What all calls amount to under one judge, answered or not."""
-    records = {}  # of each subject, in the order of the calls
-    for call in calls:
-        unanswered = {"failure": "not judged" if call["edit"] else MISSING}
-        answer = answers.get(call["key"], unanswered)
-        records.setdefault(call["subject"], []).append(answer | call)
-    benchmark = job.settings.benchmark
-    mode = job.settings.mode
+    settings = job.settings
+    subjects = {}
+    for subject, asked in itertools.groupby(calls, itemgetter("subject")):
+        records = []
+        for call in asked:
+            unanswered = {"failure": "not judged" if call["edit"] else MISSING}
+            records.append(answers.get(call["key"], unanswered) | call)
+        subjects[subject] = score(settings.benchmark, records, settings.mode)
     return {
-        "benchmark": benchmark,
+        "benchmark": settings.benchmark,
         "judge": label,
-        "mode": mode,
+        "mode": settings.mode,
         "metadata": _hash_of([row["hash"] for row in job.rows]),
-        "subjects": {name: score(benchmark, records[name], mode) for name in records},
+        "subjects": subjects,
     }
 
 
@@ -1184,44 +1188,47 @@ def _as_text(groups, title):
         lines.append(f"{title}, {group}: {table['answered']} of {table['rows']} rows answered")
         lines.append(_line("", names))
         for task in table[names[0]]:  # macro and micro, then the tasks
-            means = [_interval_text(table[name].get(task, [None] * 3)) for name in names]
-            lines.append(_line(task, means))
+            means = [table[name].get(task, [None] * 3) for name in names]
+            lines.append(_line(task, map(_interval_text, means)))
     return lines
 
 
 def _differences(a, b, benchmark, names):
     """The paired differences of two lists of scored rows, as tables and in words."""
-    main, *_ = METRICS[benchmark]
     groups = paired_differences(a, b, METRICS[benchmark] + PARTS[benchmark])
     lines = _as_text(groups, " - ".join(names))
     for group, table in groups.items():
+        main = table[METRICS[benchmark][0]]["macro"]
         psnr = table.get("psnr", {}).get("macro")
-        lines.append(f"{group}: {_verdict(table[main]['macro'], *names, psnr)}")
+        lines.append(f"{group}: {_verdict(main, *names, psnr)}")
     return lines
 
 
 def _describe(settings, result):
     """What a person reads first: every table, the gain over the baselines, and rows for tables of
     published numbers."""
-    rows_of = {subject: content["rows"] for subject, content in result["subjects"].items()}
-    first, *others = rows_of
+    subjects = result["subjects"]
+    first, *others = subjects
     lines = [
         f"{settings.benchmark}, {result['mode']} reading, judge and prompts {result['judge']}, "
-        f"{len(rows_of[first])} rows, metadata {result['metadata']}"
+        f"{len(subjects[first]['rows'])} rows, metadata {result['metadata']}"
     ]
-    for subject, rows in rows_of.items():
-        lines += _as_text(result["subjects"][subject]["groups"], subject)
-        unanswered = [row["said"] for row in rows if not row["answered"]]
+    for subject, content in subjects.items():
+        lines += _as_text(content["groups"], subject)
+        unanswered = [row["said"] for row in content["rows"] if not row["answered"]]
         missing = sum(MISSING in said for said in unanswered)
         unread = len(unanswered) - missing
         if unanswered:
             lines.append(f"warning: {subject}: {missing} edits missing, {unread} without a score")
         if settings.repeats > 1:
-            lines.append(_spread(subject, rows))
+            lines.append(_spread(subject, content["rows"]))
     for other in others:
-        names = (first, other)
-        lines += _differences(rows_of[first], rows_of[other], settings.benchmark, names)
-    return "\n".join([*lines, *_pasted_rows(settings, result, first)])
+        pair = (subjects[first]["rows"], subjects[other]["rows"])
+        lines += _differences(*pair, settings.benchmark, (first, other))
+    name = settings.edits or settings.base or first
+    if first == "trained":
+        name += f" + {settings.lora}"
+    return "\n".join([*lines, *_pasted_rows(result, first, name)])
 
 
 def _spread(subject, rows):
@@ -1235,29 +1242,17 @@ def _spread(subject, rows):
     )
 
 
-def _macros(result, subject):
-    """{"GROUP METRIC": [mean over tasks, low, high]} of a subject."""
-    macros = {}
+def _pasted_rows(result, subject, name):
+    """A subject's row under its name, to be pasted beside published ones: the lines of a Markdown
+    table, and the same row for LaTeX."""
+    cells = {"model": name, "judge": result["judge"], "mode": result["mode"]}
     for group, table in result["subjects"][subject]["groups"].items():
         for metric in _metrics_in(table):
-            macros[f"{group} {metric}"] = table[metric]["macro"]
-    return macros
-
-
-def _pasted_rows(settings, result, subject):
-    """A subject's row to be pasted beside published ones: the lines of a Markdown table, and the
-    same row for LaTeX."""
-    name = settings.edits or settings.base or subject
-    if subject == "trained":
-        name += f" + {settings.lora}"
-    cells = {"model": name, "judge": result["judge"], "mode": result["mode"]}
-    for column, mean in _macros(result, subject).items():
-        cells[column] = _interval_text(mean)
-    for group, table in result["subjects"][subject]["groups"].items():
+            cells[f"{group} {metric}"] = _interval_text(table[metric]["macro"])
         cells[f"{group} rows answered"] = f"{table['answered']} of {table['rows']}"
     lines = (cells, ["---"] * len(cells), cells.values())
-    latex = re.sub(r"([#$%&_{}])", r"\\\1", "\t".join(cells.values())).replace("\t", " & ")
-    return [*(f"| {' | '.join(line)} |" for line in lines), rf"{latex} \\"]
+    latex = [re.sub(r"([#$%&_{}])", r"\\\1", cell) for cell in cells.values()]
+    return [*(f"| {' | '.join(line)} |" for line in lines), rf"{' & '.join(latex)} \\"]
 
 
 # The report is one page without any library: rows are filtered by task, language and failure.
@@ -1270,13 +1265,13 @@ figure {margin: 0; width: 260px} small {color: #666} details {white-space: pre-w
 img {width: 260px; height: 260px; object-fit: contain; background: #f4f4f4}
 .tiny {image-rendering: pixelated} figcaption {min-height: 2.5em}
 details:has(span:empty) {display: none}</style>
-<h1>edit-nft: evaluation</h1><pre>@SUMMARY@</pre>
+<h1>edit-nft: evaluation</h1><pre>$summary</pre>
 <label>task <select id="task"><option value="">all</option></select></label>
 <label>language <select id="language"><option value="">all</option></select></label>
 <label>rows <select id="state"><option value="">all</option></select></label>
 <label>order <select id="order"><option value="1">worst first</option>
 <option value="-1">best first</option></select></label>
-<span id="count"></span><main>@ROWS@</main><script>
+<span id="count"></span><main>$rows</main><script>
 for (const image of document.querySelectorAll("img"))
   image.onload = () => image.classList.toggle("tiny", image.naturalWidth <= 128);
 const rows = [...document.querySelectorAll("article")];
@@ -1311,26 +1306,26 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
     median score. results: as score_calls returns them; the first one's judge orders the rows.
     """
     main = METRICS[job.settings.benchmark][0]
-    rows = next(iter(results[0]["subjects"].values()))["rows"]  # of the subject in question
-    articles = ""
-    by_task = {}
+    rows = _first_subject(results[0])["rows"]
     scores = np.nan_to_num([row[main] for row in rows], nan=-1.0)  # below the worst
-    for number in job.bar(np.argsort(scores), "report"):  # the worst first
+    articles = ""
+    shown = {}  # of each task's rows, the worst first
+    for number in job.bar(np.argsort(scores), "report"):
         job.refuse_when_stopped()
         row = rows[number]
-        shown = _shown(job, results, number)
-        figures = "".join(FIGURE.format(**_escaped(edit)) for edit in shown)
+        edits = _shown(job, results, number)
+        figures = "".join(FIGURE.format(**_escaped(edit)) for edit in edits)
         state = "" if row["answered"] else "failed"
         texts = {"language": "", "state": state, "score": row[main]} | row
         articles += ARTICLE.format(**_escaped(texts), figures=figures)
-        by_task.setdefault(row["task"], []).append(shown)
-    page = PAGE.replace("@SUMMARY@", escape(summary)).replace("@ROWS@", articles)
+        shown.setdefault(row["task"], []).append(edits)
+    page = Template(PAGE).substitute(summary=escape(summary), rows=articles)
     with whole_file(job.out / "report.html") as part:
         part.write_text(page, encoding="utf-8")
     pictures = []
     captions = []
-    for _, ranked in sorted(by_task.items()):
-        median = ranked[len(ranked) // 2]
+    for task in sorted(shown):
+        median = shown[task][len(shown[task]) // 2]
         pictures.append([_picture_or_none(job.out / edit["link"]) for edit in median])
         captions.append([edit["caption"] for edit in median])
     with whole_file(job.out / "grid.png") as part:
@@ -1389,28 +1384,27 @@ def compare(runs: list[str]) -> None:
     """Prints the paired differences of the first subjects of --out folders, the first folder's
     against each of the others', under each judge and mode that all have. BadInput when they have
     none in common, or not the same rows."""
-    for results in _shared_results(runs):
-        first, *others = [next(iter(result["subjects"].values()))["rows"] for result in results]
-        for run, rows in zip(runs[1:], others, strict=True):
-            lines = _differences(first, rows, results[0]["benchmark"], (runs[0], run))
-            print("\n".join(lines))
+    for benchmark, subjects in _shared_results(runs):
+        for i in range(1, len(runs)):
+            pair = (subjects[0]["rows"], subjects[i]["rows"])
+            print("\n".join(_differences(*pair, benchmark, (runs[0], runs[i]))))
 
 
 def seeds(runs: list[str]) -> None:
     """Prints the mean of several --out folders' first subjects, such as one for each --seed, and
     how far apart they are: rows are not pooled. BadInput as for compare."""
-    for results in _shared_results(runs):
-        macros = [_macros(result, next(iter(result["subjects"]))) for result in results]
-        for name in macros[0]:
-            # None is NaN, as is a metric that a run has no value of
-            values = np.array([found.get(name, [None])[0] for found in macros], float)
-            spread = values.std(ddof=1)
-            cell = f"{values.mean():.3f}, standard deviation {spread:.3f} over {len(runs)} runs"
-            print(_line(name, [cell]))
+    for _, subjects in _shared_results(runs):
+        for group, table in subjects[0]["groups"].items():
+            for name in _metrics_in(table):
+                tables = [subject["groups"][group].get(name, {}) for subject in subjects]
+                # None is NaN, as is a metric that a run has no value of
+                means = np.array([found.get("macro", [None])[0] for found in tables], float)
+                spread = f"standard deviation {means.std(ddof=1):.3f} over {len(runs)} runs"
+                print(_line(f"{group} {name}", [f"{means.mean():.3f}, {spread}"]))
 
 
 def _shared_results(runs):
-    """The runs' results under each judge and mode that all of them have."""
+    """(benchmark, the first subject of each run) under each judge and mode that all runs have."""
     if len(runs) < 2:
         raise BadInput("compare, seeds: name two runs or more, evaluate.py compare RUN_A RUN_B")
     found = [_read_results(run) for run in runs]
@@ -1418,13 +1412,18 @@ def _shared_results(runs):
     names = " and ".join(runs)
     if not shared:
         raise BadInput(f"{names}: no result under one judge, prompts and reading; score all alike")
-    for name in sorted(shared):
-        results = [run[name] for run in found]
+    for file in sorted(shared):
+        results = [run[file] for run in found]
         first = results[0]
-        if any(result["metadata"] != first["metadata"] for result in results):
+        if len({result["metadata"] for result in results}) > 1:
             raise BadInput(f"{names}: another version of the benchmark in each; score all on one")
         print(f"judge and prompts {first['judge']}, {first['mode']} reading")
-        yield results
+        yield first["benchmark"], [_first_subject(result) for result in results]
+
+
+def _first_subject(result):
+    """The rows and tables of the subject in question."""
+    return next(iter(result["subjects"].values()))
 
 
 def _read_results(run):
@@ -1458,21 +1457,23 @@ def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
     first is better, 1 the second, 0.5 neither. columns: "NAME=COLUMN" for what is called otherwise,
     with several columns for a list. BadInput for a record without them.
     """
+    folder = Path(table) if Path(table).is_dir() else Path(table).parent  # of the pictures' paths
     for number, record in enumerate(read_records(table), 1):
         where = f"{table}: record {number}"
         try:
             for entry in columns:
                 name, _, places = entry.partition("=")
-                cells = [record[place] for place in places.split(",")]
-                record[name] = cells if len(cells) > 1 else cells[0]
+                record[name] = itemgetter(*places.split(","))(record)  # a tuple of several
             scores = record.get("scores")
             if not scores:
                 second = float(record["preference"])
                 scores = [1 - second, second]
             row = {"prompt": str(record["prompt"]), "labels": list(map(float, scores))}
             for name in ("image", "edits"):
-                cells = record[name] if isinstance(record[name], list) else [record[name]]
-                row[name] = [picture_in(cell, Path(table).parent, where) for cell in cells]
+                cells = record[name]
+                if not isinstance(cells, (list, tuple)):
+                    cells = [cells]
+                row[name] = [picture_in(cell, folder, where) for cell in cells]
             if len(scores) != len(row["edits"]):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
@@ -1501,29 +1502,27 @@ def agree(words: list[str]) -> None:
     settings = parse_settings(AgreeSettings, ["--table", *words], agree.__doc__, judge=TOY)
     stop = catch_signals()
     judge = None
-    outcomes = []
-    row_of_pair = []  # its number: pairs of a row are resampled together
+    pairs = []  # as rows of a table; those of one record are resampled together
     scores = []
     labels = []
-    for number, row in enumerate(read_ratings(settings.table, settings.columns)):
+    number = 0
+    for number, row in enumerate(read_ratings(settings.table, settings.columns), 1):
         judge = judge or load_judge(settings, stop=stop)  # not before a row is known to be whole
         found = judge.score(row, row["image"], row["edits"]).score.tolist()
-        pairs = _ordered_pairs(found, row["labels"])
-        outcomes += pairs
-        row_of_pair += [number] * len(pairs)
+        for outcome in _ordered_pairs(found, row["labels"]):
+            pairs.append({"task": "all", "source": number, "answered": True, "right": outcome})
         scores += found
         labels += row["labels"]
     if judge is None:
         raise BadInput(f"agree {settings.table}: holds no records; name a table of rated edits")
     judge.close()
-    _, draws = bootstrap(outcomes, ["all"] * len(outcomes), row_of_pair)
-    right = _interval_text(_interval(outcomes, draws), ".1%")
-    ties = outcomes.count(0.5) / max(len(outcomes), 1)
+    right = _interval_text(tabulate(pairs, ("right",))["right"]["micro"], ".1%")
+    ties = sum(pair["right"] == 0.5 for pair in pairs) / max(len(pairs), 1)
     scores, labels = torch.tensor([scores, labels])  # (all edits,) each
     known = ~scores.isnan()
     order = spearman(scores[known], labels[known])
     print(
-        f"{settings.judge}, {settings.judge_strategy}: {len(scores)} edits of {number + 1} "
+        f"{settings.judge}, {settings.judge_strategy}: {len(scores)} edits of {number} "
         f"sources; right pairs {right}, ties {ties:.1%}, Spearman {order:.3f}, "
         f"failed {1 - known.float().mean():.1%}"
     )
@@ -1531,7 +1530,7 @@ def agree(words: list[str]) -> None:
 
 # ---------------------------------------------------------------- training runs as curves
 
-CURVES = (  # keys of log.jsonl, one for each of 2 x 4 axes
+CURVES = (  # keys of log.jsonl, any number of them, four in a row
     "reward/mean",
     "heldout/new/judge",
     "heldout/new/oracle",
@@ -1592,7 +1591,8 @@ def curves(words: list[str]) -> None:
     # with a list for faults, a last line that a crash cut short is passed over
     logs = [read_json_lines(Path(run, "log.jsonl"), faults=[]) for run in settings.runs]
     with _figure(settings.out) as figure:
-        for axes, name in zip(figure.subplots(2, 4).flat, CURVES, strict=True):
+        rows = math.ceil(len(CURVES) / 4)
+        for axes, name in zip(figure.subplots(rows, 4).flat, CURVES, strict=False):
             values = {}  # epoch -> what the runs that have come so far logged
             for _, record in itertools.chain(*logs):
                 if name in record:
