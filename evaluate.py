@@ -42,7 +42,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -197,7 +197,7 @@ LABEL = r"\W*?(?:\d+[.)]\s*)?([^\W\d][\w &/()'’-]{1,60}?)"  # bullets, perhaps
 SEPARATOR = r"(?:\s*[:=|]+|\s+[-–—]|\s+is\b)\s*"
 NUMBER = r"(\d+(?:\.\d+)?)(?!\.?\d)"  # whole: not the 4.5 of 4.56
 VALUE_END = r"(?=\s*(?:[,;.|(){}\n]|$)|\s+[-–—]\s)"  # else "4 objects" or "3-4" would be scores
-# one ": " and only digits behind it
+# of a line with one ": " the whole number behind it: (?!: ) lets no other stand before it
 OFFICIAL_LINE = r"(?m)^(?:(?!: ).)*: (\d{1,9})\s*$"
 # labels of what is no score of its own: taken for one, it would stand in for a missing one
 UNWANTED = re.compile(r"(?i)reason|overall|average|total|\bsum\b|final|expla|analysis|rationale")
@@ -273,6 +273,7 @@ def _labelled_scores(text, start, top, labels=()):
         # without known labels every label counts that is not plainly something else
         if wanted or not (labels or UNWANTED.search(name)):
             found[wanted or name] = float(number)
+    # in the order of the prompt, or else of the answer
     return [found[name] for name in labels or found if name in found]
 
 
@@ -312,13 +313,13 @@ def _listed_scores(text):
         # the key of an object; in a text within JSON there would be a backslash before the quote
         re.findall(r"(?i)(?<!\\)[\"']scores?[\"']" + brackets, text)
         or re.findall(r"(?i)scores?[\"']?" + brackets, text)  # score: [8, 7], scores = (8, 7) ...
-        or re.findall(r"^\s*\[?((?:[\d./\s]+,)+[\d./\s]+)\]?\s*$", text)  # 8, 7
+        or re.findall(r"^\s*\[?((?:[\d./\s]+,)+[\d./\s]+)\]?\s*$", text)  # nothing but 8, 7
     )
 
 
 def _score_of_ten(value):
     """8, "8", "8/10" or "success": 8 as a number; NaN for anything else."""
-    key = r"\s*(?:[\"'][^\"']*[\"']\s*:)?\s*"
+    key = r"\s*(?:[\"'][^\"']*[\"']\s*:)?\s*"  # the "success": of an object, if there is one
     number = re.fullmatch(key + r"[\"']?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\s*分?[\"']?\s*", value)
     return float(number[1]) if number else math.nan
 
@@ -326,7 +327,8 @@ def _score_of_ten(value):
 def _official_gedit(reply):
     """What VIEScore's parser reads: JSON between its delimiters or the outer braces; or else two
     numbers in brackets, or nothing but a number from 0 to 10. None where it draws at random."""
-    fenced = reply.split("||V^=^V||")
+    fenced = reply.split("||V^=^V||")  # the delimiters that VIEScore's prompts ask for
+    # [8, 7] among other words, as long as these hold no bracket; or one number alone
     bare = re.fullmatch(r"[^\[]*(\[\d+, ?\d+\])[^\]]*|\s*(\d|10)\s*", reply)
     if len(fenced) == 3:
         text = fenced[1]
@@ -376,8 +378,9 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
 
     records: for each row, and for each round of questions about it, one record for each of its
     CALLS, in their order. A record has `row`, `task`, `source`, and `reply` or `failure`; it may
-    have KEPT, ImgEdit's `labels`, GEdit's `language` and `intersection`. In a held-out set `scores`
-    is [the judge's own score], and `truth` the oracle's of a toy row, which has a `target_scene`.
+    have `repeat` (the number of its round), KEPT, ImgEdit's `labels`, GEdit's `language` and
+    `intersection`. In a held-out set `scores` is [the judge's own score], and `truth` the oracle's
+    of a toy row, which has a `target_scene`.
 
     strict: a metric without a value counts at the floor, ImgEdit's 1 or else 0. official: a row
     that lacks one has none (NaN), and ImgEdit's rows and tasks are rounded to 2 digits.
@@ -391,20 +394,19 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
 
 def _scored_row(benchmark, calls, mode, digits):
     """A row of `score` from all of its calls."""
-    size = len(CALLS[benchmark])
+    main = METRICS[benchmark][0]
     rounds = []
-    for start in range(0, len(calls), size):
-        rounds.append(_measured(benchmark, calls[start : start + size], mode))
-    repeats = np.array([found[METRICS[benchmark][0]] for found in rounds])
+    for _, asked in itertools.groupby(calls, lambda call: call.get("repeat")):
+        rounds.append(_measured(benchmark, list(asked), mode))
+    repeats = [found[main] for found in rounds]
     said = [record.get("reply") or record.get("failure", "") for record in calls]
-    row = calls[0] | {"repeats": repeats.tolist(), "said": "\n".join(said).strip()}
-    row["answered"] = not np.isnan(repeats).any()
-    for name in rounds[0]:
-        values = np.array([found[name] for found in rounds])
-        if mode == "official":
-            values = values[~np.isnan(repeats)]  # what has no score is left out
-        values = np.nan_to_num(values, nan=FLOOR[benchmark])
-        row[name] = _average(values, digits) if len(values) else math.nan
+    row = calls[0] | {"repeats": repeats, "said": "\n".join(said).strip(), main: math.nan}
+    row["answered"] = not any(map(math.isnan, repeats))
+    if mode == "official":  # what has no score is left out
+        rounds = [found for found in rounds if not math.isnan(found[main])]
+    for name in next(iter(rounds), ()):  # all rounds have the names of the first
+        values = [found[name] for found in rounds]
+        row[name] = _average(np.nan_to_num(values, nan=FLOOR[benchmark]), digits)
     return row
 
 
@@ -428,6 +430,7 @@ def _measured(benchmark, calls, mode):
         # the oracle knows a toy's rows alone
         truth = first.get("truth", unknown) if "target_scene" in first else {}
         return truth | {"judge": first.get("scores", [math.nan])[0]}
+    # an answer that cannot be read lacks as many scores as a whole one has
     unread = [math.nan] * (len(PARTS[benchmark]) // len(calls))
     scores = [_scores_in(benchmark, call, mode) or unread for call in calls]
     if benchmark == "imgedit":
@@ -481,6 +484,7 @@ def tabulate(rows: Rows, metrics: tuple, digits: int = UNROUNDED) -> dict:
         tasks = np.array([row["task"] for row in known])
         sources = [row["source"] for row in known]
         names, draws = bootstrap(values, tasks, sources)  # (D draws, T)
+        # the same pictures are drawn, as bootstrap always begins with one seed
         _, overall = bootstrap(values, ["all"] * len(known), sources)  # (D, 1)
         # a draw may hold no picture of a rare task, NaN: its mean is over the tasks that it holds
         macro = np.ma.masked_invalid(draws).mean(1).filled(np.nan)  # (D,)
@@ -523,7 +527,7 @@ def _verdict(difference, a, b, psnr=None):
     """A difference [mean, low, high] of the subjects (or runs) a and b in words, and that of their
     PSNR in dB: a gain may be paid for with the source picture."""
     mean, low, high = difference
-    if low is None:
+    if low is None:  # of one picture nothing can be resampled
         return f"too few source pictures to tell {a} from {b}"
     words = f"no difference between {a} and {b} can be told"
     if low > 0 or high < 0:
@@ -566,11 +570,7 @@ def _read_imgedit(folder, settings):
         where = f"{file}: row {key}"
         _check_entry(entry, ("id", "prompt", "edit_type"), where)
         task = entry["edit_type"].replace("alter", "adjust")
-        if not isinstance(prompts.get(task), str):
-            raise BadInput(
-                f"{prompt_file}: has no prompt for the task {task!r} of row {key}; take both files "
-                "of one version"
-            )
+        _check_entry(prompts, (task,), f"{prompt_file} (for row {key})")
         rows.append(
             {
                 "row": key,
@@ -598,10 +598,9 @@ def _read_gedit(folder, settings):
     folders = (folder, folder / "viescore", folder.parent / "viescore")
     prompts = _read_vie_prompts(_find_file(folders, ("vie_prompts.py",)))
     listed = folder / "metadata.jsonl"
-    entries = read_records(listed if listed.is_file() else folder)
     rows = []
     times = Counter()  # how often each place has come so far
-    for number, entry in enumerate(entries, 1):
+    for number, entry in enumerate(read_records(listed if listed.is_file() else folder), 1):
         where = f"{folder}: row {number}"
         _check_entry(entry, ("key", "task_type", "instruction_language", "instruction"), where)
         if settings.language in (entry["instruction_language"], "both"):
@@ -750,26 +749,20 @@ class Job:
         """The precision of editor and local judge: few CPUs are fast in bfloat16."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    def refuse_when_stopped(self) -> None:
-        """Raises Stopped once a signal came."""
-        if self.stop.is_set():
-            raise Stopped
-
-    def bar(self, work, name: str, total: int | None = None) -> tqdm:
-        """An iterable with a progress bar, shown by one process. total: its length, if unknown."""
-        return tqdm(work, name, total, disable=not self.accelerator.is_main_process)
+    def each(self, work, name: str) -> Iterator:
+        """One after the other, with a progress bar of one process; Stopped once a signal came."""
+        for part in tqdm(work, name, disable=not self.accelerator.is_main_process):
+            if self.stop.is_set():
+                raise Stopped
+            yield part
 
 
 def _subjects_of(settings):
     """The names of the subjects, first the one in question, then the baselines. Without any setting
     it is base, so that the missing --base is told."""
-    names = sorted(settings.baselines)
-    if settings.edits:
-        names.insert(0, "edits")
-    elif settings.lora:
-        names.insert(0, "trained")
-    elif settings.base or not names:
-        names.insert(0, "base")
+    made_by = {"edits": settings.edits, "trained": settings.lora, "base": settings.base}
+    given = [name for name in made_by if made_by[name]]
+    names = [*given[:1], *sorted(settings.baselines)] or ["base"]
     return list(dict.fromkeys(names))  # base may be both
 
 
@@ -847,26 +840,26 @@ def draw_edits(job: Job) -> None:
         made_from.append(_weights_hash(settings.base))
         if subject == "trained":
             made_from.append(_weights_hash(settings.lora))
-        for row in job.bar(job.mine, f"{subject} edits"):
+        for row in job.each(job.mine, f"{subject} edits"):
             path = job.out / subject / f"{row['files'][0]}.png"
             recipe = _hash_of([made_from, row["hash"]])
-            if not _is_current(path, recipe):
-                job.refuse_when_stopped()
-                editor = editor or _editor_of(job)
-                with policy(editor, DRAWN[subject]):
-                    group = rollout(
-                        editor,
-                        list(map(load_image, row["images"])),
-                        row["prompt"],
-                        [torch.Generator().manual_seed(settings.seed)],
-                        settings.steps,
-                        settings.guidance,
-                        evaluation=True,
-                    )
-                if settings.benchmark == "gedit":  # whose layout has the source beside
-                    source = load_image(row["shown"])
-                    _save_png(path.with_name(f"{path.stem}_SRCIMG.png"), source, "")
-                _save_png(path, group.images[0], recipe)
+            if _is_current(path, recipe):
+                continue
+            editor = editor or _editor_of(job)
+            with policy(editor, DRAWN[subject]):
+                group = rollout(
+                    editor,
+                    list(map(load_image, row["images"])),
+                    row["prompt"],
+                    [torch.Generator().manual_seed(settings.seed)],
+                    settings.steps,
+                    settings.guidance,
+                    evaluation=True,
+                )
+            if settings.benchmark == "gedit":  # whose layout has the source beside
+                source = path.with_name(f"{path.stem}_SRCIMG.png")
+                _save_png(source, load_image(row["shown"]), "")
+            _save_png(path, group.images[0], recipe)
 
 
 def _editor_of(job):
@@ -906,8 +899,8 @@ def _find_calls(job, rows):
             edit_hash = _hash_of(path) if path else ""
             names = CALLS[job.settings.benchmark]
             for repeat, name in itertools.product(range(job.settings.repeats), names):
-                call = row | {"subject": subject, "edit": str(path or "")}
-                call |= {"call": name, "repeat": repeat}
+                call = row | {"subject": subject, "call": name, "repeat": repeat}
+                call["edit"] = str(path or "")
                 # a first answer counts, whether or not there are to be others
                 asked = f"{name} again {repeat}" if repeat else name
                 call["key"] = _hash_of([asked, _question(job, call), row["hash"], edit_hash])
@@ -941,12 +934,6 @@ def _read_answers(job, label):
     return {str(record.get("key")): record for record in records}
 
 
-def _label_of(job, judge):
-    """The judge's name, fit for a file's, and a hash of how it is asked: two labels never mix."""
-    asked = job.prompts or [judge.prompts, *(getattr(job.settings, name) for name in JUDGE_FLAGS)]
-    return "-".join([*re.findall(r"[\w.]+", judge.name), _hash_of([judge.name, asked])])
-
-
 def judge_edits(job: Job) -> None:
     """Asks the judge what has no answer yet, several calls at a time, and appends each to
     calls-LABEL-PROCESS.jsonl as it comes. Failures are asked again in the next run.
@@ -956,17 +943,20 @@ def judge_edits(job: Job) -> None:
     settings = job.settings
     judge = load_judge(settings, job.device, job.dtype, stop=job.stop)
     _warn_of_own_judge(job, judge)
-    label = _label_of(job, judge)
-    answers = _read_answers(job, label)
-    calls = _find_calls(job, job.mine)
-    todo = [call for call in calls if _is_asked(settings, call, answers)]
+    # The label is the judge's name, fit for a file's, and a hash of how it is asked: two never mix.
+    asked = job.prompts or [judge.prompts, *(getattr(settings, name) for name in JUDGE_FLAGS)]
+    label = "-".join([*re.findall(r"[\w.]+", judge.name), _hash_of([judge.name, asked])])
+    answers = _read_answers(job, label)  # of every process: their number may have changed
+    todo = [call for call in _find_calls(job, job.mine) if _is_asked(settings, call, answers)]
     file = job.out / f"calls-{label}-{job.accelerator.process_index}.jsonl"
-    # so many at each server; several are named with commas
+    # So many at each server; several are named with commas. Threads do, as a call only waits.
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
     call_of = {pool.submit(_answer, job, judge, call): call for call in todo}
     failures = []
     try:
-        for future in job.bar(as_completed(call_of), "judge", len(todo)):
+        # not job.each: after a stop, too, what is finished is kept
+        silent = not job.accelerator.is_main_process
+        for future in tqdm(as_completed(call_of), "judge", len(todo), disable=silent):
             record = future.result()
             if job.stop.is_set() and "failure" in record:
                 continue  # given up because of the stop, no failure of the judge
@@ -1018,9 +1008,8 @@ def _answer(job, judge, call):
             source, edit = _as_gedit_shows(load_image(call["shown"]), edit)
             # VIEScore judges quality without the source
             sources = [] if call["call"] == "PQ" else [source]
-        pictures = [*sources, edit]
-        tokens = job.settings.reply_tokens
-        reply = judge.reply(_question(job, call), pictures, tokens, draw=call["repeat"])
+        question = _question(job, call)
+        reply = judge.reply(question, [*sources, edit], job.settings.reply_tokens, call["repeat"])
         facts = reply.facts
         return facts | {"reply": reply.said()}
     except (JudgeFailure, BadInput) as failure:
@@ -1061,18 +1050,14 @@ def _as_gedit_shows(source, edit):
 def _kept_of_source(job, call):
     """PSNR in dB and SSIM of an edit to its first source, outside the mask if there is one; {} for
     no edit, for one that cannot be opened, and for the source itself (it would be perfect)."""
-    job.refuse_when_stopped()
-    if call["subject"] == "source":
-        return {}
+    source = _picture_or_none(call["images"][0])
+    edit = _picture_or_none(call["edit"])
     mask = call.get("mask")
     if job.settings.masks:
         mask = _find_picture(job.settings.masks, call["files"])
-    try:
-        source = load_image(call["images"][0])
-        edit = load_image(call["edit"])
-        mask = load_image(mask) if mask else None
-    except BadInput:
+    if call["subject"] == "source" or not source or not edit:
         return {}
+    mask = load_image(mask) if mask else None
     psnr = plain_terms(source, [edit], mask)["psnr"]
     return {"psnr": psnr.item(), "ssim": _ssim(source, edit, mask)}
 
@@ -1120,22 +1105,24 @@ def score_calls(job: Job) -> Rows:
     settings = job.settings
     calls = _find_calls(job, job.rows)
     calls_per_row = len(CALLS[settings.benchmark]) * settings.repeats
-    for first in job.bar(calls[::calls_per_row], "kept of the source"):
+    # once for each edit, by the first call on it; `score` makes a row of that one
+    for first in job.each(calls[::calls_per_row], "kept of the source"):
         first.update(_kept_of_source(job, first))
     results = {}
-    labels = {re.sub("calls-|-\\d+$", "", file.stem) for file in job.out.glob("calls-*-*.jsonl")}
+    files = job.out.glob("calls-*-*.jsonl")  # of calls-LABEL-PROCESS.jsonl the LABELs
+    labels = {re.sub(r"^calls-|-\d+$", "", file.stem) for file in files}
     for label in sorted(labels):
         answers = _read_answers(job, label)
         if any(call["key"] in answers for call in calls):
-            results[f"scores-{label}-{settings.mode}.json"] = _result(job, label, calls, answers)
+            file = job.out / f"scores-{label}-{settings.mode}.json"
+            results[file] = _result(job, label, calls, answers)
+            write_json(file, results[file])
     if not results:
         raise BadInput(
             f"{job.out}: holds no calls of a judge on these edits; run --stage judge first"
         )
-    for name, result in results.items():
-        write_json(job.out / name, result)
     for file in job.out.glob("scores-*.json"):
-        if file.name not in results:
+        if file not in results:
             file.unlink()
     return list(results.values())
 
@@ -1148,6 +1135,7 @@ def _result(job, label, calls, answers):
         records = []
         for call in asked:
             unanswered = {"failure": "not judged" if call["edit"] else MISSING}
+            # `call` last: an old record may tell another place of the same edit
             records.append(answers.get(call["key"], unanswered) | call)
         subjects[subject] = score(settings.benchmark, records, settings.mode)
     return {
@@ -1197,7 +1185,7 @@ def _differences(a, b, benchmark, names):
     """The paired differences of two lists of scored rows, as tables and in words."""
     groups = paired_differences(a, b, METRICS[benchmark] + PARTS[benchmark])
     lines = _as_text(groups, " - ".join(names))
-    for group, table in groups.items():
+    for group, table in groups.items():  # its verdict is on means over tasks, as published
         main = table[METRICS[benchmark][0]]["macro"]
         psnr = table.get("psnr", {}).get("macro")
         lines.append(f"{group}: {_verdict(main, *names, psnr)}")
@@ -1234,6 +1222,7 @@ def _describe(settings, result):
 def _spread(subject, rows):
     """How far the judge's answers on one edit lie apart, and how far the rows do, in one line."""
     scores = np.array([row["repeats"] for row in rows])  # (rows, repeats)
+    # a mean of variances, not of deviations, which would be too small for few repeats
     within = np.sqrt(np.nanmean(scores.var(1, ddof=1)))
     between = np.nanstd(scores.mean(1), ddof=1)
     return (
@@ -1251,6 +1240,7 @@ def _pasted_rows(result, subject, name):
             cells[f"{group} {metric}"] = _interval_text(table[metric]["macro"])
         cells[f"{group} rows answered"] = f"{table['answered']} of {table['rows']}"
     lines = (cells, ["---"] * len(cells), cells.values())
+    # a backslash before what LaTeX takes for its own
     latex = [re.sub(r"([#$%&_{}])", r"\\\1", cell) for cell in cells.values()]
     return [*(f"| {' | '.join(line)} |" for line in lines), rf"{' & '.join(latex)} \\"]
 
@@ -1310,8 +1300,7 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
     scores = np.nan_to_num([row[main] for row in rows], nan=-1.0)  # below the worst
     articles = ""
     shown = {}  # of each task's rows, the worst first
-    for number in job.bar(np.argsort(scores), "report"):
-        job.refuse_when_stopped()
+    for number in job.each(np.argsort(scores), "report"):
         row = rows[number]
         edits = _shown(job, results, number)
         figures = "".join(FIGURE.format(**_escaped(edit)) for edit in edits)
@@ -1347,6 +1336,7 @@ def _shown(job, results, number):
     """What is shown of a row: for source, base, trained the `caption` with the scores under each
     judge, the `link` of the picture, which is written, small, and what was `said`."""
     shown = []
+    # from what was given to what came of it; `source` may be a subject, too
     for name in dict.fromkeys(["source", *reversed(results[0]["subjects"])]):
         row = job.rows[number]
         picture = _picture_or_none(_find_edit(job, row, name) or MISSING)
@@ -1359,22 +1349,23 @@ def _shown(job, results, number):
         caption = name
         if name == "source":  # the grid's font has no letters but these
             caption += f": {row['prompt'] if row['prompt'].isascii() else row['row']}"
-        said = ""
+        said = []
         for result in results:
             if name in result["subjects"]:
                 scored = result["subjects"][name]["rows"][number]
-                caption += f" {_scores_text(scored, result)};"
-                said += f"{scored['said']}\n"
-        shown.append({"caption": caption, "link": link, "said": said.strip()})
+                caption += _scores_text(scored, result)
+                said.append(scored["said"])
+        shown.append({"caption": caption, "link": link, "said": "\n".join(said)})
     return shown
 
 
 def _scores_text(scored, result):
     """A row's scores under a judge; where one is missing it is said what counts."""
-    names = [name for name in (*METRICS[result["benchmark"]], "psnr") if name in scored]
-    values = " ".join(f"{name} {scored[name]:.2f}" for name in names)
-    state = "" if scored["answered"] else "missing, counts as "
-    return f"{state}{values} by {result['judge']}"
+    text = "" if scored["answered"] else " missing, counts as"
+    for name in (*METRICS[result["benchmark"]], "psnr"):
+        if name in scored:
+            text += f" {name} {scored[name]:.2f}"
+    return f"{text} by {result['judge']};"
 
 
 # ---------------------------------------------------------------- two runs
@@ -1450,7 +1441,7 @@ class AgreeSettings(JudgeSettings):
 
 def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
     """The rows of a table of edits that people rated, one by one, as a judge takes them, with
-    `sources` and `edits`, lists of pictures, and `labels`, a float for each edit.
+    `image` and `edits`, lists of pictures, and `labels`, a float for each edit.
 
     table: as read_records takes it. A record has `prompt`, `image`, `edits` and `scores`, a number
     for each edit, the higher the better; for two edits also `preference` in place of scores: 0 the
@@ -1469,6 +1460,7 @@ def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
                 second = float(record["preference"])
                 scores = [1 - second, second]
             row = {"prompt": str(record["prompt"]), "labels": list(map(float, scores))}
+            row |= {"task": record.get("task"), "requirement": record.get("requirement")}
             for name in ("image", "edits"):
                 cells = record[name]
                 if not isinstance(cells, (list, tuple)):
@@ -1481,7 +1473,7 @@ def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
                 f"{where} lacks `prompt`, `image` or `edits` with as many `scores`, or with a "
                 "`preference`; add them, or say in --columns what they are called"
             ) from None
-        yield {"task": record.get("task"), "requirement": record.get("requirement")} | row
+        yield row
 
 
 def _ordered_pairs(scores, labels):
@@ -1490,10 +1482,9 @@ def _ordered_pairs(scores, labels):
     outcomes = []
     # scores a and b, labels x and y
     for (a, x), (b, y) in itertools.combinations(zip(scores, labels, strict=True), 2):
-        if x == y or math.isnan(a - b):
-            continue
-        is_tie = abs(a - b) < 1e-6
-        outcomes.append(0.5 if is_tie else float((a > b) == (x > y)))
+        is_tie = abs(a - b) < 1e-6  # the same to a judge of finite precision
+        if x != y and not math.isnan(a - b):
+            outcomes.append(0.5 if is_tie else float((a > b) == (x > y)))
     return outcomes
 
 
@@ -1505,7 +1496,6 @@ def agree(words: list[str]) -> None:
     pairs = []  # as rows of a table; those of one record are resampled together
     scores = []
     labels = []
-    number = 0
     for number, row in enumerate(read_ratings(settings.table, settings.columns), 1):
         judge = judge or load_judge(settings, stop=stop)  # not before a row is known to be whole
         found = judge.score(row, row["image"], row["edits"]).score.tolist()
@@ -1566,8 +1556,7 @@ def draw_bars(result: dict, file: Path) -> None:
         for number, (name, content) in enumerate(subjects.items()):
             bars = {}
             for group, table in content["groups"].items():
-                for task, mean in table[metric].items():
-                    bars[f"{group} {task}"] = mean
+                bars |= {f"{group} {task}": mean for task, mean in table[metric].items()}
             means, lows, highs = np.array(list(bars.values()), float).T  # None is NaN
             # official means are rounded, so that one may lie beside its interval
             errors = np.maximum([means - lows, highs - means], 0)
@@ -1593,14 +1582,16 @@ def curves(words: list[str]) -> None:
     with _figure(settings.out) as figure:
         rows = math.ceil(len(CURVES) / 4)
         for axes, name in zip(figure.subplots(rows, 4).flat, CURVES, strict=False):
-            values = {}  # epoch -> what the runs that have come so far logged
+            values = defaultdict(list)  # epoch -> what the runs that have come so far logged
             for _, record in itertools.chain(*logs):
                 if name in record:
-                    values.setdefault(record["epoch"], []).append(record[name])
+                    values[record["epoch"]].append(record[name])
             epochs = sorted(values)
-            found = [values[epoch] for epoch in epochs]
-            axes.plot(epochs, list(map(np.mean, found)), marker=".")
-            axes.fill_between(epochs, list(map(min, found)), list(map(max, found)), alpha=0.3)
+            means = [np.mean(values[epoch]) for epoch in epochs]
+            lowest = [min(values[epoch]) for epoch in epochs]
+            highest = [max(values[epoch]) for epoch in epochs]
+            axes.plot(epochs, means, marker=".")
+            axes.fill_between(epochs, lowest, highest, alpha=0.3)
             axes.set_title(name)
 
 
@@ -1611,6 +1602,7 @@ def _begin(settings, accelerator, stop):
     """The Job, checked; config.json and GEdit's stored pictures are written into --out. BadInput
     when it was begun with other OUT_FLAGS."""
     file = Path(settings.out, "config.json")
+    # a new --out was begun with what it is begun with now
     before = _read_json(file, "give another --out") if file.is_file() else asdict(settings)
     for name in OUT_FLAGS:
         value = before.get(name)
@@ -1633,7 +1625,7 @@ def _run_stages(settings, accelerator, stop):
             if accelerator.is_main_process == is_first:
                 job = _begin(settings, accelerator, stop)
     for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
-        with together(accelerator, stop):
+        with together(accelerator, stop):  # all processes wait here for the slowest
             if settings.stage in ("all", stage):
                 work(job)
     if settings.stage in ("all", "score") and accelerator.is_main_process:
@@ -1651,10 +1643,10 @@ def main(argv: list[str] | None = None) -> None:
     """The command. argv: its words, None for those of the command line. BadInput for wrong ones;
     after a signal it exits with 1, and the same command goes on."""
     argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv else "no command"
+    command, *words = argv or ["no command"]
     others = {"compare": compare, "seeds": seeds, "agree": agree, "curves": curves}
     if command in others:
-        return others[command](argv[1:])
+        return others[command](words)
     if command not in METRICS:
         raise BadInput(
             f"{command}: say what to score: {', '.join(METRICS)}; or {', '.join(others)}"

@@ -941,6 +941,14 @@ def test_a_second_judge_is_one_more_result_and_pays_for_its_own_calls_alone(
     other.shutdown()
 
 
+@pytest.mark.parametrize("name", ["calls-7b", "judge-7"])
+def test_a_judge_may_be_called_as_its_file_is(imgedit, edits, tmp_path, server, name):
+    server.name = name
+    results = run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    (result,) = results.values()
+    assert result["judge"].startswith(f"{name}-") and calls(tmp_path / "out")
+
+
 def test_a_local_judge_is_asked_too_and_a_call_without_an_answer_is_kept_and_counted(
     imgedit, tmp_path
 ):
@@ -1051,6 +1059,16 @@ def test_curves_draw_the_mean_of_runs_and_the_band_between_them(tmp_path, monkey
     assert first.band == {1: (0.25, 0.75), 2: (0.5, 1.0), 3: (0.75, 0.75)}
     assert {axes.title for axes in others} == set(evaluate.CURVES) - {"reward/mean"}
     assert not any(axes.line for axes in others) and (tmp_path / "x/c.png").read_text() == "png"
+
+
+@pytest.mark.parametrize("number", [1, 9])
+def test_curves_may_be_of_any_number_of_scalars(tmp_path, monkeypatch, number):
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=Figure))
+    names = [f"scalar/{i}" for i in range(number)]
+    monkeypatch.setattr(evaluate, "CURVES", names)
+    evaluate.main(["curves", *logs(tmp_path, [1], [2]), "--out", str(tmp_path / "c.png")])
+    assert [axes.title for axes in Figure.last.axes if hasattr(axes, "title")] == names
 
 
 def test_curves_of_what_is_no_run_or_without_matplotlib_are_one_line(tmp_path, monkeypatch):
@@ -1165,6 +1183,17 @@ def test_agree_takes_a_public_table_whose_columns_are_named(judge_folder, tmp_pa
     found = list(evaluate.read_ratings(tmp_path / "pairs.parquet", columns))
     assert [row["labels"] for row in found] == [[1, 0], [0, 1], [1, 0]]
     assert np.array_equal(found[2]["edits"][1], noise_picture(2, 2))
+
+
+def test_pictures_of_a_folder_of_ratings_lie_in_that_folder(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    line = {"prompt": "make it", "image": "0.png", "edits": ["1.png", "2.png"], "preference": 1}
+    ratings(tmp_path)
+    parquet.write_table(pyarrow.Table.from_pylist([line]), tmp_path / "pairs.parquet")
+    (row,) = evaluate.read_ratings(tmp_path)
+    assert np.array_equal(row["edits"][1], noise_picture(2))
 
 
 def test_agree_refuses_a_table_without_the_columns_before_it_loads_a_judge(tmp_path):
@@ -1863,7 +1892,7 @@ def test_a_judge_without_pictures_stops_after_a_few_calls_in_one_line(imgedit, t
         ),
         (lambda f: (f / "singleturn/singleturn.json").write_text("{}"), "holds no rows"),
         (lambda f: (f / "singleturn/animal/1.jpg").unlink(), "the picture of row 2 is not there"),
-        ({"edit_type": "remove"}, "has no prompt for the task 'remove'"),
+        ({"edit_type": "remove"}, r"judge_prompt.json \(for row 3\) lacks remove; take"),
         ({"id": "../../x.jpg"}, "leaves the dataset folder"),
         ({"prompt": 3}, "lacks id or prompt or edit_type"),
     ],
