@@ -157,8 +157,8 @@ def catch_signals() -> threading.Event:
 
     signal.signal(signal.SIGTERM, catch)
     signal.signal(signal.SIGINT, catch)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, catch)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, catch)  # which Windows does not have
     return stop
 
 
@@ -272,15 +272,17 @@ def disk_faults(path: str | Path) -> Iterator[None]:
 
 def _to_disk(path):
     """Waits until a file, or a folder's list of files, is on the disk, to outlast a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    is_file = path.is_file()
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError:
-        # of a folder some network disks cannot do it, and nothing is lost
-        if path.is_file():
+        # of a folder some network disks and Windows cannot do it, and nothing is lost
+        if is_file:
             raise
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -807,7 +809,7 @@ class PictureFile(io.BytesIO):
         super().__init__(content)
         self.where = where
 
-    def __str__(self):
+    def __repr__(self):
         return self.where
 
 
@@ -1196,7 +1198,7 @@ def import_dataset(settings: ImportSettings) -> None:
         if not train:
             raise BadInput(
                 f"{settings.source}: {len(rows)} good rows, none of them left to train on; see "
-                f"--test. Left out: {len(faults)} {faults[:1]}"
+                f"--test, --prompt and --image. Left out: {len(faults)} {faults[:1]}"
             )
         used = _all_pictures(test + train, WRITTEN)
         for path in [*folder.glob("pictures/*"), *folder.glob(".part-*")]:

@@ -175,6 +175,28 @@ def test_a_second_ctrl_c_ends_the_program_at_once():
     assert process.wait(60) == -signal.SIGINT
 
 
+def test_where_there_is_no_sighup_and_no_folder_can_be_opened_files_are_written(
+    monkeypatch, tmp_path
+):
+    """As on Windows, for what scores and reports finished edits."""
+    opened = os.open
+
+    def without_folders(path, flags, *mode):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied")
+        if flags == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")  # what fsync says of a file that is only read
+        return opened(path, flags, *mode)
+
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setattr(os, "open", without_folders)
+    assert not data_prep.catch_signals().is_set()
+    with data_prep.whole_file(tmp_path / "a.txt") as part:
+        part.write_text("whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+
+
 @pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL])
 def test_under_nohup_a_closed_terminal_is_no_stop(before):
     names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

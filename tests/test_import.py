@@ -298,6 +298,7 @@ def test_rows_that_are_unfit_are_left_out_and_listed_by_file_and_row(tmp_path):
         "14, image names it",
     ]
     assert len(left_out(folder)) == len(wanted)
+    assert " object at 0x" not in str(left_out(folder))
     for fault, words in zip(left_out(folder), wanted, strict=True):
         assert f"rows.jsonl row {words}" in fault
     prompts = rows_in(folder, "train") + rows_in(folder, "test")
