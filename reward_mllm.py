@@ -368,7 +368,7 @@ class Scores(NamedTuple):
         """
         none = torch.full_like(groups[0].score, torch.nan)
         terms = {}
-        for name in sorted(set().union(*[group.terms for group in groups])):
+        for name in max([group.terms for group in groups], key=len):
             terms[name] = torch.stack([group.terms.get(name, none) for group in groups])
         return Scores(
             torch.stack([group.score for group in groups]),
@@ -416,11 +416,13 @@ def expected_score(p: dict[str, float], worth: dict[str, float] = DIGITS) -> Ver
     likeliest = Counter(p).most_common(5)
     words = ", ".join(f"{word[:20]!r} {share:.0%}" for word, share in likeliest)
     mass = sum(p.get(word, 0.0) for word in worth)
+    # What is no answer counts for nothing: the answers' shares are of their mass alone.
     if not 0 < mass < math.inf:
         return Verdict(torch.nan, mass, "no finite probability of the answers", words)
     shares = {word: p.get(word, 0.0) / mass for word in worth}
     score = sum(share * worth[word] for word, share in shares.items())
-    return Verdict(min(score, 1.0), min(mass, 1.0), "", words, shares)  # rounding may exceed 1
+    # rounding may exceed 1
+    return Verdict(min(score, 1.0), min(mass, 1.0), "", words, shares)
 
 
 class JudgeFailure(Exception):
@@ -449,6 +451,7 @@ class Reply(NamedTuple):
         said = self.text.rpartition("</think>")[2].strip()
         if self.is_cut:
             raise JudgeFailure("the reply was cut by its limit of tokens")
+        # What stands in thoughts that never end is a draft, however much it looks like an answer.
         if not said or "<think>" in said:
             raise JudgeFailure("a reply without an answer")
         return said
@@ -498,6 +501,7 @@ def _background(function, *args):
     future = Future()
 
     def work():
+        # Whatever is raised, SystemExit of a user's function too, must reach whoever waits.
         try:
             future.set_result(function(*args))
         except BaseException as error:
@@ -568,7 +572,7 @@ class Judge:
         for aspect, verdicts in answers.items():
             terms[aspect] = torch.tensor([verdict.score for verdict in verdicts])  # (n,)
         score = combine(terms, self.weights)
-        # of each edit; what is said of execution comes first
+        # of each edit; execution comes first, so its words and its cause are the ones that count
         joined = [_joined(verdicts) for verdicts in zip(*answers.values(), strict=True)]
         mass = torch.tensor([one.mass for one in joined])
         words = [one.words for one in joined]
@@ -704,7 +708,7 @@ def _drawn(verdict, edit):
     if verdict.cause:
         return verdict
     draw = random.Random(edit.tobytes())
-    # in the order of the shares, for a strategy that draws asks for a digit
+    # a strategy that draws asks for digits, so the shares are theirs, in this order
     (score,) = draw.choices(list(DIGITS.values()), verdict.shares.values())
     return verdict._replace(score=score)
 
@@ -779,7 +783,8 @@ class LocalJudge(Judge):
         # A thread may have waited long for its turn, and each word it writes is a forward.
         self.model.register_forward_pre_hook(lambda *_: self.check_stop())
         self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "left"  # the next word's place is the last in every row
+        # The next word's place is then the last one in every row.
+        self.tokenizer.padding_side = "left"
         _answer_token_ids(self.tokenizer, self.strategy.worth)  # refused here, if it must be
 
     def inputs(self, chats):
@@ -826,7 +831,7 @@ def _answer_token_ids(tokenizer, texts=DIGITS):
     ids = []
     for text in texts:
         pieces = tokenizer.encode(text, add_special_tokens=False)
-        # An answer in two pieces has no probability at one place; an unknown one decodes to others.
+        # Two tokens would have no probability in one place; an unknown word becomes another.
         if len(pieces) != 1 or tokenizer.decode(pieces).strip() != text:
             raise BadInput(
                 f"{tokenizer.name_or_path}: the answer {text} is not one token of its own "
@@ -902,8 +907,7 @@ class ServedJudge(Judge):
         options = {"max_tokens": tokens, "temperature": 0}
         if self.settings.judge_draws > 1:
             options |= {"temperature": DRAW_TEMPERATURE, "seed": draw}
-        (chat,) = chats
-        choice = self.complete(chat, options)
+        choice = self.complete(chats, options)
         text = choice["message"].get("content")
         if not text or not isinstance(text, str):
             raise JudgeFailure("an empty reply")
@@ -911,30 +915,25 @@ class ServedJudge(Judge):
         return [Reply(text, facts["finish_reason"] == "length", facts)]
 
     def weigh(self, chats, worth):
-        (chat,) = chats
         options = {"max_tokens": 1, "temperature": 1}
         options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        return [_read_choice(self.complete(chat, options), worth)]
+        return [_read_choice(self.complete(chats, options), worth)]
 
-    def complete(self, chat, options):
-        """The one choice of a chat completion. What fails is tried again where that may help."""
+    def complete(self, chats, options):
+        """The one choice of a chat's completion. Where no server answers it is asked again."""
+        (chat,) = chats  # so many are in a batch
         deadline = math.inf
+        failed_at = ""
         while True:
             url = self.places.get()
-            body = {"model": self.name, "messages": chat, **options}
-            if self.is_new:
-                body["max_completion_tokens"] = body.pop("max_tokens")
-                del body["temperature"]
+            if url == failed_at:  # another server may do better, if there is one
+                self.places.put(url)
+                url = self.places.get()
             try:
-                self.check_stop()  # it may have waited long for its place
-                reply = self.request(f"{url}/chat/completions", body)
-                self.note(url)
-                match reply:
-                    case {"choices": [{"message": {}} as choice]}:
-                        return reply | choice  # with its model and usage
-                raise JudgeFailure("not one choice with a message in the reply")
+                return self.complete_at(url, chat, options)
             except Unavailable as failure:
                 self.note(url, str(failure))
+                failed_at = url
                 now = time.monotonic()
                 # One request that a server cannot bear must not wait for as long as others can.
                 deadline = min(deadline, now + self.settings.judge_patience)  # of the first failure
@@ -942,14 +941,29 @@ class ServedJudge(Judge):
                     raise
                 # Its place stays taken for a while: a server that fails has less and less to do.
                 self.stop.wait(min(self.failures[url], REST) * random.uniform(0.5, 1))
-            except JudgeFailure as failure:
-                # Asked once more without what newer models refuse, if that is what it is about.
-                is_about_options = re.search("max_tokens|temperature", str(failure))
-                if "temperature" not in body or not is_about_options:
-                    raise
-                self.is_new = True
             finally:
                 self.places.put(url)
+
+    def complete_at(self, url, chat, options):
+        """As `complete`, by one server. It is asked once more where it wants other options."""
+        self.check_stop()  # it may have waited long for its place
+        body = {"model": self.name, "messages": chat, **options}
+        if self.is_new:
+            body["max_completion_tokens"] = body.pop("max_tokens")
+            del body["temperature"]
+        try:
+            reply = self.request(f"{url}/chat/completions", body)
+        except JudgeFailure as failure:
+            is_about_options = re.search("max_tokens|temperature", str(failure))
+            if "temperature" not in body or not is_about_options:
+                raise
+            self.is_new = True
+            return self.complete_at(url, chat, options)
+        self.note(url)
+        match reply:
+            case {"choices": [{"message": {}} as choice]}:
+                return reply | choice  # with its model and usage
+        raise JudgeFailure("not one choice with a message in the reply")
 
     def note(self, url, cause=""):
         """Counts failures in a row; tells in a line when a server stops answering, or is back."""
@@ -1170,24 +1184,23 @@ def _ask_all(judge, questions, folder, failed):
     paid for twice, whatever stops a run. What gets no answer is counted in `failed` by its cause.
     """
     file = folder / "judge_said.jsonl"
-    known = {}
-    for _, note in read_json_lines(file, faults=[]) if file.exists() else []:
-        match note:
-            case {"key": str(key), "said": str(said)}:
-                known[key] = said
+    notes = read_json_lines(file, faults=[]) if file.exists() else []
+    known = {str(note.get("key")): note.get("said") for _, note in notes}
+    answers = {}
 
     def work(text, *paths):
         pictures = [load_image(folder / path) for path in paths]
+        # not by paths: another picture may have come to lie there, or the folder have moved
         content = hashlib.sha256(f"{judge.name}\n{text}".encode())
-        for picture in pictures:  # by its pixels: another may have come to lie at its path
+        for picture in pictures:
             content.update(picture.tobytes())
         key = content.hexdigest()
         return key, known.get(key) or judge.ask(text, pictures)
 
+    # The judge bounds its requests, too; more threads would only hold more pictures.
     servers = judge.settings.judge.split(",")
     pool = ThreadPoolExecutor(judge.settings.judge_in_flight * len(servers))
     question_of = {pool.submit(work, *question): question for question in questions}
-    answers = {}
     try:
         for future in tqdm(as_completed(question_of), total=len(question_of)):
             try:
@@ -1209,6 +1222,7 @@ def _ask_all(judge, questions, folder, failed):
 def _objects_in(text):
     """The JSON objects in a text that hold no others, whatever stands around and between them."""
     objects = []
+    # One that is cut short, or is none, costs no other; JSON as a whole would be lost with it.
     for part in re.findall(r"\{[^{}]*\}", text):
         with suppress(ValueError):
             objects.append(json.loads(part, strict=False))
@@ -1289,6 +1303,7 @@ def propose(settings: WriterSettings, source: Path, folder: Path):
             for row in _rows_in(said.get(question, ""), image, kinds, left_out):
                 proposed[ASK_POSSIBLE.replace("{prompt}", row["prompt"]), image] = row
         said = _ask_all(judge, proposed, folder, left_out)
+        # What is not answered is neither possible nor impossible: it is among the failures.
         possible = []
         for question, row in proposed.items():
             if re.match(r"\W*yes\b", said.get(question, ""), re.IGNORECASE):
@@ -1342,7 +1357,7 @@ def _write_splits(rows, folder, left_out):
     images = sorted({row["image"] for row in rows})  # hashes, so the first are a fair draw
     if len(images) < 2:
         raise BadInput(f"{folder}: rows for {len(images)} pictures, not two; {dict(left_out)}")
-    held_out = images[: max(1, len(images) // HELD_OUT)]
+    held_out = set(images[: max(1, len(images) // HELD_OUT)])
     test = [row for row in rows if row["image"] in held_out]
     train = [row for row in rows if row["image"] not in held_out]
     write_json_lines(folder / "test.jsonl", test)

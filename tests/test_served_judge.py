@@ -286,6 +286,15 @@ def test_when_one_server_dies_the_other_answers():
     assert torch.allclose(scores.score, WANTED, atol=1e-4)
 
 
+def test_what_failed_at_a_dead_server_goes_to_another_next(monkeypatch):
+    monkeypatch.setattr(reward_mllm.random, "uniform", lambda low, high: high)  # the longest rests
+    with JudgeServer() as good, JudgeServer() as bad:
+        bad.always = "500"
+        scores = served(good, bad).score(*ASKED)
+    assert torch.allclose(scores.score, WANTED, atol=1e-4)
+    assert len(bad.requests) <= 3  # half of six, each once
+
+
 def test_a_server_that_hangs_has_less_and_less_to_do_while_another_answers():
     with JudgeServer(delay=0.3) as good, JudgeServer() as bad:
         judge = served(good, bad, judge_timeout=1.2, judge_patience=60.0, judge_in_flight=4)
