@@ -386,18 +386,16 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
     that lacks one has none (NaN), and ImgEdit's rows and tasks are rounded to 2 digits.
     """
     digits = 2 if (benchmark, mode) == ("imgedit", "official") else UNROUNDED
-    rows = []
-    for _, calls in itertools.groupby(records, itemgetter("row")):
-        rows.append(_scored_row(benchmark, list(calls), mode, digits))
+    by_row = itertools.groupby(records, itemgetter("row"))
+    rows = [_scored_row(benchmark, list(calls), mode, digits) for _, calls in by_row]
     return {"rows": rows, "groups": _grouped(rows, METRICS[benchmark] + PARTS[benchmark], digits)}
 
 
 def _scored_row(benchmark, calls, mode, digits):
     """A row of `score` from all of its calls."""
     main = METRICS[benchmark][0]
-    rounds = []
-    for _, asked in itertools.groupby(calls, lambda call: call.get("repeat")):
-        rounds.append(_measured(benchmark, list(asked), mode))
+    by_round = itertools.groupby(calls, lambda call: call.get("repeat"))
+    rounds = [_measured(benchmark, list(asked), mode) for _, asked in by_round]
     repeats = [found[main] for found in rounds]
     said = [record.get("reply") or record.get("failure", "") for record in calls]
     row = calls[0] | {"repeats": repeats, "said": "\n".join(said).strip(), main: math.nan}
@@ -453,12 +451,12 @@ def _average(values, digits=UNROUNDED):
 def _grouped(rows, metrics, digits=UNROUNDED):
     """{group: its table}. GEdit's groups are the languages and the intersection subset of each, for
     other rows there is one, "all". KEPT stands beside the metrics."""
-    groups = {}
+    groups = defaultdict(list)
     for row in rows:
         name = row.get("language", "all")
-        names = [name, f"{name} intersection"] if row.get("intersection") else [name]
-        for name in names:
-            groups.setdefault(name, []).append(row)
+        groups[name].append(row)
+        if row.get("intersection"):
+            groups[f"{name} intersection"].append(row)
     metrics = (*metrics, *KEPT)
     return {name: tabulate(members, metrics, digits) for name, members in groups.items()}
 
@@ -768,11 +766,8 @@ def _subjects_of(settings):
 
 def _find_picture(folder, stems):
     """The first of `stems` (paths without ending) that is a picture in a folder; None without."""
-    for stem, ending in itertools.product(stems, ENDINGS):
-        path = Path(folder, stem + ending)
-        if path.is_file():
-            return path
-    return None
+    paths = (Path(folder, stem + ending) for stem, ending in itertools.product(stems, ENDINGS))
+    return next(filter(Path.is_file, paths), None)
 
 
 def _find_edit(job, row, subject):
@@ -896,7 +891,7 @@ def _find_calls(job, rows):
     for subject in _subjects_of(job.settings):
         for row in rows:
             path = _find_edit(job, row, subject)
-            edit_hash = _hash_of(path) if path else ""
+            edit_hash = path and _hash_of(path)
             names = CALLS[job.settings.benchmark]
             for repeat, name in itertools.product(range(job.settings.repeats), names):
                 call = row | {"subject": subject, "call": name, "repeat": repeat}
@@ -1181,9 +1176,9 @@ def _as_text(groups, title):
     return lines
 
 
-def _differences(a, b, benchmark, names):
-    """The paired differences of two lists of scored rows, as tables and in words."""
-    groups = paired_differences(a, b, METRICS[benchmark] + PARTS[benchmark])
+def _differences(benchmark, a, b, names):
+    """The paired differences of two subjects, or of those of two runs, as tables and in words."""
+    groups = paired_differences(a["rows"], b["rows"], METRICS[benchmark] + PARTS[benchmark])
     lines = _as_text(groups, " - ".join(names))
     for group, table in groups.items():  # its verdict is on means over tasks, as published
         main = table[METRICS[benchmark][0]]["macro"]
@@ -1211,8 +1206,8 @@ def _describe(settings, result):
         if settings.repeats > 1:
             lines.append(_spread(subject, content["rows"]))
     for other in others:
-        pair = (subjects[first]["rows"], subjects[other]["rows"])
-        lines += _differences(*pair, settings.benchmark, (first, other))
+        pair = (first, other)
+        lines += _differences(settings.benchmark, subjects[first], subjects[other], pair)
     name = settings.edits or settings.base or first
     if first == "trained":
         name += f" + {settings.lora}"
@@ -1376,9 +1371,8 @@ def compare(runs: list[str]) -> None:
     against each of the others', under each judge and mode that all have. BadInput when they have
     none in common, or not the same rows."""
     for benchmark, subjects in _shared_results(runs):
-        for i in range(1, len(runs)):
-            pair = (subjects[0]["rows"], subjects[i]["rows"])
-            print("\n".join(_differences(*pair, benchmark, (runs[0], runs[i]))))
+        for run, subject in zip(runs[1:], subjects[1:], strict=True):
+            print("\n".join(_differences(benchmark, subjects[0], subject, (runs[0], run))))
 
 
 def seeds(runs: list[str]) -> None:
@@ -1387,9 +1381,10 @@ def seeds(runs: list[str]) -> None:
     for _, subjects in _shared_results(runs):
         for group, table in subjects[0]["groups"].items():
             for name in _metrics_in(table):
-                tables = [subject["groups"][group].get(name, {}) for subject in subjects]
-                # None is NaN, as is a metric that a run has no value of
-                means = np.array([found.get("macro", [None])[0] for found in tables], float)
+                tables = [subject["groups"][group] for subject in subjects]
+                # a run may have no value of a metric; None becomes NaN
+                macros = [table.get(name, {"macro": [None]})["macro"] for table in tables]
+                means = np.array([mean for mean, *_ in macros], float)
                 spread = f"standard deviation {means.std(ddof=1):.3f} over {len(runs)} runs"
                 print(_line(f"{group} {name}", [f"{means.mean():.3f}, {spread}"]))
 

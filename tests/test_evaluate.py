@@ -1461,6 +1461,13 @@ def test_what_lies_in_the_mask_does_not_count_as_lost(imgedit, edits, tmp_path, 
         assert scores_of(masked, metric=metric)["3"] > whole
 
 
+def test_a_mask_that_cannot_be_read_is_told(imgedit, edits, tmp_path, server):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/0.png").write_text("no picture")
+    with pytest.raises(BadInput, match="masks/0.png: not a readable picture"):
+        run("imgedit", imgedit, tmp_path / "out", server, edits=edits, masks=tmp_path / "masks")
+
+
 def test_masks_for_no_row_are_refused(imgedit, edits, tmp_path, server):
     with pytest.raises(BadInput, match="--masks nowhere: has nothing for any row"):
         run("imgedit", imgedit, tmp_path / "out", server, edits=edits, masks="nowhere")
