@@ -16,8 +16,8 @@ Departures from the papers and their released code:
 2. The gradient is the mean over the kept pairs of all ranks: N ranks do what one does.
 3. An edit that the judge could not score is dropped; it does not count as 0.
 4. A group is a row of the data, not a prompt. One rank draws all its copies.
-5. The filter is the paper's (high mean and low spread). `--filter released` is the code's rule
-   without its second half, which also bars such a row from all later epochs.
+5. The filter is the paper's (high mean and low spread). `--filter released` is the released
+   code's, except that a row is drawn again in later epochs whatever was dropped of it.
 6. A group whose scores differ by less than the judge's own noise is dropped, whatever the filter.
 7. The trained times are any of the rollout's, drawn anew for each edit, each with its own noise.
 8. The pull to the base is taken at one of an edit's trained times, T times as strong: the same in
@@ -28,7 +28,6 @@ Departures from the papers and their released code:
 
 import math
 import secrets
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -81,6 +80,7 @@ from data_prep import (
     rows_of_epoch,
     run_script,
     say,
+    say_once,
     seeded,
     setting,
     start_processes,
@@ -96,6 +96,7 @@ from sample import (
     Group,
     add_policies,
     check_editor,
+    choose_recompute,
     compile_blocks,
     load_editor,
     load_lora,
@@ -112,15 +113,13 @@ from sample import (
 
 WEIGHT_DECAY = 1e-4  # of AdamW; its betas are PyTorch's, 0.9 and 0.999
 GRAD_CLIP = 1.0  # largest norm of the gradient
-LEAST_SPREAD = 0.005  # below it r lies within 0.005 of 1/2: nothing to learn
+LEAST_SPREAD = 0.005  # of a group's scores; with less it says nothing
 SHOWN_ROWS = 8  # held-out rows in the pictures under samples/
 HOPELESS = 10  # epochs in a row without a kept group that end a run
-FARTHEST = 1.0  # mean squared distance to the base's velocity: as far as noise from noise
-EXPLODED = 20  # latents are of size 1: errors so large are no training any more
-COUNT = {"at_least": 1}  # the range of some settings
-SHARE = {"at_least": 0, "at_most": 1}  # and of others
+FARTHEST = 1.0  # a drift, the mean squared distance of velocities, whose entries are of size 1
+EXPLODED = 20  # a loss before the clip multiplies it, where 1 is usual
 
-# What the terminal shows of an epoch's record, line by line: what begins with one of these.
+# What the terminal shows of an epoch's record: in each line, the entries whose names begin so.
 SHOWN = """\
 epoch reward/mean reward/spread reward/psnr groups update grad
 reward/task seconds peak_gb
@@ -133,6 +132,9 @@ Measured = dict[str, Tensor]  # name -> a number of each trained pair, (P,)
 
 # ---------------------------------------------------------------- settings
 
+count = partial(setting, at_least=1)
+fraction = partial(setting, at_least=0, at_most=1)
+
 
 @dataclass(frozen=True)
 class Settings(JudgeSettings):
@@ -142,66 +144,61 @@ class Settings(JudgeSettings):
     data: str = setting("", "A dataset folder with train.jsonl and test.jsonl.")
     out: str = setting("runs/nft", "The run's folder.")
     seed: int = setting(0, "Seed of every draw.", at_least=0)
-    epochs: int = setting(300, "A rollout and one optimizer step each.", **COUNT)
+    epochs: int = count(300, "A rollout and one optimizer step each.")
     # rollout
     resolution: int = setting(512, "Square root of the working pixels.", at_least=16)
     guidance: float | None = setting(None, "Guidance of rollouts. [the family's]", at_least=0)
-    rollout_steps: int = setting(6, "Solver steps of a rollout.", **COUNT)
+    rollout_steps: int | None = count(None, "Solver steps of a rollout. [the family's]")
     solver_order: Literal[1, 2] = setting(2, "1 Euler, 2 second-order multistep.")
-    groups: int = setting(24, "Rows drawn per epoch, over all ranks.", **COUNT)
+    groups: int = count(24, "Rows drawn per epoch, over all ranks.")
     group_size: int = setting(12, "K, edits drawn of each row.", at_least=2)
     # filter and advantage
     filter: Literal["paper", "released", "none"] = setting("paper", "Which groups to drop.")
-    filter_mean: float = setting(0.9, "A group above this mean may be dropped.", **SHARE)
-    filter_std: float = setting(0.05, "A group below this spread may be dropped.", **SHARE)
+    filter_mean: float = fraction(0.9, "A group above this mean may be dropped.")
+    filter_std: float = fraction(0.05, "A group below this spread may be dropped.")
     scale: Literal["epoch", "group"] = setting("epoch", "Whose spread advantages are measured in.")
     normalise_aspects: bool = setting(False, "Each aspect at its own scale before they are joined.")
-    advantage_clip: float = setting(5.0, "Cuts advantages; also multiplies the loss.", above=0)
+    advantage_clip: float = setting(
+        5.0, "Advantages end there; also a factor of the loss.", above=0
+    )
     # update
-    train_timesteps: int = setting(5, "Flow times trained per edit, of the rollout's.", **COUNT)
+    train_timesteps: int = count(5, "Flow times trained per edit, of the rollout's.")
     nft_beta: float = setting(
         1.0, "Distance of v+ and v- to v_old, in units of v - v_old.", above=0
     )
     kl_weight: float = setting(1e-4, "Weight of the distance to the base; 0 skips it.", at_least=0)
     norm_hinge: float = setting(0.0, "Weight of velocities longer than the base's.", at_least=0)
     start_lora: str = setting("", "A LoRA to start from, with its own rank and layers.")
-    lora_rank: int = setting(32, "Rank of the LoRA.", **COUNT)
-    lora_alpha: int = setting(64, "The LoRA is scaled by alpha / rank.", **COUNT)
+    lora_rank: int = count(32, "Rank of the LoRA.")
+    lora_alpha: int = count(64, "The LoRA is scaled by alpha / rank.")
     lora_targets: list[str] | None = setting(None, "Names of layers. [the family's]")
     lr: float = setting(3e-4, "AdamW's learning rate.", above=0, at_most=1)
-    decay_rate: float = setting(0.001, "In epoch n old keeps decay_rate n of itself ...", **SHARE)
-    decay_max: float = setting(0.5, "... but at most this much.", **SHARE)
-    decay_start: int = setting(0, "Epochs before that, in which old copies new.", at_least=0)
-    ema_decay: float = setting(0.9, "Of an average for evaluation, at most; 0: none.", **SHARE)
+    decay_rate: float = fraction(0.001, "After epoch n, old keeps n times this of itself ...")
+    decay_max: float = fraction(0.5, "... but at most this much ...")
+    decay_start: int = setting(0, "... and nothing after the first so many epochs.", at_least=0)
+    ema_decay: float = fraction(0.9, "What the EMA keeps of itself, at most; 0: there is none.")
     # evaluation and records
-    eval_every: int = setting(10, "Epochs between held-out evaluations.", **COUNT)
-    eval_rows: int = setting(64, "Rows of test.jsonl that they use.", **COUNT)
-    eval_steps: int = setting(15, "Solver steps of their edits.", **COUNT)
+    eval_every: int = count(10, "Epochs between held-out evaluations.")
+    eval_rows: int = count(64, "Rows of test.jsonl that they use.")
+    eval_steps: int = count(15, "Solver steps of their edits.")
     eval_guidance: float | None = setting(None, "Their guidance. [the family's]", at_least=0)
-    save_every: int = setting(30, "Epochs between checkpoints.", **COUNT)
-    keep_checkpoints: int = setting(3, "The newest so many are kept, and the best.", **COUNT)
+    save_every: int = count(30, "Epochs between checkpoints.")
+    keep_checkpoints: int = count(3, "The newest so many are kept, and the best.")
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "swanlab"] = setting(
         "none", "Where to log beside log.jsonl."
     )
     resume: Literal["never", "auto"] = setting("never", "auto: go on where the run stopped.")
     force: bool = setting(False, "Resume with other settings, too.")
     bad_rows: Literal["stop", "skip"] = setting("stop", "What a faulty row does to the run.")
-    max_failed: float = setting(0.1, "Share of scores that may fail in an epoch.", **SHARE)
+    max_failed: float = fraction(0.1, "Share of scores that may fail in an epoch.")
     # the machine
-    rollout_batch: int = setting(12, "Edits in one pipeline call.", **COUNT)
-    train_batch: int = setting(12, "(edit, time) pairs in one forward.", **COUNT)
-    gradient_checkpointing: bool = setting(True, "Less memory, a third more time.")
+    rollout_batch: int = count(12, "Edits in one pipeline call.")
+    train_batch: int = count(12, "(edit, time) pairs in one forward.")
+    gradient_checkpointing: bool = setting(True, "Recompute in backward, as much as memory asks.")
     offload: bool = setting(True, "Text encoders and VAE leave the GPU in the update.")
     compile: bool = setting(False, "Compile the transformer's blocks.")
     shard: bool = setting(False, "Spread a large base over the GPUs (FSDP2).")
     dry_run: bool = setting(False, "One small epoch: its memory and time, no files.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.train_timesteps > self.rollout_steps:
-            raise BadInput(f"--train_timesteps {self.train_timesteps}: above --rollout_steps")
-        if self.base and not self.data:
-            raise BadInput("--data is missing; name a folder with train.jsonl and test.jsonl")
 
 
 # With others of these a resumed run is still the same run; all other settings make it another one.
@@ -258,7 +255,8 @@ def nft_loss(
     v, v_old, x_t, x_0: (B, N, C); t, r: (B,). r in [0, 1] is the edit's optimality. At v = v_old
     the gradient lies along -(2 r - 1) (noise - x_0 - v_old), whatever beta is.
     """
-    assert t.shape == r.shape == v.shape[:1], "t and r are (B,), v (B, N, C)"
+    assert v.shape == v_old.shape == x_t.shape == x_0.shape, "v, v_old, x_t, x_0 are (B, N, C)"
+    assert t.shape == r.shape == v.shape[:1], "t and r are (B,)"
     v = v.float()
     v_old = v_old.detach().float()
     t = t.float()[:, None, None]  # (B, 1, 1)
@@ -307,8 +305,9 @@ def _join_standardised(terms, weights):
     """
     total = standardised(terms["execution"])
     for name, weight in weights.items():
-        factor = combine({"execution": 1.0, name: terms[name]}, {name: 1.0})  # more is better
-        total = total + weight * standardised(factor)
+        # The aspect by itself, as it would lower a perfect execution: more is better.
+        aspect = combine(terms | {"execution": 1.0}, {name: 1.0})
+        total = total + weight * standardised(aspect)
     return total
 
 
@@ -330,10 +329,11 @@ def group_advantages(
 
     # The mean is the group's own: rows differ in difficulty. The scale is that of all groups:
     # one's own would make a hair's breadth in an even group count like success and failure.
-    scale = scores[scores.isfinite()].std(unbiased=False)
-    advantage = (scores - scores.nanmean(1, keepdim=True)) / scale  # (G, K)
     if settings.scale == "group":
-        advantage = standardised(scores)
+        advantage = standardised(scores)  # (G, K)
+    else:
+        scale = scores[scores.isfinite()].std(unbiased=False)
+        advantage = (scores - scores.nanmean(1, keepdim=True)) / scale
     clip = settings.advantage_clip
     return advantage.clamp(-clip, clip) / (2 * clip) + 0.5, reasons
 
@@ -371,15 +371,20 @@ class Run:
 
 
 @contextmanager
-def _in_step(run):
-    """Work that all ranks must do together where the base is sharded; an error ends the process.
+def _in_step(run, stand_in=None):
+    """Forwards that the ranks of a sharded base make together: what an error of this rank does.
 
-    The others wait for this rank inside a forward and cannot be told; their launcher ends them.
+    The others wait for it inside a forward, where nothing can tell them. BadInput is known before:
+    stand_in() makes its forwards with them. Anything else ends this process, and its launcher them.
     """
     try:
         yield
+    except BadInput:
+        if run.settings.shard and stand_in:
+            stand_in()
+        raise
     except Exception as error:
-        if isinstance(error, BadInput) or not run.settings.shard:
+        if not run.settings.shard:
             raise
         told = f"error: {error!r} within a forward of all processes; go on with --resume auto"
         raise SystemExit(told) from error
@@ -402,24 +407,18 @@ def draw(run: Run, name: str, rows: Rows, copies: int, *key, **how) -> list[Job]
     """
     how["rollout_batch"] = run.settings.rollout_batch
     numbered = list(enumerate(rows))
+    share = run.accelerator.split_between_processes(numbered, apply_padding=True)
     jobs = []
-    # Padded, so that every rank draws equally many; what is double comes last.
-    with (
-        policy(run.editor, name),
-        run.accelerator.split_between_processes(numbered, apply_padding=True) as mine,
-    ):
+    # Every rank draws equally many; where rows are too few for that, the last one again.
+    with policy(run.editor, name), share as mine:
         for number, row in tqdm(mine, desc=f"{name} draws", leave=False):
             job = Job(number, row)
             noises = [seeded(run.settings.seed, *key, number, copy) for copy in range(copies)]
             with run.together(), faults_of(row, run.settings.bad_rows == "skip"):
-                try:
+                blank = Image.new("RGB", (512, 512))
+                with _in_step(run, partial(rollout, run.editor, [blank], "x", noises, **how)):
                     sources = load_sources(row)
-                    with _in_step(run):
-                        job.group = rollout(run.editor, sources, row["prompt"], noises, **how)
-                except BadInput:
-                    if run.settings.shard:  # the other ranks need this one in their forwards
-                        rollout(run.editor, [Image.new("RGB", (512, 512))], "x", noises, **how)
-                    raise
+                    job.group = rollout(run.editor, sources, row["prompt"], noises, **how)
                 # Not awaited here: the judge works on this group while the next one is drawn.
                 job.verdict = run.judge.submit(row, sources, job.group.images)
             if job.group is None:
@@ -438,10 +437,8 @@ def _await_scores(run, jobs, copies):
             wait(verdicts, timeout=1.0)
             known = [verdict.result() for verdict in verdicts if verdict.done()]
         groups = gather_object(known)
-        failed = Counter()
-        for group in groups:
-            failed.update(group.causes)
-        del failed[""], failed["bad row"]
+        failed = Counter(sum([group.causes for group in groups], []))
+        del failed[""], failed["bad row"]  # no failures of the judge
         with run.together():
             if failed.total() > run.settings.max_failed * expected * copies:
                 counts = f"{failed.total()} of {expected * copies} edits ({dict(failed)})"
@@ -471,14 +468,15 @@ def _deal_chunks(run, r):
     ranks = run.accelerator.num_processes
     chunks = []
     has_pull = settings.kl_weight + settings.norm_hinge > 0
-    # One of an edit's times is pulled to the base. Chunks of both kinds are dealt by themselves.
-    for picks in (range(1), range(1, settings.train_timesteps)):
+    # The first of an edit's times is pulled to the base, which makes its chunks slower: dealt by
+    # themselves, they do not meet on one rank.
+    for picks, is_pulled in (([0], has_pull), (range(1, settings.train_timesteps), False)):
         for number, group in enumerate(r):
             copies = group.isfinite().nonzero().flatten().tolist()
             pairs = list(product(copies, picks))
             for first in range(0, len(pairs), settings.train_batch):
                 batch = pairs[first : first + settings.train_batch]
-                chunks.append(Chunk(number, batch, has_pull and 0 in picks))
+                chunks.append(Chunk(number, batch, is_pulled))
         # The filter leaves ranks unequally many groups, so chunks are dealt out like cards. Padding
         # is free, as ranks wait for the slowest; and a sharded base needs all in each forward.
         while len(chunks) % ranks:
@@ -506,11 +504,14 @@ def draw_pairs(run: Run, group: Group, chunk: Chunk, r: Tensor, epoch: int) -> P
         draws = seeded(run.settings.seed, "train", epoch, chunk.number, copy)
         # Only times of the rollout: elsewhere the model may be asked what it never sees in use.
         order = torch.randperm(len(group.sigmas), generator=draws)
+        # Of all times, in whatever chunk the others are.
         noises = torch.randn(T, *group.x_0.shape[1:], generator=draws)  # (T, N, C)
         noise.append(noises[pick])
         t.append(group.sigmas[order[pick]])
+    # As the transformer will be told them: x_t must lie at the time that it believes.
+    t = torch.stack(t).to(run.editor.transformer.dtype).float()
     copies = torch.tensor([copy for copy, _ in chunk.pairs])
-    tensors = (copies, group.x_0[copies], torch.stack(noise), torch.stack(t), r[copies].float())
+    tensors = (copies, group.x_0[copies], torch.stack(noise), t, r[copies].float())
     return Pairs(*send_to_device(tensors, run.accelerator.device))
 
 
@@ -584,7 +585,7 @@ def mean_gradient(
 
     parts = gather_object(send_to_device(parts, "cpu"))
     measured = {}
-    for name in sorted(set().union(*parts)):
+    for name in parts[0]:  # of a chunk that is pulled to the base, if any is: it has all names
         measured[name] = torch.cat([part[name] for part in parts if name in part])
     grads = [parameter.grad for parameter in trained]
     message = run.accelerator.reduce(parameters_to_vector(grads), "sum")  # one for the whole step
@@ -637,8 +638,8 @@ def evaluate(run: Run, name: str) -> Rows:
         truth = oracle(job.row, edit) if edit else None  # None, too, for rows not of the toy
         result["oracle"], result["success"] = truth or (math.nan, math.nan)
         results.append(result)
-    every = {result["row"]: result for result in gather_object(results)}
-    return list(every.values())
+    by_row = {result["row"]: result for result in gather_object(results)}  # each row once
+    return list(by_row.values())
 
 
 def _held_out_record(base, results, name):
@@ -646,10 +647,8 @@ def _held_out_record(base, results, name):
     record = {}
     for key in ("judge", "oracle", "success"):
         if any(math.isfinite(result[key]) for result in results):
-            gain = paired_gain(base, results, key)
-            place = f"heldout/{name}/{key}"
-            record[place] = gain.pop("now")
-            record |= {f"{place}/{part}": value for part, value in gain.items()}
+            for part, value in paired_gain(base, results, key).items():
+                record[f"heldout/{name}/{key}/{part}".removesuffix("/now")] = value
     return record
 
 
@@ -666,8 +665,8 @@ def _show_edits(run, base, now, epoch):
                 source = load_image(row["images"][0])
                 target = load_image(row["target"]) if "target" in row else None
                 pictures.append([source, before["image"], after["image"], target])
-                marks = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
-                captions.append([row["prompt"], *marks, "target" if target else ""])
+                scores = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
+                captions.append([row["prompt"], *scores, "target" if target else ""])
     grid = picture_grid(pictures, captions, "source, base, now, with the judge's score")
     with whole_file(run.out / "samples" / f"epoch-{epoch:04}.png") as part:
         grid.save(part)
@@ -695,13 +694,7 @@ def timed(record: dict, phase: str, device: torch.device) -> Iterator[None]:
     record[f"seconds/{phase}"] = time.time() - begun
 
 
-def epoch_record(
-    scores: Scores,
-    r: Tensor,
-    reasons: list[str],
-    measured: Measured,
-    norm: float,
-) -> dict:
+def epoch_record(scores: Scores, reasons: list[str], measured: Measured, norm: float) -> dict:
     """What scores and update of an epoch say, as flat numbers; what nothing is known of is NaN."""
     score = scores.score  # (G, K)
     centred = score - score.nanmean(1, keepdim=True)
@@ -712,27 +705,25 @@ def epoch_record(
     }
     for name, term in scores.terms.items():
         values[f"reward/{name}"] = term
-    for name in measured.keys() - {"group", "copy", "t"}:
+    for name in sorted(measured.keys() - {"group", "copy", "t"}):
         values[f"update/{name}"] = measured[name]
-    for fifth in range(5 if measured else 0):  # of flow time; t = 1 belongs to the last
-        is_in = (5 * measured["t"]).long().clamp(max=4) == fifth  # (P,)
-        values[f"loss/t{fifth}"] = measured["loss"][is_in]
-    record = {name: values[name].nanmean().item() for name in sorted(values)}
+    if measured:
+        fifths = (5 * measured["t"]).long().clamp(max=4)  # (P,) of flow time; t = 1 is in the last
+        for fifth in range(5):
+            values[f"loss/t{fifth}"] = measured["loss"][fifths == fifth]
+    record = {name: entry.nanmean().item() for name, entry in values.items()}
 
-    made = int(math.isfinite(norm))
+    is_made = math.isfinite(norm)
     record |= {
         "judge/failed": int(score.isnan().sum()),
         "groups/kept": reasons.count("") / len(reasons),
         "grad/norm": norm,
-        "steps/made": made,
-        "steps/skipped": int(bool(measured)) - made,
+        "steps/made": int(is_made),
+        "steps/skipped": int(bool(measured) and not is_made),
     }
-    for prefix, words in {"judge/failed": scores.causes, "groups": reasons}.items():
-        for word in filter(None, words):
-            record[f"{prefix}/{word}"] = words.count(word)
-    for tenth, count in enumerate(torch.histc(r[r.isfinite()], 10, 0, 1).tolist()):
-        record[f"r/{tenth}"] = count
-    return record
+    names = [f"judge/failed/{cause}" for cause in scores.causes if cause]
+    names += [f"groups/{reason}" for reason in reasons if reason]
+    return record | Counter(names)
 
 
 def reward_by_task(drawn: Rows, score: Tensor) -> dict:
@@ -829,9 +820,12 @@ def _set_up(argv, scratch):
 
     scratch: a folder for what a dry run writes.
     """
-    has_base = any(word.startswith("--base") for word in argv)
-    defaults = {} if has_base else TOY
-    settings = parse_settings(Settings, argv, __doc__.splitlines()[0], **defaults)
+    settings = parse_settings(Settings, argv, __doc__.splitlines()[0])
+    is_toy = not settings.base
+    if is_toy:
+        settings = parse_settings(Settings, argv, **TOY)
+    if not settings.data:
+        raise BadInput("--data is missing; name a folder with train.jsonl and test.jsonl")
     if settings.dry_run:
         settings = replace(
             settings, out=scratch, epochs=1, eval_rows=1, resume="never", report_to="none"
@@ -847,7 +841,7 @@ def _set_up(argv, scratch):
         settings = replace(settings, groups=ranks)
     if settings.groups % ranks:
         raise BadInput(f"--groups {settings.groups}: not divisible by {ranks} processes")
-    if not has_base:
+    if is_toy:
         with accelerator.main_process_first():
             build_toy(ToySettings())
     return settings, accelerator
@@ -866,10 +860,17 @@ def _load_all(settings, accelerator, stop):
         solver_order=settings.solver_order,
         trust_remote_code=settings.trust_remote_code,
     )
+    steps = settings.rollout_steps or editor.family.rollout_steps
+    settings = replace(settings, rollout_steps=steps)
+    if settings.train_timesteps > steps:
+        raise BadInput(
+            f"--train_timesteps {settings.train_timesteps}: above --rollout_steps {steps}"
+        )
     rows["test"] = rows["test"][: settings.eval_rows]
-    fault_of = partial(row_fault, editor)
     for split in rows:
-        rows[split] = faultless(rows[split], fault_of, skip, accelerator.is_main_process)
+        rows[split] = faultless(
+            rows[split], partial(row_fault, editor), skip, accelerator.is_main_process
+        )
     add_policies(
         editor,
         settings.lora_rank,
@@ -879,8 +880,6 @@ def _load_all(settings, accelerator, stop):
         ("old", "ema") if settings.ema_decay else ("old",),
         settings.start_lora,
     )
-    if settings.gradient_checkpointing:
-        editor.pipe.transformer.enable_gradient_checkpointing()
     if settings.shard:
         shard_base(editor, accelerator)
     judge = load_judge(settings, accelerator.device, dtype, stop)
@@ -889,11 +888,30 @@ def _load_all(settings, accelerator, stop):
     check_editor(editor, rows["train"][0], settings.guidance, optimizer, bool(settings.start_lora))
     check_judge(judge, settings, rows["train"])
     judge.noise = max(gather_object([judge.noise]))  # so that all ranks drop the same groups
+    if settings.gradient_checkpointing:
+        editor.transformer.enable_gradient_checkpointing()
+        if accelerator.device.type == "cuda" and not settings.shard:
+            _choose_recompute(editor, rows["train"][0], settings)
+            optimizer.zero_grad()
     if settings.compile:
         compile_blocks(editor)
     if not settings.shard:  # where all ranks do each forward, or none
         heed_stop(editor.pipe.transformer, stop)
     return Run(settings, accelerator, stop, rows, editor, judge, optimizer, saved={})
+
+
+def _choose_recompute(editor, row, settings):
+    """Has backward recompute no more of a forward than does not fit into memory, and says so."""
+    group = rollout(editor, load_sources(row), row["prompt"], [seeded(0)], steps=1)
+    # A pair more than a batch has: AdamW's moments will come on top.
+    x_t = group.x_0.expand(settings.train_batch + 1, -1, -1)  # (B + 1, N, C)
+
+    def trial():
+        velocity(editor, x_t, group.sigmas.expand(len(x_t)), group.cond).sum().backward()
+
+    with parked(editor, settings.offload):
+        share = choose_recompute(editor, trial)
+    say_once(f"backward recomputes {share:.0%} of the transformer's blocks")
 
 
 def close_epoch(run: Run, state: dict, base: Rows):
@@ -904,10 +922,11 @@ def close_epoch(run: Run, state: dict, base: Rows):
     settings = run.settings
     epoch = state["epoch"]
     record = dict(state["record"])
+    is_last = epoch == settings.epochs
     results = {}
-    if epoch == settings.epochs or epoch % settings.eval_every == 0:
+    if is_last or epoch % settings.eval_every == 0:
         # What the user will keep; the others only at the end.
-        for name in run.editor.policies if epoch == settings.epochs else ["new"]:
+        for name in run.editor.policies if is_last else ["new"]:
             results[name] = evaluate(run, name)
             record |= _held_out_record(base, results[name], name)
     known = {key: value for key, value in record.items() if math.isfinite(value)}  # JSON has no NaN
@@ -994,13 +1013,15 @@ def run_epochs(run: Run, state: dict):
         # ---------------- reward: every rank learns all scores, and gets all edits' latents
         with timed(record, "reward", device):
             scores = _await_scores(run, jobs, settings.group_size)
-            groups = gather_object([job.group and job.group.for_training() for job in jobs])
+            mine = [job.group.for_training() if job.group else None for job in jobs]
+            groups = gather_object(mine)  # G
 
         # ---------------- filter: what says nothing goes, the rest becomes optimality
         r, reasons = group_advantages(scores.score, settings, least_spread)  # r: (G, K)
         if settings.normalise_aspects:
+            # Other advantages of the edits that are left.
             joined = _join_standardised(scores.terms, run.judge.weights)
-            joined = joined.masked_fill(r.isnan(), torch.nan)  # what is dropped stays so
+            joined = joined.masked_fill(r.isnan(), torch.nan)
             r, _ = group_advantages(joined, replace(settings, filter="none"))
         if settings.dry_run:  # whatever the judge says, a full step is to be measured
             r = torch.linspace(0, 1, settings.group_size).expand_as(r)
@@ -1008,7 +1029,7 @@ def run_epochs(run: Run, state: dict):
         # ---------------- update: one step towards good edits, away from bad ones
         with timed(record, "update", device):
             measured, norm = mean_gradient(run, groups, r, epoch)
-        record |= epoch_record(scores, r, reasons, measured, norm)
+        record |= epoch_record(scores, reasons, measured, norm)
         record |= reward_by_task(drawn, scores.score)
 
         # ---------------- the step; the old policy follows, at first at once, later ever more
@@ -1033,24 +1054,22 @@ def run_epochs(run: Run, state: dict):
 
 def train(run: Run):
     """A run to its end, or to a stop. Every way out keeps the last finished epoch."""
-    settings = run.settings
     state = fresh_state(run)
     fault = None
     with closing(run.judge):
         try:
-            if settings.resume == "auto":
-                _load_checkpoint(run, state)
+            _load_checkpoint(run, state)
             _open_records(run, state)
             run_epochs(run, state)
         except Stopped as stopped:
-            fault = stopped.__cause__
+            fault = stopped.__cause__  # None: a signal, or another rank tells of it
         finally:
             if run.is_main and state["epoch"] and state != run.saved:
                 _save_checkpoint(run, state)
     run.accelerator.wait_for_everyone()  # a rank that leaves early breaks the others' messages
     run.accelerator.end_training()
-    if run.is_main and state["logged"] < settings.epochs:
-        done = f"stopped after epoch {state['epoch']} of {settings.epochs}"
+    if run.is_main and state["logged"] < run.settings.epochs:
+        done = f"stopped after epoch {state['epoch']} of {run.settings.epochs}"
         say(f"{done}, evaluated and logged up to {state['logged']}; go on with --resume auto")
     if fault:
         raise fault
@@ -1058,7 +1077,7 @@ def train(run: Run):
 
 def main(argv: list[str] | None = None):
     with TemporaryDirectory() as scratch:
-        settings, accelerator = _set_up(sys.argv[1:] if argv is None else argv, scratch)
+        settings, accelerator = _set_up(argv, scratch)
         stop = catch_signals()  # not before: until here there is nothing to end well
         with locked(settings.out, accelerator.is_main_process):
             train(_load_all(settings, accelerator, stop))

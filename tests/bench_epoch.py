@@ -73,6 +73,7 @@ def make_work(folder, is_tiny, recompute):
         resolution=32 if is_tiny else 64,
         groups=GROUPS,
         group_size=COPIES,
+        rollout_steps=6,
         lora_rank=8,
         lora_alpha=8,
         gradient_checkpointing=recompute,

@@ -399,7 +399,7 @@ def main(argv=None):
         words += [f"--{name}", value]
     if args.tiny:
         words += ["--resolution", "64"]
-    settings = parse_settings(train_nft.Settings, words, "")
+    settings = parse_settings(train_nft.Settings, words, "", rollout_steps=6)
     if args.measure and not args.tiny and not torch.cuda.is_available():
         print("skipped: no CUDA device here; without --measure none is needed")
         return

@@ -86,7 +86,7 @@ def write_dataset(folder):
 
 
 def arguments(editor, dataset, out, **changes):
-    """The command line of a run of seconds on a tiny editor for 32 x 32 pictures."""
+    """The command line of a run of seconds on a tiny editor for 32 x 32 pictures; None: no word."""
     values = {
         "base": editor,
         "data": dataset,
@@ -112,7 +112,8 @@ def arguments(editor, dataset, out, **changes):
     }
     words = []
     for name, value in (values | changes).items():
-        words += [f"--{name}", str(value)]
+        if value is not None:
+            words += [f"--{name}", str(value)]
     return words
 
 

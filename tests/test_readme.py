@@ -90,8 +90,7 @@ EDITS = {
         (
             in_train(
                 "        t.append(group.sigmas[order[pick]])\n",
-                # In bfloat16, as a base of any precision can be told them.
-                "        times = torch.randn(T, generator=draws).sigmoid().bfloat16().float()\n"
+                "        times = torch.randn(T, generator=draws).sigmoid()\n"
                 "        t.append(times[pick])\n",
             ),
         ),

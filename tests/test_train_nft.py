@@ -111,6 +111,15 @@ def test_the_loss_is_float32_arithmetic_on_bfloat16_inputs(pairs):
     assert torch.equal(loss, nft_loss(v.float(), *whole, r, 0.1))
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_velocities_and_edits_of_different_shapes_are_refused(pairs, place):
+    v_old, x_t, x_0, t = pairs
+    tensors = [v_old, v_old, x_t, x_0]
+    tensors[place] = tensors[place][:, :1]  # would be broadcast in silence
+    with pytest.raises(AssertionError, match="x_0 are"):
+        nft_loss(*tensors, t, torch.full((4,), 0.5), 1.0)
+
+
 def test_times_of_the_wrong_shape_are_refused(pairs):
     v_old, x_t, x_0, t = pairs
     with pytest.raises(AssertionError, match="t and r"):
@@ -233,7 +242,7 @@ def test_an_epoch_larger_than_the_data_uses_rows_again():
 # ---------------------------------------------------------------- whole runs
 
 RECORD = """epoch reward/mean reward/spread reward/execution judge/mass judge/failed groups/kept
-r/0 r/9 update/loss update/drift_old update/drift_base update/norm_ratio loss/t4 grad/norm old_decay
+update/loss update/drift_old update/drift_base update/norm_ratio loss/t4 grad/norm old_decay
 steps/made steps/skipped seconds/rollout seconds/reward seconds/update"""
 
 
@@ -383,6 +392,37 @@ def test_each_pair_of_edit_and_time_is_trained_once_with_times_of_the_rollout(ru
     monkeypatch.setattr(train_nft, "draw_pairs", noted)
     run()
     assert len(set(trained)) == len(trained) > 0
+
+
+@pytest.mark.parametrize("steps, wanted", [(None, 7), (3, 3)])
+def test_a_rollout_takes_the_familys_steps_unless_told_otherwise(run, monkeypatch, steps, wanted):
+    kontext = replace(sample.FAMILIES["FluxKontextPipeline"], rollout_steps=7)
+    monkeypatch.setitem(sample.FAMILIES, "FluxKontextPipeline", kontext)
+    seen = set()
+    draw_pairs = train_nft.draw_pairs
+
+    def noted(run, group, *args):
+        seen.add(len(group.sigmas))
+        return draw_pairs(run, group, *args)
+
+    monkeypatch.setattr(train_nft, "draw_pairs", noted)
+    out = run(epochs=1, eval_every=9, rollout_steps=steps)
+    assert seen == {wanted}
+    assert json.loads((out / "config.json").read_text())["rollout_steps"] == wanted
+
+
+def test_trained_times_are_those_that_the_transformer_is_told(small):
+    run, group = small()
+    group.sigmas = torch.tensor([0.1, 0.3, 0.7])  # none is a number of bfloat16
+    chunk = train_nft.Chunk(0, [(0, 0), (1, 1)], is_pulled=False)
+    r = torch.full((4,), 0.5)
+    exact = train_nft.draw_pairs(run, group, chunk, r, 0).t
+    assert set(exact.tolist()) <= set(group.sigmas.tolist())
+    run.editor.transformer.to(torch.bfloat16)
+    told = train_nft.draw_pairs(run, group, chunk, r, 0).t
+    assert told.dtype == torch.float32
+    assert torch.equal(told, exact.bfloat16().float())
+    assert not torch.equal(told, exact)
 
 
 def test_twelve_copies_run_on_one_process_that_takes_five_at_a_time(run, monkeypatch):
@@ -588,6 +628,65 @@ def test_gradient_checkpointing_changes_no_gradient(run):
     plain = log(run("plain", epochs=1))[0]
     saving = log(run("saving", epochs=1, gradient_checkpointing=True))[0]
     assert plain["grad/norm"] == pytest.approx(saving["grad/norm"], rel=1e-4)
+
+
+def test_on_a_gpu_backward_recomputes_what_a_trial_with_a_whole_batch_leaves_no_room_for(
+    small, monkeypatch, capsys
+):
+    run, group = small(train_batch=5)
+    tried = []
+
+    def choose(editor, trial):
+        trial()
+        parameters = lora_parameters(editor, "new").values()
+        assert all(parameter.grad is not None for parameter in parameters)
+        tried.append(editor)
+        return 0.25
+
+    def noted(editor, x_t, t, cond):
+        assert x_t.shape == (6, *group.x_0.shape[1:])  # one more, for AdamW's moments
+        assert t.shape == (6,)
+        return velocity(editor, x_t, t, cond)
+
+    monkeypatch.setattr(train_nft, "choose_recompute", choose)
+    monkeypatch.setattr(train_nft, "velocity", noted)
+    train_nft._choose_recompute(run.editor, run.rows["train"][0], run.settings)
+    assert tried == [run.editor]
+    assert "backward recomputes 25% of the transformer's blocks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "kind, changes, is_tried",
+    [
+        ("cuda", {}, True),
+        ("cpu", {}, False),
+        ("cuda", {"shard": True}, False),
+        ("cuda", {"gradient_checkpointing": False}, False),
+    ],
+)
+def test_what_is_recomputed_is_tried_on_a_gpu_whose_base_is_not_sharded(
+    kontext_folder, dataset, monkeypatch, kind, changes, is_tried
+):
+    place = data_prep.start_processes()
+    pretended = types.SimpleNamespace(device=torch.device(kind), is_main_process=True)
+    load_rows = train_nft.load_rows
+    words = arguments(
+        kontext_folder, dataset, "unused", **{"gradient_checkpointing": True} | changes
+    )
+    tried = []
+    parts = {
+        "load_rows": lambda folder, skip, _: load_rows(folder, skip, place),
+        "load_editor": lambda base, *rest, **how: load_editor(base, resolution=32),
+        "load_judge": lambda *args: RuleJudge(),
+        "shard_base": lambda *args: None,
+        "_choose_recompute": lambda *args: tried.append(args),
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(train_nft, name, part)
+    settings = data_prep.parse_settings(Settings, words)
+    made = train_nft._load_all(settings, pretended, threading.Event())
+    assert bool(tried) == is_tried
+    assert made.editor.transformer.is_gradient_checkpointing == settings.gradient_checkpointing
 
 
 def copy_dataset(dataset, folder, **changes):
@@ -1140,7 +1239,7 @@ def test_importing_does_nothing(tmp_path):
 
 def test_the_papers_settings_are_the_defaults():
     wanted = {
-        "rollout_steps": 6,
+        "rollout_steps": None,  # the family's
         "resolution": 512,
         "guidance": None,
         "groups": 24,
@@ -1163,6 +1262,7 @@ def test_the_papers_settings_are_the_defaults():
         "filter": "paper",
     }
     assert {key: getattr(PAPER, key) for key in wanted} == wanted
+    assert sample.FAMILIES["FluxKontextPipeline"].rollout_steps == 6
     assert (train_nft.WEIGHT_DECAY, train_nft.GRAD_CLIP) == (1e-4, 1.0)
     parameter = torch.nn.Parameter(torch.zeros(1))
     assert torch.optim.AdamW([parameter]).defaults["betas"] == (0.9, 0.999)
