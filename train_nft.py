@@ -372,10 +372,10 @@ class Run:
 
 @contextmanager
 def _in_step(run, stand_in=None):
-    """Forwards that the ranks of a sharded base make together: what an error of this rank does.
+    """Forwards that the ranks of a sharded base make together, and an error of this rank in them.
 
-    The others wait for it inside a forward, where nothing can tell them. BadInput is known before:
-    stand_in() makes its forwards with them. Anything else ends this process, and its launcher them.
+    The other ranks wait for it there, and nothing can tell them: this process ends, and then its
+    launcher ends them. BadInput is known before the first forward: stand_in() makes this rank's.
     """
     try:
         yield
@@ -407,10 +407,10 @@ def draw(run: Run, name: str, rows: Rows, copies: int, *key, **how) -> list[Job]
     """
     how["rollout_batch"] = run.settings.rollout_batch
     numbered = list(enumerate(rows))
-    share = run.accelerator.split_between_processes(numbered, apply_padding=True)
+    split = run.accelerator.split_between_processes(numbered, apply_padding=True)
     jobs = []
     # Every rank draws equally many; where rows are too few for that, the last one again.
-    with policy(run.editor, name), share as mine:
+    with policy(run.editor, name), split as mine:
         for number, row in tqdm(mine, desc=f"{name} draws", leave=False):
             job = Job(number, row)
             noises = [seeded(run.settings.seed, *key, number, copy) for copy in range(copies)]
@@ -504,14 +504,14 @@ def draw_pairs(run: Run, group: Group, chunk: Chunk, r: Tensor, epoch: int) -> P
         draws = seeded(run.settings.seed, "train", epoch, chunk.number, copy)
         # Only times of the rollout: elsewhere the model may be asked what it never sees in use.
         order = torch.randperm(len(group.sigmas), generator=draws)
-        # Of all times, in whatever chunk the others are.
+        # For all of the edit's times, of which others may be in another chunk.
         noises = torch.randn(T, *group.x_0.shape[1:], generator=draws)  # (T, N, C)
         noise.append(noises[pick])
         t.append(group.sigmas[order[pick]])
-    # As the transformer will be told them: x_t must lie at the time that it believes.
-    t = torch.stack(t).to(run.editor.transformer.dtype).float()
+    # Rounded as `velocity` rounds them: x_t is to lie where the transformer believes it to be.
+    told = torch.stack(t).to(run.editor.transformer.dtype).float()
     copies = torch.tensor([copy for copy, _ in chunk.pairs])
-    tensors = (copies, group.x_0[copies], torch.stack(noise), t, r[copies].float())
+    tensors = (copies, group.x_0[copies], torch.stack(noise), told, r[copies].float())
     return Pairs(*send_to_device(tensors, run.accelerator.device))
 
 
@@ -647,8 +647,10 @@ def _held_out_record(base, results, name):
     record = {}
     for key in ("judge", "oracle", "success"):
         if any(math.isfinite(result[key]) for result in results):
-            for part, value in paired_gain(base, results, key).items():
-                record[f"heldout/{name}/{key}/{part}".removesuffix("/now")] = value
+            gain = paired_gain(base, results, key)
+            place = f"heldout/{name}/{key}"
+            record[place] = gain.pop("now")  # first, and the rest below it
+            record |= {f"{place}/{part}": value for part, value in gain.items()}
     return record
 
 
@@ -757,7 +759,7 @@ def _save_checkpoint(run, state):
     folder = run.out / f"checkpoint-{state['epoch']}"
     with whole_folder(folder) as part:
         for name in run.editor.policies:
-            save_lora(run.editor, part / name.removeprefix("new"), name)
+            save_lora(run.editor, part / name.removeprefix("new"), name)  # new: part itself
         torch.save(run.optimizer.state_dict()["state"], part / "optimizer.pt")
         write_json(part / "state.json", state)
     run.saved = dict(state)
@@ -778,12 +780,13 @@ def _load_checkpoint(run, state):
             raise BadInput(f"{folder}: {'; '.join(changes)}; give what it was, or --force true")
         for name in run.editor.policies:
             load_lora(run.editor, folder / name.removeprefix("new"), name)
+        # Into what a new optimizer knows already, its learning rate: --force may have changed it.
         moments = torch.load(folder / "optimizer.pt", "cpu")
         run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": moments})
     for change in changes:
         run.accelerator.print(f"resuming although {change}")
     run.saved = stored
-    state |= stored | {"settings": state["settings"]}
+    state |= stored | {"settings": state["settings"]}  # which stay those of today
 
 
 def fresh_state(run: Run) -> dict:
@@ -910,8 +913,8 @@ def _choose_recompute(editor, row, settings):
         velocity(editor, x_t, group.sigmas.expand(len(x_t)), group.cond).sum().backward()
 
     with parked(editor, settings.offload):
-        share = choose_recompute(editor, trial)
-    say_once(f"backward recomputes {share:.0%} of the transformer's blocks")
+        part = choose_recompute(editor, trial)
+    say_once(f"backward recomputes {part:.0%} of the transformer's blocks")
 
 
 def close_epoch(run: Run, state: dict, base: Rows):

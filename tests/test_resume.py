@@ -1,24 +1,38 @@
 """Nothing is lost: kills, signals, faults in mid-run, full disks, damaged files, other settings.
 
-What was tried                      what the user sees                          what is kept
-SIGKILL at any moment               nothing; --resume auto goes on              the last checkpoint
-SIGTERM (twice, to one rank, to     "stopped after epoch N of M; go on with     all finished epochs
-  the group), SIGHUP, Ctrl-C          --resume auto", in seconds, code 0
-  in rollout, judgement, update,
+`--resume auto` goes on from the newest whole checkpoint, and ends with the same bits as a run that
+was never stopped (on the CPU, with the same number of processes).
+
+What happens                        what the user sees                          what is kept
+SIGKILL at any moment, also inside  nothing; --resume auto goes on              all up to the last
+  a checkpoint's writing                                                          checkpoint
+SIGTERM (twice, to one rank, to     within seconds "stopped after epoch N of    all finished epochs
+  the group), SIGHUP, Ctrl-C          M, evaluated and logged up to N; go on
+  in rollout, judgement, update,      with --resume auto", code 0
   evaluation
-... in an evaluation that was due   "evaluated and logged up to N-1"            it is made up for
+... in an evaluation that was due   "evaluated and logged up to N-1"; --resume  all finished epochs
+                                      auto makes up for it
 a second Ctrl-C                     the program ends at once                    the last checkpoint
 | head, 2>&1 | head                 nothing; the training goes on               everything
-a picture gone in mid-run           file, line and row, and "stopped after"     all finished epochs
-... with --bad_rows skip            "skipped: FILE:LINE, row ID"; counted       the run goes on
+any error in the loop, on any rank  its message, once; all ranks leave          all finished epochs
+                                      together
 out of memory, a thread's error,    one line or the traceback, "stopped"        all finished epochs
   an error of ours, within a step
 ... inside a sharded forward        one line of each process, code 1            all finished epochs
+a picture gone in mid-run           file, line and row, and "stopped after"     all finished epochs
+... with --bad_rows skip            "skipped: FILE:LINE, row ID"; counted       the run goes on
+a faulty row at the start           file, line and fix; with --bad_rows skip    all finished epochs
+                                      "skipped: ..." and the run goes on
+the judge fails on an edit          counted by cause in the log; the edit is    its group, if two
+                                      dropped                                     edits are left
+... on more than --max_failed       the causes, as soon as it is certain        all finished epochs
 a full or unwritable disk: log,     "FILE: cannot be written (...)"             all finished epochs,
   grid, checkpoint                                                                old files whole
 a file where a folder goes          "is a file; move it", before the models     everything
 a second run in one --out           "another run is at work there"              the first goes on
-newest checkpoint damaged           "checkpoint-N: damaged; going back ..."     the one before
+an older run in --out               "holds a run already; give --resume auto"   everything
+newest checkpoint damaged           "checkpoint-N: damaged; going back to the   the one before, and
+                                      one before"                                 its log
 every checkpoint damaged            "every checkpoint is damaged", code 2       everything
 checkpoint-1-good, checkpoint-best  nothing: they are the user's                everything
 bad lines in log.jsonl              nothing; on resume they are dropped         every whole line
@@ -27,6 +41,11 @@ a step not finite                   STEP SKIPPED in the epoch's line            
 three in a row, or an exploded loss "three steps in a row"; bad-steps.json      rows, times, losses
 nothing kept for ten epochs         "nothing was kept", counts, settings        all finished epochs
 a lost node (network namespaces)    "another process is gone", in 2 s           all finished epochs
+
+Always kept: the newest --keep_checkpoints (three) and the best held-out one. A SIGTERM to
+`accelerate launch` with one process reaches the launcher alone: send it to the python process, or
+to the group. With several, the launcher passes it on and grants 30 s, which
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT changes. The judge's failures are tested in test_train_nft.py.
 """
 
 import json
