@@ -41,6 +41,7 @@ a step not finite                   STEP SKIPPED in the epoch's line            
 three in a row, or an exploded loss "three steps in a row"; bad-steps.json      rows, times, losses
 nothing kept for ten epochs         "nothing was kept", counts, settings        all finished epochs
 a lost node (network namespaces)    "another process is gone", in 2 s           all finished epochs
+... the first node                  the same                                    the last checkpoint
 
 Always kept: the newest --keep_checkpoints (three) and the best held-out one. A SIGTERM to
 `accelerate launch` with one process reaches the launcher alone: send it to the python process, or

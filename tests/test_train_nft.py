@@ -435,7 +435,9 @@ def test_twelve_copies_run_on_one_process_that_takes_five_at_a_time(run, monkeyp
 
     monkeypatch.setattr(sample, "_call_pipeline", noted)
     run(group_size=12, rollout_batch=5, epochs=1, groups=1, eval_every=5)
-    assert [size for size in sizes if size > 1] == [5, 5, 2]
+    check, *drawn = [size for size in sizes if size > 1]
+    assert check == 2  # of check_editor, before the training
+    assert drawn == [5, 5, 2]
 
 
 @pytest.fixture
