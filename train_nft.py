@@ -904,7 +904,7 @@ def _load_all(settings, accelerator, stop):
 
 
 def _choose_recompute(editor, row, settings):
-    """Has backward recompute no more of a forward than does not fit into memory, and says so."""
+    """Has backward recompute only what a forward cannot keep in memory, and says what that is."""
     group = rollout(editor, load_sources(row), row["prompt"], [seeded(0)], steps=1)
     # A pair more than a batch has: AdamW's moments will come on top.
     x_t = group.x_0.expand(settings.train_batch + 1, -1, -1)  # (B + 1, N, C)
@@ -913,8 +913,8 @@ def _choose_recompute(editor, row, settings):
         velocity(editor, x_t, group.sigmas.expand(len(x_t)), group.cond).sum().backward()
 
     with parked(editor, settings.offload):
-        part = choose_recompute(editor, trial)
-    say_once(f"backward recomputes {part:.0%} of the transformer's blocks")
+        recomputed = choose_recompute(editor, trial)
+    say_once(f"recomputed in backward: {', '.join(recomputed) or 'nothing'}")
 
 
 def close_epoch(run: Run, state: dict, base: Rows):
