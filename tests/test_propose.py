@@ -474,6 +474,15 @@ def test_rows_that_are_edited_while_a_judge_is_asked_keep_their_place_and_their_
     assert rows[1]["checklist"][0] == "edit 0?" and rows[3]["checklist"][0] == "edit 2?"
 
 
+def test_a_list_that_a_person_wrote_stays_where_another_row_asks_the_same(server, folder):
+    row = {"prompt": "edit 0", "image": "part0/0.png", "checklist": ["mine, too?"]}
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row))
+    server.says = lambda question, pictures: json.dumps(LISTS)
+    rows = checklist(server, folder)
+    assert rows[0]["checklist"][0] == LISTS["done"][0] and rows[3]["checklist"] == ["mine, too?"]
+
+
 @pytest.mark.parametrize("line", ["{}", '{"key": 3, "said": "x"}', '{"key": "x"}', "[1]", "\x00"])
 def test_notes_that_are_none_are_passed_over(server, folder, line):
     (folder / "judge_said.jsonl").write_text(f"{line}\n")
