@@ -24,14 +24,15 @@ Departures from the benchmarks' own scripts, the first three undone by --mode of
 3. Means are not rounded on the way.
 4. Edits are stored as PNG. GEdit's are still shown at the size and through the JPEG of its scorer,
    but the judge answers at temperature 0, unless its server takes none or --judge_draws is over 1.
-5. PSNR and SSIM to the source stand beside the scores of every subject but the source itself, and
-   in strict reading the scores that a benchmark's own are made of.
+5. PSNR, SSIM and, where it is installed, LPIPS to the source stand beside the scores of every
+   subject but the source itself, and in strict reading the scores that a benchmark's are made of.
 6. With --repeats a row counts with the mean of its answers, and as answered if all can be read.
 Never reproduced, in no mode: random scores for answers that cannot be read, endless retries, rows
 that count twice, and scores out of thoughts (<think>) or out of a reply cut by its token limit.
 """
 
 import ast
+import functools
 import hashlib
 import io
 import itertools
@@ -48,6 +49,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from html import escape
+from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
 from string import Template
@@ -110,7 +112,8 @@ PARTS = {  # the scores that the METRICS are made of, in the order in which a ju
     "heldout": (),
 }
 FLOOR = {"imgedit": 1.0, "gedit": 0.0, "heldout": 0.0}  # what counts in place of no score
-KEPT = ("psnr", "ssim")  # how much of the source an edit keeps, beside each benchmark's METRICS
+# how much of the source an edit keeps, beside each benchmark's METRICS; lpips if it is installed
+KEPT = ("psnr", "ssim", "lpips")
 CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG")  # of pictures, ours first
 MADE_FROM = "made from"  # the key of the PNG text with the hash of what an edit was drawn from
@@ -1043,8 +1046,9 @@ def _as_gedit_shows(source, edit):
 
 
 def _kept_of_source(job, call):
-    """PSNR in dB and SSIM of an edit to its first source, outside the mask if there is one; {} for
-    no edit, for one that cannot be opened, and for the source itself (it would be perfect)."""
+    """PSNR in dB, SSIM and, where the package lpips is installed, LPIPS of an edit to its first
+    source, outside the mask if there is one; {} for no edit, for one that cannot be opened, and
+    for the source itself (it would be perfect)."""
     source = _picture_or_none(call["images"][0])
     edit = _picture_or_none(call["edit"])
     mask = call.get("mask")
@@ -1054,7 +1058,10 @@ def _kept_of_source(job, call):
         return {}
     mask = load_image(mask) if mask else None
     psnr = plain_terms(source, [edit], mask)["psnr"]
-    return {"psnr": psnr.item(), "ssim": _ssim(source, edit, mask)}
+    kept = {"psnr": psnr.item(), "ssim": _ssim(source, edit, mask)}
+    if find_spec("lpips"):
+        kept["lpips"] = _lpips(source, edit, mask)
+    return kept
 
 
 def _ssim(source, edit, mask=None):
@@ -1085,6 +1092,26 @@ def _ssim(source, edit, mask=None):
     if mask:
         ssim = ssim[luminance(mask)[3:-3, 3:-3] < 0.5]  # by the middle pixel of each window
     return ssim.mean().item()
+
+
+@functools.cache
+def _lpips_network():
+    import lpips
+
+    return lpips.LPIPS(net="alex", verbose=False).eval()
+
+
+@torch.no_grad()
+def _lpips(source, edit, mask=None):
+    """Perceptual distance of two pictures by AlexNet (Zhang et al. 2018), 0 where they are equal,
+    at the edit's size; what is white in the mask is taken from the source, so that it is equal."""
+    edit = edit.convert("RGB")
+    source = source.convert("RGB").resize(edit.size, Image.Resampling.LANCZOS)
+    if mask:
+        edit = Image.composite(source, edit, mask.convert("L").resize(edit.size))
+    pair = torch.from_numpy(np.array([source, edit]) / 127.5 - 1).float()  # (2, H, W, 3)
+    before, after = pair.permute(0, 3, 1, 2).split(1)  # (1, 3, H, W) each, in [-1, 1]
+    return _lpips_network()(before, after).item()
 
 
 # ---------------------------------------------------------------- score: tables and report

@@ -15,6 +15,7 @@ import threading
 import time
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -1459,6 +1460,37 @@ def test_what_lies_in_the_mask_does_not_count_as_lost(imgedit, edits, tmp_path, 
     for metric, whole in (("psnr", 40), ("ssim", 0.99)):
         assert scores_of(plain, metric=metric)["3"] < 0.9 * whole
         assert scores_of(masked, metric=metric)["3"] > whole
+
+
+def test_lpips_stands_beside_psnr_where_it_is_installed_and_leaves_the_mask_out(
+    imgedit, edits, tmp_path, server, monkeypatch
+):
+    class Distance(torch.nn.Module):
+        """In place of LPIPS, which is called with two pictures (1, 3, H, W) in [-1, 1]."""
+
+        def forward(self, before, after):
+            assert before.shape == after.shape and before.shape[:2] == (1, 3)
+            assert -1 <= before.min() and after.max() <= 1
+            return (before - after).abs().mean().view(1, 1, 1, 1)
+
+    lpips = types.ModuleType("lpips")
+    lpips.__spec__ = ModuleSpec("lpips", None)
+    lpips.LPIPS = lambda net, verbose: Distance()
+    (without,) = run("imgedit", imgedit, tmp_path / "out", server, edits=edits).values()
+    monkeypatch.setitem(sys.modules, "lpips", lpips)
+    evaluate._lpips_network.cache_clear()
+    for key in range(6):
+        mask = Image.new("L", (32, 32), 255)
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask.save(tmp_path / "masks" / f"{key}.png")
+    again = {"edits": edits, "stage": "score"}
+    (plain,) = run("imgedit", imgedit, tmp_path / "out", **again).values()
+    (masked,) = run(
+        "imgedit", imgedit, tmp_path / "out", **again, masks=tmp_path / "masks"
+    ).values()
+    assert "lpips" not in without["subjects"]["edits"]["rows"][0]
+    assert 0 < scores_of(plain, metric="lpips")["3"] <= 2
+    assert scores_of(masked, metric="lpips")["3"] == 0
 
 
 def test_a_mask_that_cannot_be_read_is_told(imgedit, edits, tmp_path, server):
