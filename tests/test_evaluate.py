@@ -1470,7 +1470,7 @@ def test_lpips_stands_beside_psnr_where_it_is_installed_and_leaves_the_mask_out(
 
         def forward(self, before, after):
             assert before.shape == after.shape and before.shape[:2] == (1, 3)
-            assert -1 <= before.min() and after.max() <= 1
+            assert before.min() >= -1 and after.max() <= 1
             return (before - after).abs().mean().view(1, 1, 1, 1)
 
     lpips = types.ModuleType("lpips")
