@@ -889,24 +889,15 @@ def _text_tokens(pipe, prompt):
     return sum(len(tokenizer(piece, verbose=False).input_ids) for piece in pieces)
 
 
-def check_editor(
-    editor: Editor,
-    row: dict,
-    guidance: float | None,
-    optimizer: torch.optim.Optimizer,
-    started: bool = False,
-) -> None:
-    """Stops a run that could not learn: see the four checks below.
+def check_editor(editor: Editor, row: dict) -> None:
+    """Stops a run that could not learn: see the three checks below.
 
-    row: one of the data; started: the policies begin from a LoRA, not as the base. BadInput names
-    the row, the editor or the LoRA's layers.
+    row: one of the data. BadInput names the row, the editor or the LoRA's layers.
     """
-    # With CFG the solver is given a mixture of velocities, which the transformer's own is not.
-    if not editor.transformer.config.get("guidance_embeds"):
-        guidance = 1.0
     noises = [seeded(0), seeded(0)]  # the same edit twice, drawn in one step
     with faults_of(row, skip=False):
-        group = rollout(editor, load_sources(row), row["prompt"], noises, 1, guidance)
+        # A guidance of 1: with CFG the solver would be given a mixture of two velocities.
+        group = rollout(editor, load_sources(row), row["prompt"], noises, steps=1, guidance=1.0)
     place = _edit_tokens(editor, group.x_0.shape[1])
     x_t = group.cond["hidden_states"][:, place].float().expand_as(group.x_0)  # (2, N, C), noise
     t = group.sigmas.expand(2)
@@ -926,17 +917,11 @@ def check_editor(
         raise BadInput(
             f"{editor.kind}: another source picture changes nothing; take an editor that sees it"
         )
-    # 3. The policies are equal at the start.
-    same = editor.policies if started else ("base", *editor.policies)
-    for name in same:
-        with policy(editor, name):
-            own = velocity(editor, x_t, t, group.cond)
-        assert torch.equal(v, own), f"policies new and {name} differ at the start"
-    # 4. The LoRA gets a gradient: that of any loss will do. Its norm is what clipping returns.
+    # 3. The LoRA gets a gradient: that of any loss will do. Its norm is what clipping returns.
     v.square().mean().backward()
     if nn.utils.clip_grad_norm_(lora_parameters(editor, "new").values(), math.inf) == 0:
         raise BadInput(f"{editor.kind}: the LoRA gets no gradient; name other --lora_targets")
-    optimizer.zero_grad()
+    editor.transformer.zero_grad()
 
 
 # ---------------------------------------------------------------- memory and sharding

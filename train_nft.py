@@ -888,7 +888,7 @@ def _load_all(settings, accelerator, stop):
     judge = load_judge(settings, accelerator.device, dtype, stop)
     trained = lora_parameters(editor, "new").values()
     optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=WEIGHT_DECAY)
-    check_editor(editor, rows["train"][0], settings.guidance, optimizer, bool(settings.start_lora))
+    check_editor(editor, rows["train"][0])
     check_judge(judge, settings, rows["train"])
     judge.noise = max(gather_object([judge.noise]))  # so that all ranks drop the same groups
     if settings.gradient_checkpointing:

@@ -587,7 +587,7 @@ def known_options():
     known = set(FOREIGN.split())
     for path in [*HERE.parent.glob("*.py"), *HERE.glob("*.py")]:
         text = path.read_text("utf-8")
-        known |= set(re.findall(r"^    (\w+): [^=\n]+ = setting\(", text, re.MULTILINE))
+        known |= set(re.findall(r"^    (\w+): [^=\n]+ = \w+\(", text, re.MULTILINE))
         known |= set(re.findall(r'add_argument\(\s*"--(\w+)"', text))
     known |= {f"no_{name}" for name in known}  # switches that are on by default
     return known
