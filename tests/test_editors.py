@@ -705,14 +705,14 @@ def test_two_epochs_move_the_lora_and_nothing_else_and_diffusers_alone_draws_the
     [
         (QWEN, {}, {(1, 1.0), (2, 1.0), (3, 4.0)}),
         (QWEN, {"guidance": 2, "eval_guidance": 1}, {(1, 1.0), (2, 2.0), (3, 1.0)}),
-        (KONTEXT, {"guidance": 2}, {(1, 2.0), (2, 2.0), (3, 3.5)}),
-        (KONTEXT, {}, {(1, 2.5), (2, 2.5), (3, 3.5)}),
+        (KONTEXT, {"guidance": 2}, {(1, 1.0), (2, 2.0), (3, 3.5)}),
+        (KONTEXT, {}, {(1, 1.0), (2, 2.5), (3, 3.5)}),
     ],
 )
 def test_training_takes_the_familys_guidance_in_rollouts_and_in_evaluation(
     editor_folder, rows, tmp_path, watched, monkeypatch, name, given, wanted
 ):
-    # (steps, guidance): 1 step in the check at the start, always without CFG, 2 in rollouts, else 3
+    # (steps, guidance): 1 step in the check at the start, always with a guidance of 1, 2 in rollouts, else 3
     seen = set()
     call = sample._call_pipeline
 
