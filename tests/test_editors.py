@@ -712,7 +712,7 @@ def test_two_epochs_move_the_lora_and_nothing_else_and_diffusers_alone_draws_the
 def test_training_takes_the_familys_guidance_in_rollouts_and_in_evaluation(
     editor_folder, rows, tmp_path, watched, monkeypatch, name, given, wanted
 ):
-    # (steps, guidance): 1 step in the check at the start, always with a guidance of 1, 2 in rollouts, else 3
+    # (steps, guidance): 1 step and a guidance of 1 in the check at the start, 2 steps in rollouts
     seen = set()
     call = sample._call_pipeline
 
