@@ -181,8 +181,16 @@ class Run:
         return log[-1]["epoch"] if log else 0
 
     def is_finished(self) -> bool:
-        """Whether it has its epochs: no fewer, and no more."""
-        return self.done() == self.epochs
+        """Whether it has its epochs, no fewer and no more, or has ended by itself."""
+        return self.done() == self.epochs or self.has_ended()
+
+    def has_ended(self) -> bool:
+        """Whether the training stopped itself: it did harm, or nothing was left to learn from."""
+        said = self.folder.with_suffix(".txt")
+        if not said.exists():
+            return False
+        last = said.read_text("utf-8").rstrip().rpartition("\n")[2]
+        return last.startswith(("error: three steps in a row", "error: nothing was kept"))
 
 
 def write_scripts(run: Run):
@@ -235,7 +243,7 @@ def train(run: Run, stop: threading.Event):
         process.terminate()  # it keeps its finished epochs
     process.wait()
     how = f"{run.done()} of {run.epochs} epochs, {time.time() - begun:.0f} s"
-    if not run.is_finished():
+    if run.done() < run.epochs:
         how += f"; see {said}"
     say(f"{run.name}, seed {run.seed}: {how}")
 
@@ -266,7 +274,7 @@ COLUMNS = {
     "gap": "judge less oracle",
     "norm": f"|v_new| / |v_base| in the last {LATE} epochs",
     "PSNR": f"of rollouts to their sources in the last {LATE} epochs, in dB",
-    "edits": "drawn in training",
+    "edits": "drawn in training; a run that stopped itself is shown as last evaluated",
     "seconds": "of a run on one core, without start and evaluations",
 }
 
@@ -295,7 +303,7 @@ def read_run(run: Run) -> Finished:
         rows=sorted(rows, key=lambda row: row["row"]),
         norm=late_mean(log, "update/norm_ratio"),
         psnr=late_mean(log, "reward/psnr"),
-        edits=config["groups"] * config["group_size"] * run.epochs,
+        edits=config["groups"] * config["group_size"] * run.done(),
         seconds=seconds,
     )
 

@@ -172,6 +172,23 @@ def test_what_stops_a_run_is_said_and_kept_beside_it(place, capsys):
     assert "error: --lr 7" in (place / "broken/default/seed-0.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    "last, is_over",
+    [
+        ("error: nothing was kept for 10 epochs in a row (of the last one: {})", True),
+        ("error: three steps in a row were not finite", True),
+        ("error: no space for a whole line", False),
+        ("stopped after epoch 3 of 4", False),
+    ],
+)
+def test_a_run_that_stopped_itself_is_over_and_another_is_run_again(tmp_path, last, is_over):
+    run = ablations.Run("x", 0, ablations.Variant(), ablations.Settings(out=str(tmp_path)))
+    assert not run.is_finished()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "seed-0.txt").write_text(f"epoch 3\nerror: another time\n{last}\n")
+    assert run.is_finished() == is_over
+
+
 def test_a_run_takes_one_core(monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "argv", ["ablation_run.py", str(ablations.HERE.parent), "--lr", "1"])
