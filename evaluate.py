@@ -1021,6 +1021,8 @@ def _heldout_answer(judge, row, sources, edit):
     record = {"scores": scores.score.tolist(), "reply": "".join(scores.words)}
     if scores.score.isnan():
         record = {"failure": "".join(scores.causes) or "no score"}
+    for facts in scores.facts:  # of the one edit, where a server was asked
+        record |= facts
     truth = oracle(row, edit)
     if truth:
         record["truth"] = dict(zip(METRICS["heldout"][1:], truth, strict=True))

@@ -353,6 +353,7 @@ class Scores(NamedTuple):
     terms: dict = {}  # name -> (n,): each aspect's score, and the plain terms
     causes: list = ()  # n strings: why there is no score; "" where there is one
     words: list = ()  # n strings: the judge's likeliest first words, or what it wrote
+    facts: list = ()  # n dicts, where a server gave them: its model, finish_reason, usage
 
     @staticmethod
     def missing(n: int, cause: str) -> "Scores":
@@ -387,6 +388,7 @@ class Verdict(NamedTuple):
     cause: str = ""
     words: str = ""
     shares: dict = {}  # each word that counts, and its probability among those words
+    facts: dict = {}  # what its server says of the reply
 
 
 def combine(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
@@ -487,9 +489,10 @@ def _read_written(replies, settings):
             scores.append(_written_score(reply.said(), settings))
         except JudgeFailure as failure:
             causes.append(str(failure))
+    verdict = Verdict(words=words, facts=replies[-1].facts)
     if not scores:
-        return Verdict(cause=causes[-1], words=words)
-    return Verdict(fmean(scores), words=words)
+        return verdict._replace(cause=causes[-1])
+    return verdict._replace(score=fmean(scores))
 
 
 # ---------------------------------------------------------------- what all judges share
@@ -579,7 +582,7 @@ class Judge:
         faults = map(_range_fault, score)
         causes = [one.cause or fault for one, fault in zip(joined, faults, strict=True)]
         score[[bool(cause) for cause in causes]] = torch.nan
-        return Scores(score, mass, terms, causes, words)
+        return Scores(score, mass, terms, causes, words, [one.facts for one in joined])
 
     def examine(self, row, aspect, sources, edits):
         """n Verdicts on an aspect: on its one question, or on all items of a checklist."""
@@ -700,7 +703,8 @@ def _joined(verdicts):
     causes = filter(None, [verdict.cause for verdict in verdicts])
     score = fmean(verdict.score for verdict in verdicts)
     mass = min(verdict.mass for verdict in verdicts)
-    return Verdict(score, mass, next(causes, ""), verdicts[0].words)
+    first = verdicts[0]
+    return first._replace(score=score, mass=mass, cause=next(causes, ""), shares={})
 
 
 def _drawn(verdict, edit):
@@ -911,13 +915,14 @@ class ServedJudge(Judge):
         text = choice["message"].get("content")
         if not text or not isinstance(text, str):
             raise JudgeFailure("an empty reply")
-        facts = {key: choice.get(key) for key in ("model", "finish_reason", "usage")}
+        facts = _facts_of(choice)
         return [Reply(text, facts["finish_reason"] == "length", facts)]
 
     def weigh(self, chats, worth):
         options = {"max_tokens": 1, "temperature": 1}
         options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        return [_read_choice(self.complete(chats, options), worth)]
+        choice = self.complete(chats, options)
+        return [_read_choice(choice, worth)._replace(facts=_facts_of(choice))]
 
     def complete(self, chats, options):
         """The one choice of a chat's completion. Where no server answers it is asked again."""
@@ -1026,6 +1031,11 @@ class ServedJudge(Judge):
             return json.loads(content)
         except (ValueError, RecursionError):
             raise Unavailable("a reply that is not JSON") from None
+
+
+def _facts_of(choice):
+    """What a server says of a reply, for those who keep records."""
+    return {key: choice.get(key) for key in ("model", "finish_reason", "usage")}
 
 
 def _read_choice(choice, worth):

@@ -407,6 +407,7 @@ class Answering(BaseHTTPRequestHandler):
         shown = [
             Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1])))
             for part in shown
+            if part["type"] == "image_url"  # not what stands after the pictures
         ]
         self.server.asked.append((text["text"], shown))
         reply = self.server.rule(text["text"], shown)
@@ -1429,6 +1430,16 @@ def test_a_call_records_what_the_server_said_of_it_and_the_date(
     assert record["model"] == "rule-7b-0613" and record["finish_reason"] == finish
     assert record["usage"] == {"prompt_tokens": 700, "completion_tokens": 30}
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}", record["date"])
+
+
+def test_a_held_out_call_records_what_the_server_said_of_it(heldout, tmp_path, server):
+    server.rule = lambda text, shown: "score: 7"
+    options = {"edits": tmp_path / "edits", "judge_strategy": "written"}
+    run("heldout", heldout, tmp_path / "out", server, **options)
+    record = calls(tmp_path / "out")[0]
+    assert record["scores"] == [pytest.approx(0.7)]
+    assert (record["model"], record["finish_reason"]) == ("rule-7b-0613", "stop")
+    assert record["usage"] == {"prompt_tokens": 700, "completion_tokens": 30}
 
 
 # ---------------------------------------------------------------- what is kept of the source
