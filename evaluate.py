@@ -910,7 +910,10 @@ def _question(job, call):
     """What the judge is asked: the prompt with the instruction in its place. A held-out set's judge
     words its own question; the text then only says in the key what it is about."""
     if job.settings.benchmark == "heldout":
-        return f"{call['prompt']}\n{requirement_of(call)}"
+        text = f"{call['prompt']}\n{requirement_of(call)}"
+        if call.get("checklist"):
+            text += f"\n{call['checklist']}"
+        return text
     text = job.prompts.get(call["call"]) or job.prompts[call["task"]]
     # A function, as a backslash in a replacement text has a meaning; one pass for both names, as an
     # instruction may itself hold the other.

@@ -1351,6 +1351,16 @@ def test_held_out_answers_of_another_strategy_do_not_count(heldout, tmp_path, ju
     assert len(calls(tmp_path / "out")) == 8
 
 
+def test_a_held_out_row_whose_checklist_changed_is_judged_again(heldout, tmp_path, judge_folder):
+    options = dict(edits=tmp_path / "edits", judge=f"local:{judge_folder}")
+    run("heldout", heldout, tmp_path / "out", **options)
+    first, *others = (heldout / "test.jsonl").read_text().splitlines()
+    first = json.dumps(json.loads(first) | {"checklist": ["Is it red?"]})
+    (heldout / "test.jsonl").write_text("\n".join([first, *others]))
+    run("heldout", heldout, tmp_path / "out", **options)
+    assert len(calls(tmp_path / "out")) == 4 + 1
+
+
 def test_an_id_names_its_edit_and_never_leaves_the_folder(heldout, tmp_path, judge_folder):
     lines = [json.loads(line) for line in (heldout / "test.jsonl").read_text().splitlines()]
     first = lines[0].get("id", "test-1")
