@@ -28,7 +28,6 @@ Departures from the authors' released code:
 
 import base64
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -41,10 +40,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import suppress
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from contextlib import closing
+from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -62,17 +62,19 @@ from data_prep import (
     SPLITS,
     BadInput,
     CheckedSettings,
-    DiskFault,
-    _keep_picture,
-    append_json_line,
-    catch_signals,
+    ImportSettings,
+    _as_list,
+    _read_plain,
+    _refuse_others,
+    file_hashes,
+    heed_stop,
+    import_dataset,
     load_image,
     load_processor,
     load_sources,
     locked,
     one_line,
     parse_settings,
-    picture_file,
     read_json_lines,
     read_rows,
     run_script,
@@ -80,6 +82,7 @@ from data_prep import (
     say_once,
     setting,
     split_file,
+    whole_file,
     write_json_lines,
 )
 
@@ -113,8 +116,8 @@ DIGIT = """Rate it from 0 (not at all, or the picture is spoiled) to 5 (complete
 digit, nothing else."""
 YES_NO = "Is it so, completely? Answer yes or no, nothing else."
 WRITTEN = """Say in a few sentences what changed and what should have stayed. Then write a last line
-like this one, with a number from {low:g} (not at all) to {high:g} (completely):
-score: {high:g}"""
+like this one, with a number from {0:g} (not at all) to {1:g} (completely):
+score: {1:g}"""
 DIGITS = {str(digit): digit / 5 for digit in range(6)}
 WORDS = {"yes": 1.0, "Yes": 1.0, "no": 0.0, "No": 0.0}
 
@@ -132,11 +135,9 @@ STRATEGIES = {
     "logits": Strategy(DIGIT, DIGITS),
     "sampled": Strategy(DIGIT, DIGITS, draws=True),
     "yes_no": Strategy(YES_NO, WORDS),
-    "logits_cot": Strategy(DIGIT, DIGITS, thinks=True),
-    "sampled_cot": Strategy(DIGIT, DIGITS, thinks=True, draws=True),
-    "yes_no_cot": Strategy(YES_NO, WORDS, thinks=True),
-    "written": Strategy(WRITTEN, {}),
 }
+STRATEGIES |= {f"{name}_cot": kind._replace(thinks=True) for name, kind in STRATEGIES.items()}
+STRATEGIES["written"] = Strategy(WRITTEN, {})
 
 # what a good edit must show, by the kind of its task
 GOOD_EDITS = """
@@ -159,7 +160,7 @@ red_box: the change made to what the red box marks and nowhere else, and the box
 """
 REQUIREMENTS = dict(line.split(": ", 1) for line in GOOD_EDITS.strip().splitlines())
 ANY_EDIT = "the change that was asked for, complete and natural, and no other change."
-OTHER_NAMES = {  # that ImgEdit, GEdit and training sets give to these tasks
+OTHER_NAMES = {  # that ImgEdit and training sets give to these tasks
     "alter": "adjust",
     "recolour": "color_alter",
     "motion": "action",
@@ -169,12 +170,8 @@ OTHER_NAMES = {  # that ImgEdit, GEdit and training sets give to these tasks
 
 def requirement_of(row: dict) -> str:
     """What a good edit of a row must show: its `requirement`, or the text for its `task`."""
-    if row.get("requirement"):
-        return row["requirement"]
     task = re.sub("[- ]", "_", str(row.get("task")).strip().lower())
-    # GEdit writes subject-add and background_change
-    task = task.removeprefix("subject_").removesuffix("_change")
-    return REQUIREMENTS.get(OTHER_NAMES.get(task, task), ANY_EDIT)
+    return row.get("requirement") or REQUIREMENTS.get(OTHER_NAMES.get(task, task), ANY_EDIT)
 
 
 # ---------------------------------------------------------------- settings
@@ -206,9 +203,7 @@ class JudgeSettings(CheckedSettings):
     judge_prompt: list[str] = setting(
         [], "[ASPECT=]FILE ...: a text in place of ours, or for an aspect of yours."
     )
-    judge_think: int = setting(
-        1024, "Tokens of a thought or a written score, at most.", at_least=1, at_most=2**17
-    )
+    judge_think: int = setting(1024, "Tokens of a thought or a written score, at most.", at_least=1)
     # As it stands it finds the last number in: "score": 4}   **Score:** 7.5.   score: [3
     judge_reply: str = setting(
         r"(?i)score[\"'*_:=\[\s]{1,9}(\d+(?:\.\d+)?)[^\w\d]*$",
@@ -216,7 +211,7 @@ class JudgeSettings(CheckedSettings):
     )
     judge_range: list[float] = setting([0.0, 10.0], "The worst and the best written score.")
     judge_draws: int = setting(
-        1, "Written scores of an edit, of which the mean counts.", at_least=1, at_most=64
+        1, "Written scores of an edit, of which the mean counts.", at_least=1
     )
     judge_check: bool = setting(True, "Stop unless right edits score above untouched sources.")
     trust_remote_code: bool = setting(False, "Run code that comes with a model, judge or editor.")
@@ -225,12 +220,8 @@ class JudgeSettings(CheckedSettings):
     judge_in_flight: int = setting(
         16, "Requests at a time to each server, of all processes of a run.", at_least=1
     )
-    judge_timeout: float = setting(
-        60.0, "Seconds in which a server must have answered.", above=0, at_most=86400
-    )
-    judge_patience: float = setting(
-        120.0, "Seconds of an outage to sit out.", at_least=0, at_most=86400
-    )
+    judge_timeout: float = setting(60.0, "Seconds in which a server must have answered.", above=0)
+    judge_patience: float = setting(120.0, "Seconds of an outage to sit out.", at_least=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -263,14 +254,13 @@ def _read_prompts(settings):
         if "=" not in entry:
             entry = f"execution={entry}"
         aspect, _, file = entry.partition("=")
-        if not os.path.isfile(file):
-            raise BadInput(f"--judge_prompt {file}: no such file; name a text file")
-        try:
-            prompts[aspect] = Path(file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"--judge_prompt {file}: no text ({error}); save it as utf-8") from None
-        if "{prompt}" not in prompts[aspect]:
-            raise BadInput(f"{file}: has no {{prompt}}; write it where the instruction goes")
+        text = _read_plain(file, "file", "name a text file").decode("utf-8-sig", "replace")
+        if "{prompt}" not in text or "\ufffd" in text:  # what stands for bytes that are no utf-8
+            raise BadInput(
+                f"--judge_prompt {file}: is no utf-8, or lacks {{prompt}}, which stands where the "
+                "instruction goes; save it so"
+            )
+        prompts[aspect] = text
     return prompts
 
 
@@ -416,7 +406,7 @@ def expected_score(p: dict[str, float], worth: dict[str, float] = DIGITS) -> Ver
     count, each with what it is worth, in [0, 1].
     """
     likeliest = Counter(p).most_common(5)
-    words = ", ".join(f"{word[:20]!r} {share:.0%}" for word, share in likeliest)
+    words = ", ".join(f"{word!r} {share:.0%}" for word, share in likeliest)
     mass = sum(p.get(word, 0.0) for word in worth)
     # What is no answer counts for nothing: the answers' shares are of their mass alone.
     if not 0 < mass < math.inf:
@@ -459,40 +449,25 @@ class Reply(NamedTuple):
         return said
 
 
-def _written_score(text, settings):
-    """The score in [0, 1] that a text holds; JudgeFailure without one.
+def _least_number(found):
+    """The least of the numbers in the groups of a match."""
+    return min(map(float, filter(None, found.groups())))
 
-    The mean of all that --judge_reply finds; of several groups of one find, the least counts.
-    """
+
+def _read_written(reply, settings):
+    """The Verdict in a Reply: the mean of all that --judge_reply finds in it; of several groups of
+    one find, the least counts."""
     low, high = settings.judge_range
-    scores = []
-    for found in re.finditer(settings.judge_reply, text):
-        try:
-            score = min(float(group) for group in found.groups() if group)
-        except ValueError:
-            raise JudgeFailure("no number where the score should be") from None
-        if not low <= score <= high:
-            raise JudgeFailure(f"a score out of the range {low:g} to {high:g}")
-        scores.append(score)
+    verdict = Verdict(words=reply.text[-200:], facts=reply.facts)
+    try:
+        scores = list(map(_least_number, re.finditer(settings.judge_reply, reply.said())))
+    except (JudgeFailure, ValueError) as error:  # such as 1.2.3, which is no number
+        return verdict._replace(cause=_cause_of(error))
     if not scores:
-        raise JudgeFailure("no score in the reply")
-    return (fmean(scores) - low) / (high - low)
-
-
-def _read_written(replies, settings):
-    """The Verdict in several Replies about one edit: the mean of those that hold a score."""
-    words = replies[-1].text[-200:]
-    scores = []
-    causes = []
-    for reply in replies:
-        try:
-            scores.append(_written_score(reply.said(), settings))
-        except JudgeFailure as failure:
-            causes.append(str(failure))
-    verdict = Verdict(words=words, facts=replies[-1].facts)
-    if not scores:
-        return verdict._replace(cause=causes[-1])
-    return verdict._replace(score=fmean(scores))
+        return verdict._replace(cause="no score in the reply")
+    if not all(low <= score <= high for score in scores):
+        return verdict._replace(cause=f"a score out of the range {low:g} to {high:g}")
+    return verdict._replace(score=(fmean(scores) - low) / (high - low))
 
 
 # ---------------------------------------------------------------- what all judges share
@@ -536,18 +511,15 @@ class Judge:
     def __init__(self, settings, stop=None):
         self.settings = settings
         self.stop = stop or threading.Event()
-        self.is_closed = False
         self.lock = threading.Lock()  # held by who uses the model, or calls the function
         self.name = settings.judge.removeprefix("local:")
         self.prompts = _read_prompts(settings)
         known = {*self.prompts, *PLAIN_TERMS} - {"execution"}
         self.weights = _read_weights(settings.judge_aspects, known)
-        weighted = [name for name in self.weights if name not in PLAIN_TERMS]
-        self.aspects = ["execution", *weighted]
+        self.aspects = ["execution", *(self.weights.keys() - PLAIN_TERMS)]
         strategy = STRATEGIES[settings.judge_strategy]
-        low, high = settings.judge_range
         # a general judge that writes its score is told its range
-        self.strategy = strategy._replace(ending=strategy.ending.format(low=low, high=high))
+        self.strategy = strategy._replace(ending=strategy.ending.format(*settings.judge_range))
 
     # ------------------------------------------------ from a group of edits to its Scores
 
@@ -575,12 +547,13 @@ class Judge:
         for aspect, verdicts in answers.items():
             terms[aspect] = torch.tensor([verdict.score for verdict in verdicts])  # (n,)
         score = combine(terms, self.weights)
-        # of each edit; execution comes first, so its words and its cause are the ones that count
+        # of each edit; execution comes first, so its words are the ones that count
         joined = [_joined(verdicts) for verdicts in zip(*answers.values(), strict=True)]
         mass = torch.tensor([one.mass for one in joined])
         words = [one.words for one in joined]
-        faults = map(_range_fault, score)
-        causes = [one.cause or fault for one, fault in zip(joined, faults, strict=True)]
+        causes = [
+            one.cause or _range_fault(value) for one, value in zip(joined, score, strict=True)
+        ]
         score[[bool(cause) for cause in causes]] = torch.nan
         return Scores(score, mass, terms, causes, words, [one.facts for one in joined])
 
@@ -588,9 +561,7 @@ class Judge:
         """n Verdicts on an aspect: on its one question, or on all items of a checklist."""
         items = [""]
         if "{item}" in self.prompts[aspect]:
-            items = row.get("checklist") or [requirement_of(row)]
-        if not isinstance(items, list):
-            raise JudgeFailure("the row's checklist is no list; write a list of questions")
+            items = _as_list(row.get("checklist") or requirement_of(row))
         answers = [self.inquire(row, aspect, item, sources, edits) for item in items]
         return list(map(_joined, zip(*answers, strict=True)))
 
@@ -601,11 +572,10 @@ class Judge:
         shown = [self.part(_shrunk(source, edits[0])) for source in sources]
         chats = []
         for edit in edits:
-            pictures = [*shown, self.part(edit)]
-            parts = [question, *pictures, ending]
+            parts = [question, *shown, self.part(edit)]
             if self.settings.judge_order == "pictures_first":
-                parts = [*pictures, question, ending]
-            chats.append([_message("user", *parts)])
+                parts.append(parts.pop(0))  # the question
+            chats.append([_message("user", *parts, ending)])
         # Servers are asked side by side; a local judge's batches take their turn at its lock.
         starts = range(0, len(chats), self.batch)
         batches = [_background(self.answer, chats[i : i + self.batch], strategy) for i in starts]
@@ -618,19 +588,15 @@ class Judge:
 
     def question(self, row, aspect="execution", item=""):
         """An aspect's question about a row, and how to answer it, which stands last."""
-        ending = THINK if self.strategy.thinks else self.strategy.ending
-        texts = {
-            "{answer}": YES_NO if item else ending,
-            "{requirement}": requirement_of(row),
-            "{item}": item,
-            "{prompt}": row["prompt"],
-        }
-
-        def fill(text):  # in one pass, as an instruction may itself hold a name in braces
-            return re.sub("|".join(texts), lambda name: texts[name[0]], text)
-
         question, answer, rest = self.prompts[aspect].partition("{answer}")
-        return fill(question), fill(answer + rest)
+        ending = THINK if self.strategy.thinks else self.strategy.ending
+        if answer:
+            rest = (YES_NO if item else ending) + rest
+        texts = {"{requirement}": requirement_of(row), "{item}": item, "{prompt}": row["prompt"]}
+        for name, text in texts.items():  # the instruction last: it may itself hold such a name
+            question = question.replace(name, text)
+            rest = rest.replace(name, text)
+        return question, rest
 
     def answer(self, chats, strategy):
         """A Verdict on each chat. A batch that is refused is tried again one by one."""
@@ -655,16 +621,18 @@ class Judge:
             return self.weigh(chats, strategy.worth)
         draws = range(self.settings.judge_draws)
         written = [self.write(chats, tokens, draw) for draw in draws]  # draws x chats
-        return [_read_written(replies, self.settings) for replies in zip(*written, strict=True)]
+        answers = []
+        for replies in zip(*written, strict=True):
+            verdicts = [_read_written(reply, self.settings) for reply in replies]
+            read = [verdict for verdict in verdicts if not verdict.cause]
+            answers.append(_joined(read or verdicts))
+        return answers
 
     # ------------------------------------------------ other words with a judge, and its end
 
-    def ask(self, text: str, pictures: list, max_tokens: int = 1024) -> str:
-        """The reply to a text and PIL.Images, at temperature 0; JudgeFailure if there is none."""
-        return self.reply(text, pictures, max_tokens).said()
-
-    def reply(self, text: str, pictures: list, max_tokens: int, draw: int = 0) -> Reply:
-        """As `ask`, with all that is known of the reply. draw: its number, for --judge_draws."""
+    def reply(self, text: str, pictures: list, max_tokens: int = 1024, draw: int = 0) -> Reply:
+        """The Reply to a text and PIL.Images, at temperature 0; JudgeFailure if there is none.
+        draw: its number, for --judge_draws."""
         chat = [_message("user", text, *map(self.part, pictures))]
         (reply,) = self.unless_stopped(self.write, [chat], max_tokens, draw)
         return reply
@@ -676,8 +644,8 @@ class Judge:
         raise JudgeFailure("this judge does not write; take another --judge")
 
     def check_stop(self):
-        """JudgeFailure once there is nothing to wait for any more."""
-        if self.is_closed or self.stop.is_set():
+        """JudgeFailure once a run is stopped."""
+        if self.stop.is_set():
             raise JudgeFailure("stopped")
 
     def unless_stopped(self, function, *args):
@@ -692,29 +660,27 @@ class Judge:
         return future.result()
 
     def close(self):
-        """Gives up whatever still waits, and waits a little for what is being worked on."""
-        self.is_closed = True
-        if self.lock.acquire(timeout=3):  # a forward that the end of Python cuts off would crash
-            self.lock.release()
+        """Waits a little for what is being worked on, and lets nothing else use the model: a
+        forward that the end of Python cuts off would crash."""
+        self.lock.acquire(timeout=3)
 
 
 def _joined(verdicts):
     """Several Verdicts on one edit as one: the mean score, the least mass, the first cause."""
-    causes = filter(None, [verdict.cause for verdict in verdicts])
-    score = fmean(verdict.score for verdict in verdicts)
-    mass = min(verdict.mass for verdict in verdicts)
-    first = verdicts[0]
-    return first._replace(score=score, mass=mass, cause=next(causes, ""), shares={})
+    return verdicts[0]._replace(
+        score=fmean(verdict.score for verdict in verdicts),
+        mass=min(verdict.mass for verdict in verdicts),
+        cause=next((verdict.cause for verdict in verdicts if verdict.cause), ""),
+    )
 
 
 def _drawn(verdict, edit):
     """One digit drawn in place of their mean: the edit's own, whenever it is asked."""
     if verdict.cause:
         return verdict
-    draw = random.Random(edit.tobytes())
     # a strategy that draws asks for digits, so the shares are theirs, in this order
-    (score,) = draw.choices(list(DIGITS.values()), verdict.shares.values())
-    return verdict._replace(score=score)
+    draw = random.Random(edit.tobytes()).choices(list(DIGITS.values()), verdict.shares.values())
+    return verdict._replace(score=draw[0])
 
 
 def _range_fault(score):
@@ -747,14 +713,13 @@ class FileJudge(Judge):
             raise BadInput(f"--judge_aspects: {file} answers no questions; name plain terms alone")
         try:
             self.function = runpy.run_path(file)[name]
-            inspect.signature(self.function).bind("row", "sources", "edits")
         except (Exception, SystemExit) as error:
-            fix = f"write a function `{name}(row, sources, edits)`"
-            raise BadInput(f"--judge {file}: {_cause_of(error)}; {fix}") from error
+            raise BadInput(
+                f"--judge {file}: {_cause_of(error)}; write `def {name}(row, sources, edits)` there"
+            ) from error
 
     def examine(self, row, aspect, sources, edits):
         with self.lock:
-            self.check_stop()
             values = [float(value) for value in self.function(row, sources, edits)]
         if len(values) != len(edits):
             raise JudgeFailure(f"{len(values)} scores for {len(edits)} edits")
@@ -769,23 +734,25 @@ class LocalJudge(Judge):
 
     def __init__(self, settings, device, dtype, stop=None):
         super().__init__(settings, stop)
-        if settings.judge_draws > 1:
-            raise BadInput("--judge_draws: a local judge writes without chance; serve it")
         self.batch = settings.judge_batch
         code = {"trust_remote_code": settings.trust_remote_code}
         try:
+            torch.zeros(1, device=device).item()  # before a model is read for minutes
             model = AutoModelForImageTextToText.from_pretrained(self.name, dtype=dtype, **code)
             # the model's own class, where it is known: AutoProcessor may want torchvision
             kind = PROCESSOR_MAPPING.get(type(model.config), AutoProcessor)
             self.processor = load_processor(kind, self.name, **code)
-        except (OSError, ValueError, KeyError) as error:
+        except BadInput:  # such as one about torchvision
+            raise
+        except Exception as error:  # it may be of code that came with the model
             raise BadInput(
-                f"{self.name}: not a multimodal LLM of transformers ({_cause_of(error)}); "
-                "name one such as Qwen/Qwen2.5-VL-7B-Instruct, or run python data_prep.py toy first"
+                f"{self.name}: not a multimodal LLM of transformers that {device} can run "
+                f"({_cause_of(error)}); name one such as Qwen/Qwen2.5-VL-7B-Instruct, or a "
+                "--judge_device such as cuda:0, or run python data_prep.py toy first"
             ) from error
         self.model = model.to(device).eval()
         # A thread may have waited long for its turn, and each word it writes is a forward.
-        self.model.register_forward_pre_hook(lambda *_: self.check_stop())
+        heed_stop(self.model, self.stop)
         self.tokenizer = self.processor.tokenizer
         # The next word's place is then the last one in every row.
         self.tokenizer.padding_side = "left"
@@ -802,7 +769,6 @@ class LocalJudge(Judge):
         )
         return inputs.to(self.model.device, self.model.dtype)
 
-    @torch.no_grad()
     def write(self, chats, tokens, draw=0):
         with self.lock:
             inputs = self.inputs(chats)
@@ -863,20 +829,18 @@ class ServedJudge(Judge):
 
     def __init__(self, settings, stop=None):
         super().__init__(settings, stop)
-        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
-        self.key = (key or "EMPTY").strip()
-        if not re.fullmatch("[!-~]+", self.key):
-            raise BadInput("JUDGE_API_KEY: holds what a key cannot; ASCII without spaces only")
+        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "EMPTY"
+        self.key = key.strip()
         processes = int(os.environ.get("WORLD_SIZE") or 1)
         in_flight = max(1, settings.judge_in_flight // processes)
         urls = [url.rstrip("/") for url in settings.judge.split(",")]
-        self.failures = Counter()  # of each server since its last good reply
         # A request takes a place from the front, and puts it back at the end when it has its reply:
         # servers take turns, and a slow one, whose places come back late, has less to do.
         self.places = queue.Queue()
         for url in urls * in_flight:
             self.places.put(url)
-        self.failing_since = math.inf  # the first failure after the last good reply of them all
+        self.failures = Counter()  # of each server since its last good reply
+        self.hopeless_until = 0.0  # after an outage that was too long
         self.pool = urllib3.PoolManager(  # it goes through no proxy
             num_pools=len(urls),
             maxsize=in_flight,  # as many connections are kept open
@@ -897,8 +861,8 @@ class ServedJudge(Judge):
                 raise JudgeFailure(f"serves {str(names)[:200]}, not {self.name!r}")
         except Exception as error:  # the reply may be any JSON
             raise BadInput(
-                f"judge {url}: {_cause_of(error)}; start the server, or correct --judge or "
-                "--judge_model"
+                f"judge {url}: {_cause_of(error)}; start the server, or correct --judge, "
+                "--judge_model or JUDGE_API_KEY"
             ) from None
 
     def part(self, picture):
@@ -912,22 +876,23 @@ class ServedJudge(Judge):
         if self.settings.judge_draws > 1:
             options |= {"temperature": DRAW_TEMPERATURE, "seed": draw}
         choice = self.complete(chats, options)
-        text = choice["message"].get("content")
-        if not text or not isinstance(text, str):
-            raise JudgeFailure("an empty reply")
-        facts = _facts_of(choice)
-        return [Reply(text, facts["finish_reason"] == "length", facts)]
+        is_cut = choice.get("finish_reason") == "length"
+        return [Reply(choice["message"]["content"], is_cut, _facts_of(choice))]
 
     def weigh(self, chats, worth):
-        options = {"max_tokens": 1, "temperature": 1}
-        options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        choice = self.complete(chats, options)
+        options = {"max_tokens": 1, "temperature": 1, "logprobs": True}
+        choice = self.complete(chats, options | {"top_logprobs": TOP_LOGPROBS})
         return [_read_choice(choice, worth)._replace(facts=_facts_of(choice))]
 
     def complete(self, chats, options):
-        """The one choice of a chat's completion. Where no server answers it is asked again."""
+        """The one choice of a chat's completion; where no server answers it is asked again.
+
+        It is given up when it has failed for judge_patience seconds. When its server had stopped
+        answering, so is all that waits: an outage is sat out once, not by each request.
+        """
         (chat,) = chats  # so many are in a batch
-        deadline = math.inf
+        asked = time.monotonic()
+        failing = None  # since when
         failed_at = ""
         while True:
             url = self.places.get()
@@ -935,23 +900,26 @@ class ServedJudge(Judge):
                 self.places.put(url)
                 url = self.places.get()
             try:
+                self.check_stop()
+                if asked < self.hopeless_until:
+                    raise JudgeFailure("no server answers")
                 return self.complete_at(url, chat, options)
             except Unavailable as failure:
                 self.note(url, str(failure))
-                failed_at = url
                 now = time.monotonic()
-                # One request that a server cannot bear must not wait for as long as others can.
-                deadline = min(deadline, now + self.settings.judge_patience)  # of the first failure
-                if now >= deadline:
+                failing = failing or now
+                failed_at = url
+                if now - failing >= self.settings.judge_patience:
+                    if self.failures[url] >= TELL_AT:
+                        self.hopeless_until = now + REST  # for the next questions, too
                     raise
                 # Its place stays taken for a while: a server that fails has less and less to do.
-                self.stop.wait(min(self.failures[url], REST) * random.uniform(0.5, 1))
+                self.stop.wait(min(self.failures[url], REST))
             finally:
                 self.places.put(url)
 
     def complete_at(self, url, chat, options):
         """As `complete`, by one server. It is asked once more where it wants other options."""
-        self.check_stop()  # it may have waited long for its place
         body = {"model": self.name, "messages": chat, **options}
         if self.is_new:
             body["max_completion_tokens"] = body.pop("max_tokens")
@@ -959,42 +927,26 @@ class ServedJudge(Judge):
         try:
             reply = self.request(f"{url}/chat/completions", body)
         except JudgeFailure as failure:
-            is_about_options = re.search("max_tokens|temperature", str(failure))
-            if "temperature" not in body or not is_about_options:
+            # in flight with others it may have been sent before this was known
+            if "temperature" not in body or not re.search("max_tokens|temperature", str(failure)):
                 raise
             self.is_new = True
             return self.complete_at(url, chat, options)
         self.note(url)
         match reply:
-            case {"choices": [{"message": {}} as choice]}:
+            case {"choices": [{"message": {"content": str()}} as choice]}:
                 return reply | choice  # with its model and usage
-        raise JudgeFailure("not one choice with a message in the reply")
+        raise JudgeFailure("not one choice with a text in the reply")
 
     def note(self, url, cause=""):
         """Counts failures in a row; tells in a line when a server stops answering, or is back."""
         with self.lock:
             if cause:
-                self.cause = cause
-                self.failing_since = min(self.failing_since, time.monotonic())
                 self.failures[url] += 1
                 if self.failures[url] == TELL_AT:
                     say(f"judge {url}: stopped answering: {cause}", sys.stderr)
-                return
-            if self.failures[url] >= TELL_AT:
+            elif self.failures.pop(url, 0) >= TELL_AT:
                 say(f"judge {url}: answers again", sys.stderr)
-            self.failing_since = math.inf
-            self.failures[url] = 0
-
-    def check_stop(self):
-        """JudgeFailure also when no server gave a good reply for judge_patience seconds: all that
-        wait give up together, and so do others for a while; then there is new patience."""
-        super().check_stop()
-        now = time.monotonic()
-        outage = now - self.failing_since
-        if outage > self.settings.judge_patience + REST:
-            self.failing_since = now  # as if it began only now
-        elif outage > self.settings.judge_patience:
-            raise JudgeFailure(self.cause)
 
     def request(self, url, body=None):
         """A reply's JSON; JudgeFailure for all else, and when judge_timeout is over."""
@@ -1016,17 +968,15 @@ class ServedJudge(Judge):
                 redirect=False,  # pictures go to no other host
                 preload_content=False,
             ) as reply:
-                content = reply.read(MAX_REPLY + 1, decode_content=True)
-        except urllib3.exceptions.HTTPError:
+                content = reply.read(MAX_REPLY, decode_content=True)  # cut, it is no JSON
+        except (urllib3.exceptions.HTTPError, ValueError):  # of a key that no header can hold
             raise Unavailable("no connection") from None
-        if reply.status in (408, 425, 429) or reply.status >= 500:
-            raise Unavailable(f"HTTP {reply.status}")  # too early, too many, or its own fault
+        if reply.status == 429 or reply.status >= 500:  # too many requests, or its own fault
+            raise Unavailable(f"HTTP {reply.status}")
         if reply.status != 200:
-            text = content.decode(errors="replace")
-            text = text.replace(self.key, "***")  # before it is cut: half a key leaks, too
+            # the key goes before the text is cut: half a key leaks, too
+            text = content.decode(errors="replace").replace(self.key, "***")
             raise JudgeFailure(f"HTTP {reply.status} {' '.join(text.split())[:200]}")
-        if len(content) > MAX_REPLY:
-            raise JudgeFailure("a reply that is too long")
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
@@ -1045,24 +995,18 @@ def _read_choice(choice, worth):
     missing, are no score.
     """
     try:
-        first = choice["logprobs"]["content"][0]
-        words = [str(word["token"]) for word in first["top_logprobs"]]
-        values = [math.exp(word["logprob"]) for word in first["top_logprobs"]]
-        starts = str(first["token"]).strip()
+        listed = choice["logprobs"]["content"][0]["top_logprobs"]
+        words = [str(word["token"]) for word in listed]
+        values = [math.exp(word["logprob"]) for word in listed]
+        least = min(values)
     except Exception:  # the reply may be any JSON
         return Verdict(cause="no logprobs in the reply")
     verdict = expected_score(dict(zip(words, values, strict=True)), worth)
-    said = choice["message"]
-    thoughts = said.get("reasoning_content") or said.get("reasoning")
     is_double = max(map(words.count, worth)) > 1
     unseen = worth.keys() - set(words)  # each at most as likely as the last that is listed
-    if thoughts or starts.startswith("<think"):
-        cause = "the judge thinks before it answers"
-    elif is_double or not sum(values) < 1.01:  # nor is NaN
-        cause = "probabilities that cannot be"
-    elif values.count(0.0) > 1:
-        cause = "a distribution cut by top-k or top-p"
-    elif verdict.cause or len(unseen) * min(values) > 1e-3 * verdict.mass:
+    if is_double or values.count(0.0) > 1 or not sum(values) < 1.01:  # nor is NaN
+        cause = "probabilities that cannot be, or were cut by top-k or top-p"
+    elif verdict.cause or len(unseen) * least > 1e-3 * verdict.mass:
         cause = "answers missing from top_logprobs"
     else:
         return verdict
@@ -1088,15 +1032,9 @@ def load_judge(
         return ServedJudge(settings, stop)
     if not settings.judge.startswith("local:"):
         return FileJudge(settings, stop)
-    # A device that is not there is noticed before a model is read for minutes.
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     device = settings.judge_device or device or usual
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        fault = f"--judge_device {device}: {_cause_of(error)}"
-        raise BadInput(f"{fault}; name cpu or cuda:0") from None
-    if torch.device(device).type == "cpu":
+    if str(device).startswith("cpu"):
         dtype = torch.float32
     return LocalJudge(settings, device, dtype, stop)
 
@@ -1111,9 +1049,7 @@ def refuse_silent_judge(scores: Scores, name: str, least: float = 0.5):
             f"rather say {words}; take another judge, --judge_strategy or --judge_prompt"
         )
     if scores.score.isnan().all():
-        causes = Counter(scores.causes).most_common(3)
-        listed = ", ".join(f"{number} x {cause}" for cause, number in causes)
-        raise BadInput(f"{name}: gave no score: {listed}; see to the judge")
+        raise BadInput(f"{name}: gave no score: {dict(Counter(scores.causes))}; see to the judge")
 
 
 def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
@@ -1121,28 +1057,26 @@ def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
     judge_check is off, for one that untouched sources please more than right edits (`target`)."""
     # Enough for a mean, and few enough for a start within seconds.
     examples = [row for row in rows if row.get("target")][:16]
-    plain = []
-    padded = []
+    asked = []
     for row in examples or rows[:4]:
         sources = load_sources(row)
         source = sources[0]
         target = load_image(row["target"]) if examples else ImageOps.mirror(source)
         halfway = Image.blend(source, target.resize(source.size), 0.5)  # a score from 0 to 1
         wide = source.resize((3 * source.width, source.height))  # the longest pads the others
-        plain.append(judge.submit(row, sources, [source, target, halfway]))
-        padded.append(judge.submit(row, sources, [halfway, wide]))
-    scores = Scores.stack([future.result() for future in plain])
+        for first in (source, wide):
+            asked.append(judge.submit(row, sources, [first, target, halfway]))
+    scores = Scores.stack([future.result() for future in asked])  # (2 rows, 3)
     refuse_silent_judge(scores, judge.name)
-    untouched, right, once = scores.score.unbind(1)  # (rows,)
-    # the same picture, once beside others of its size and once padded beside a wider one
-    again, _ = Scores.stack([future.result() for future in padded]).score.unbind(1)
-    moves = (once - again).square().nanmean().sqrt()
+    alone, padded = scores.score.unflatten(0, (-1, 2)).unbind(1)  # (rows, 3)
+    moves = (alone - padded)[:, 1:].square().nanmean().sqrt()  # of what is shown in both
     judge.noise = moves.nan_to_num().item()
     say_once(f"judge {judge.name}: a score moves by {moves:.1g} with what is asked beside it")
-    if examples and settings.judge_check and not right.nanmean() > untouched.nanmean():
+    untouched, right, _ = alone.nanmean(0)
+    if examples and settings.judge_check and not right > untouched:
         raise BadInput(
-            f"{judge.name}: scores right edits {right.nanmean():.2f}, untouched sources "
-            f"{untouched.nanmean():.2f}; take another judge or --judge_prompt, or --no_judge_check"
+            f"{judge.name}: scores right edits {right:.2f}, untouched sources {untouched:.2f}; "
+            "take another judge or --judge_prompt, or --no_judge_check"
         )
 
 
@@ -1154,7 +1088,8 @@ it is, so that somebody who compares the two pictures can check it. Write these 
 ASK_CHECKLIST = """A picture is to be edited by this instruction: {prompt}
 Write questions for somebody who compares this very picture with its edit. A good edit gets a yes to
 each. One to three ask whether what was wanted is done, one to three whether what nobody mentioned
-is still as it was. Write JSON alone: {"done": ["question", ...], "kept": ["question", ...]}"""
+is still as it was. Write each on a line of its own, as "done: question" or "kept: question".
+Write these lines alone."""
 ASK_EDITS = """Look at this picture. What would people want to have edited in it? Write one
 instruction of each of these kinds: {kinds}. Speak only of what is to be seen. Write a JSON list
 alone, with an object for each: [{"task": "the kind", "instruction": "one or two sentences",
@@ -1173,244 +1108,202 @@ MIX = {  # percent of the paper's training rows, for the kinds that one picture 
     "extract": 2,
 }
 LIKE = 0.9  # likeness of two instructions for one picture, of which the second is left out
-HELD_OUT = 10  # one picture in so many is for test.jsonl
+HELD_OUT = 10  # one row in so many is for test.jsonl
 
 
 @dataclass(frozen=True)
 class WriterSettings(JudgeSettings):
     """What a judge is to write for a dataset."""
 
+    pictures: str = setting("", "Folder of the pictures to propose edits for; also the first word.")
+    dataset: str = setting("", "The dataset's folder; also the last word.")
     form: Literal["requirement", "checklist"] = setting(
         "requirement", "What each row gets: sentences, or yes/no questions."
     )
     tasks: list[str] = setting([], "Kinds of edits, equally often. [the paper's, in its mix]")
-    per_picture: int = setting(3, "Instructions for a picture.", at_least=1, at_most=20)
+    per_picture: int = setting(3, "Instructions for a picture.", at_least=1)
 
 
-def _ask_all(judge, questions, folder, failed):
-    """{question: what the judge says}; a question is (text, path of a picture in the folder, ...).
+def _asked_once(judge, folder, left_out):
+    """ask(text, path, ...): what the judge says of pictures; "" where it says nothing, and then the
+    cause is added to the list `left_out`.
 
-    A file in the folder keeps each answer as it comes, by the content of what was asked: none is
-    paid for twice, whatever stops a run. What gets no answer is counted in `failed` by its cause.
+    The folder keeps each answer as it comes, in a file that is called by the content of what was
+    asked: none is paid for twice, whatever stops a run.
     """
-    file = folder / "judge_said.jsonl"
-    notes = read_json_lines(file, faults=[]) if file.exists() else []
-    known = {str(note.get("key")): note.get("said") for _, note in notes}
-    answers = {}
 
-    def work(text, *paths):
-        pictures = [load_image(folder / path) for path in paths]
+    def ask(text, *paths):
         # not by paths: another picture may have come to lie there, or the folder have moved
         content = hashlib.sha256(f"{judge.name}\n{text}".encode())
-        for picture in pictures:
-            content.update(picture.tobytes())
-        key = content.hexdigest()
-        return key, known.get(key) or judge.ask(text, pictures)
+        try:
+            pictures = list(map(load_image, paths))
+            for picture in pictures:
+                content.update(picture.tobytes())
+            file = folder / ".judge_said" / content.hexdigest()
+            if file.exists():
+                return file.read_bytes().decode()
+            said = judge.reply(text, pictures).said()
+        except (JudgeFailure, BadInput) as failure:
+            left_out.append(str(failure))
+            return ""
+        with whole_file(file) as part:
+            part.write_bytes(said.encode())
+        return said
 
-    # The judge bounds its requests, too; more threads would only hold more pictures.
-    servers = judge.settings.judge.split(",")
-    pool = ThreadPoolExecutor(judge.settings.judge_in_flight * len(servers))
-    question_of = {pool.submit(work, *question): question for question in questions}
-    try:
-        for future in tqdm(as_completed(question_of), total=len(question_of)):
-            try:
-                key, answer = future.result()
-            except (JudgeFailure, BadInput) as failure:
-                if judge.stop.is_set():
-                    fix = "the same command goes on and asks nothing twice"
-                    raise BadInput(f"{folder}: stopped; {fix}") from None
-                failed[str(failure)] += 1
-                continue
-            answers[question_of[future]] = answer
-            if key not in known:
-                append_json_line(file, {"key": key, "said": answer})
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return answers
+    return ask
 
 
-def _objects_in(text):
-    """The JSON objects in a text that hold no others, whatever stands around and between them."""
-    objects = []
-    # One that is cut short, or is none, costs no other; JSON as a whole would be lost with it.
-    for part in re.findall(r"\{[^{}]*\}", text):
-        with suppress(ValueError):
-            objects.append(json.loads(part, strict=False))
-    return objects
+def _at_once(function, values):
+    """[function(value), ...], many at a time: the judge bounds its requests itself."""
+    # Unlike those of ThreadPoolExecutor its threads do not hold up the end after Ctrl-C.
+    with ThreadPool(64) as pool:
+        return list(tqdm(pool.imap(function, values), total=len(values)))
 
 
-def _line_of(value):
-    """A text as one line; "" for anything else."""
-    return " ".join(value.split()) if isinstance(value, str) else ""
+def _line_of(text):
+    return " ".join(text.split())
 
 
 def _checklist_in(reply):
-    """The questions in a reply; [] unless some are about doing, some about keeping, all of text."""
-    for found in _objects_in(reply):
-        match found:
-            case {"done": [_, *_] as done, "kept": [_, *_] as kept}:  # two lists with something
-                items = list(map(_line_of, done + kept))
-                return items if all(items) else []
-    return []
+    """The questions in a reply; [] unless some are about doing and some about keeping."""
+    found = re.findall(r"(?im)^\W*(done|kept):\W*(.+\?)", reply)
+    kinds = {kind.lower() for kind, _ in found}
+    return [question for _, question in found] if len(kinds) > 1 else []
 
 
-def write_requirements(settings: WriterSettings, folder: Path):
+FORMS = {"requirement": (ASK_REQUIREMENT, _line_of), "checklist": (ASK_CHECKLIST, _checklist_in)}
+
+
+def write_requirements(settings: WriterSettings):
     """Lets a judge write the `requirement` or the `checklist` of every row that has none."""
+    folder = Path(settings.dataset)
     form = settings.form
-    template = ASK_REQUIREMENT
-    read = _line_of
-    if form == "checklist":
-        template = ASK_CHECKLIST
-        read = _checklist_in
+    template, read = FORMS[form]
+    rows_of = {split: read_rows(folder, split) for split in SPLITS if split_file(folder, split)}
+    if not rows_of:
+        raise BadInput(f"{folder}: holds neither train.jsonl nor test.jsonl; name a dataset folder")
+    # A folder that cannot be written is noticed before a model is loaded.
+    with locked(folder), closing(load_judge(settings)) as judge:
+        failed = []
+        ask = _asked_once(judge, folder, failed)
 
-    def question_of(row):
-        return (template.replace("{prompt}", row["prompt"]), *row["images"])
+        def written(row):
+            text = template.replace("{prompt}", row["prompt"])
+            return row.get(form) or read(ask(text, *row["images"]))
 
-    splits = [split for split in SPLITS if split_file(folder, split)] or SPLITS
-    rows = []
-    for split in splits:
-        rows += read_rows(folder, split)
-    questions = [question_of(row) for row in rows if not row.get(form)]
-    failed = Counter()
-    written = 0
-    with locked(folder):  # a folder that cannot be written is noticed before a model is loaded
-        judge = load_judge(settings, stop=catch_signals())
-        said = _ask_all(judge, questions, folder, failed)
-        for split in splits:
+        for split, rows in rows_of.items():
             file = split_file(folder, split)
-            lines = [line for _, line in read_json_lines(file)]
-            # Read again, and known by what they ask: somebody may have edited the file meanwhile.
-            for row, line in zip(read_rows(folder, split), lines, strict=True):
-                answer = read(said.get(question_of(row), ""))
-                if answer and not row.get(form):
+            lines = read_json_lines(file)
+            answers = _at_once(written, rows)
+            if read_json_lines(file) != lines:
+                raise BadInput(f"{file}: was edited meanwhile; start again, nothing is asked twice")
+            for (_, line), answer in zip(lines, answers, strict=True):
+                if answer:
                     line[form] = answer
-                    written += 1
-            write_json_lines(file, lines)
-    kept = len(rows) - len(questions)
-    print(f"{folder}: {written} {form}s written, {kept} kept, failed: {dict(failed)}")
+            write_json_lines(file, [line for _, line in lines])
+            print(f"{file}: {sum(map(bool, answers))} of {len(rows)} rows have a {form}")
+    print(f"failed: {dict(Counter(failed))}")
 
 
-def propose(settings: WriterSettings, source: Path, folder: Path):
-    """Lets a judge look at the pictures of a folder and write the rows of a dataset for them."""
-    mix = dict.fromkeys(settings.tasks, 1) or MIX
-    if not mix.keys() <= REQUIREMENTS.keys():
-        raise BadInput(f"--tasks {' '.join(mix)}: name some of {' '.join(REQUIREMENTS)}")
-    if split_file(folder, "train"):
-        raise BadInput(f"{folder}: has rows for training; move them, or name another folder")
-    left_out = Counter()
+def propose(settings: WriterSettings):
+    """Lets a judge look at the pictures of a folder, and makes a dataset of what it proposes."""
+    source = Path(settings.pictures)
+    folder = Path(settings.dataset)
+    mix = dict.fromkeys(map(str.lower, settings.tasks), 1) or MIX
+    endings = tuple(Image.registered_extensions())
+    pictures = {  # by content, so that two copies are one
+        content: name
+        for name, content in file_hashes(source).items()
+        if name.lower().endswith(endings)
+    }
+    if not pictures:
+        raise BadInput(f"{source}: holds no pictures; name a folder that does")
+    left_out = []
     with locked(folder):
-        images = _take_pictures(source, folder, left_out)
-        judge = load_judge(settings, stop=catch_signals())
-        tasks = {}  # of each question what edits should be
-        for image in images:
-            draw = random.Random(image)  # its name is a hash of its content
-            kinds = draw.choices(list(mix), mix.values(), k=settings.per_picture)
-            tasks[ASK_EDITS.replace("{kinds}", ", ".join(kinds)), image] = kinds
-        said = _ask_all(judge, tasks, folder, left_out)
-        proposed = {}  # of each question whether it is possible, its row
-        for question, kinds in tasks.items():
-            image = question[1]
-            for row in _rows_in(said.get(question, ""), image, kinds, left_out):
-                proposed[ASK_POSSIBLE.replace("{prompt}", row["prompt"]), image] = row
-        said = _ask_all(judge, proposed, folder, left_out)
-        # What is not answered is neither possible nor impossible: it is among the failures.
-        possible = []
-        for question, row in proposed.items():
-            if re.match(r"\W*yes\b", said.get(question, ""), re.IGNORECASE):
-                possible.append(row)
-            elif question in said:
-                left_out["not possible there"] += 1
-        _write_splits(possible, folder, left_out)
+        # A finished folder, and one with other things: before a judge is loaded and paid.
+        _refuse_others(folder, {"source": "another"})
+        with closing(load_judge(settings)) as judge:
+            ask = _asked_once(judge, folder, left_out)
+
+            def rows_for(content):
+                picture = source / pictures[content]
+                draw = random.Random(content)
+                kinds = draw.choices(list(mix), mix.values(), k=settings.per_picture)
+                reply = ask(ASK_EDITS.replace("{kinds}", ", ".join(kinds)), picture)
+                rows = []
+                for row in _rows_in(reply, kinds, left_out):
+                    said = ask(ASK_POSSIBLE.replace("{prompt}", row["instruction"]), picture)
+                    if re.match(r"\W*yes\b", said, re.IGNORECASE):
+                        rows.append(row | {"image": pictures[content]})
+                    elif said:
+                        left_out.append("not possible there")
+                return rows
+
+            rows = sum(_at_once(rows_for, sorted(pictures)), [])
+    found = f"{source}: {len(rows)} rows; left out: {dict(Counter(left_out))}"
+    if not rows:
+        raise BadInput(f"{found}; see to the judge")
+    print(found)
+    table = folder / ".judge_said" / "proposed.jsonl"
+    write_json_lines(table, rows)
+    import_dataset(
+        ImportSettings(
+            str(table),
+            settings.dataset,
+            pictures=settings.pictures,
+            prompt="instruction",
+            task="task",
+            requirement="requirement",
+            test=len(rows) // HELD_OUT or 1,
+        )
+    )
 
 
-def _take_pictures(source, folder, left_out):
-    """The names of a folder's pictures in a dataset, where each gets one by its content."""
-    images = set()
-    for path in sorted(source.rglob("*")):
-        if path.suffix.lower() in Image.registered_extensions():
-            try:
-                file = picture_file(str(path.relative_to(source)), source, str(path))
-                images.add(_keep_picture(file, folder))
-            except DiskFault:  # no fault of the picture
-                raise
-            except BadInput as fault:
-                left_out[str(fault)] += 1
-    if not images:
-        raise BadInput(f"{source}: holds no pictures; name a folder that does; {dict(left_out)}")
-    return sorted(images)
-
-
-def _rows_in(reply, image, tasks, left_out):
-    """The rows in a judge's reply about a picture; those left out are counted by the reason."""
+def _rows_in(reply, tasks, left_out):
+    """The rows in a judge's reply about a picture; why others are left out goes to `left_out`."""
     rows = []
-    for found in _objects_in(reply):
-        row = {
-            "prompt": _line_of(found.get("instruction")),
-            "image": image,
-            "task": _line_of(found.get("task")).lower(),
-            "requirement": _line_of(found.get("requirement")),
-        }
-        known = [other["prompt"] for other in rows]
-        if not all(row.values()) or row["task"] not in tasks:
-            left_out["incomplete or of another kind"] += 1
-        elif get_close_matches(row["prompt"], known, 1, LIKE):  # it would be learnt twice
-            left_out["like another"] += 1
+    # Each object for itself: one that is cut short costs no other.
+    for part in re.findall(r"\{[^{}]*\}", reply):
+        try:
+            found = json.loads(part, strict=False)
+            row = {key: _line_of(found[key]) for key in ("instruction", "task", "requirement")}
+        except Exception:  # the reply may be any JSON
+            row = {"task": ""}
+        row["task"] = row["task"].lower()
+        known = [other["instruction"] for other in rows]
+        if row["task"] not in tasks or not all(row.values()):
+            left_out.append("incomplete or of another kind")
+        elif get_close_matches(row["instruction"], known, 1, LIKE):  # it would be learnt twice
+            left_out.append("like another")
         else:
             rows.append(row)
-    if reply and not rows:
-        left_out["pictures without a usable instruction"] += 1
+    if not rows:
+        left_out.append("pictures without a usable instruction")
     return rows
-
-
-def _write_splits(rows, folder, left_out):
-    """Writes train.jsonl and test.jsonl; no picture is in both."""
-    images = sorted({row["image"] for row in rows})  # hashes, so the first are a fair draw
-    if len(images) < 2:
-        raise BadInput(f"{folder}: rows for {len(images)} pictures, not two; {dict(left_out)}")
-    held_out = set(images[: max(1, len(images) // HELD_OUT)])
-    test = [row for row in rows if row["image"] in held_out]
-    train = [row for row in rows if row["image"] not in held_out]
-    write_json_lines(folder / "test.jsonl", test)
-    write_json_lines(folder / "train.jsonl", train)  # last: a folder that has it is finished
-    print(f"{folder}: {len(rows)} rows for {len(images)} pictures; left out: {dict(left_out)}")
 
 
 # ---------------------------------------------------------------- the command
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings(JudgeSettings):
     """One edit to be judged."""
 
-    source: list[str] = setting([], "The source picture, or several.")
-    edited: str = setting("", "The edited picture.")
-    prompt: str = setting("", "The instruction.")
-    requirement: str = setting("", "What a good edit must show.")
-
-
-WRITERS = {"requirements": (write_requirements, "DIR"), "propose": (propose, "PICTURES DIR")}
-
-
-def _run_writer(name, argv):
-    """Runs a command that writes for a dataset; argv: its folders, then its settings."""
-    write, names = WRITERS[name]
-    usage = f"{name} {names}"
-    count = len(names.split())
-    folders = [Path(word).resolve() for word in argv[:count] if not word.startswith("--")]
-    if len(folders) < count:
-        raise BadInput(f"{usage}: names no folder; python reward_mllm.py {usage} --judge ...")
-    write(parse_settings(WriterSettings, argv[count:], description=usage), *folders)
+    source: list[str] = setting(MISSING, "The source picture, or several.")
+    edited: str = setting(MISSING, "The edited picture.")
+    prompt: str = setting(MISSING, "The instruction.")
 
 
 def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in WRITERS:
-        return _run_writer(argv[0], argv[1:])
+    command, *words = argv or sys.argv[1:] or ["no command"]
+    if command == "requirements":
+        named = ["--dataset", *words]
+        return write_requirements(parse_settings(WriterSettings, named, write_requirements.__doc__))
+    if command == "propose":
+        named = ["--pictures", *words[:1], "--dataset", *words[1:]]
+        return propose(parse_settings(WriterSettings, named, propose.__doc__))
     settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
-    for name in ("source", "edited", "prompt"):
-        if not getattr(settings, name):
-            raise BadInput(f"--{name} is missing; give source picture, edited picture, instruction")
-    sources = [load_image(path) for path in settings.source]
+    sources = list(map(load_image, settings.source))
     edit = load_image(settings.edited)
     judge = load_judge(settings)
     scores = judge.score(vars(settings), sources, [edit])  # they hold all that a row has
