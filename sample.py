@@ -39,7 +39,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,9 +217,10 @@ class Editor:
     family: Family
     resolution: int  # square root of the pixels it works at
     max_text: int  # tokens that a prompt may have
-    lora_layers: tuple[BaseTunerLayer, ...] = ()
-    policies: tuple[str, ...] = ()  # names of the LoRA adapters, `new` first
+    lora_layers: Sequence[BaseTunerLayer] = ()
+    policies: Sequence[str] = ()  # names of the LoRA adapters, `new` first
     active: str = "base"  # the policy that is on
+    idle: Sequence[nn.Module] = ()  # what leaves the GPU while the policies are trained
 
     @property
     def transformer(self) -> nn.Module:
@@ -415,7 +416,7 @@ def _lora_layers(transformer):
         for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
             matrix.float()
             matrix.__class__ = LoraMatrix  # another forward over the same parameters
-    return tuple(layers)
+    return layers
 
 
 class LoraMatrix(nn.Linear):
@@ -928,28 +929,30 @@ def check_editor(editor: Editor, row: dict) -> None:
 
 
 @contextmanager
-def parked(editor: Editor, park: bool = True) -> Iterator[None]:
-    """Within, all of the pipeline but its transformer lies in the CPU's memory; after, as before.
-
-    park: False does nothing.
-    """
-    device = editor.transformer.device
-    parts = []
-    for name, part in editor.pipe.components.items():
-        if park and isinstance(part, nn.Module) and name != "transformer":
-            parts.append(part.to("cpu"))  # moves it in place, and returns it
+def parked(editor: Editor) -> Iterator[None]:
+    """Within, the weights of editor.idle lie in the CPU's memory; after, on the GPU again."""
+    weights = []
+    for part in editor.idle:
+        weights += [*part.parameters(), *part.buffers()]
+    for weight in weights:
+        # They are frozen: one copy, made at the first time, serves the whole run. It lies in
+        # pinned memory, which a GPU reads several times as fast.
+        if not hasattr(weight, "copy_on_cpu"):
+            weight.copy_on_cpu = weight.detach().cpu().pin_memory()
+        weight.data = weight.copy_on_cpu
     try:
         yield
     finally:
-        for part in parts:
-            part.to(device)
+        for weight in weights:
+            weight.data = weight.copy_on_cpu.to(editor.transformer.device, non_blocking=True)
 
 
-def choose_recompute(editor: Editor, trial: Callable[[], None]) -> list[str]:
-    """From now on backward recomputes as few blocks as memory allows, found by trial.
+def fit_memory(editor: Editor, idle: list[nn.Module], trial: Callable[[], None]) -> list[str]:
+    """From now on updates save no more memory than they must, found by trial.
 
-    What a block computes is kept from forward to backward, or made again from its inputs: in no
-    block, in those of one class (where there are two, as in Flux), or in all. -> these classes.
+    They save nothing; where that fails, they park the modules `idle`; then, too, backward computes
+    the blocks of one class again from their inputs (where there are two classes, as in Flux), then
+    all. editor.idle is what is parked; returned are the names of the classes.
     trial: a training step at its full size, forwards and backward. Not for a sharded base, whose
     ranks must all recompute the same blocks.
     """
@@ -962,8 +965,10 @@ def choose_recompute(editor: Editor, trial: Callable[[], None]) -> list[str]:
 
     # The transformer calls each of its blocks by way of this function.
     editor.transformer.enable_gradient_checkpointing(run)
-    for count in range(len(classes) + 1):
-        recomputed = classes[:count]
+    attempts = [([], [])]
+    attempts += [(idle, classes[:count]) for count in range(len(classes) + 1)]
+    for attempt in attempts:
+        editor.idle, recomputed = attempt
         with suppress(torch.OutOfMemoryError):
             trial()
             break
@@ -973,7 +978,7 @@ def choose_recompute(editor: Editor, trial: Callable[[], None]) -> list[str]:
 def compile_blocks(editor: Editor) -> None:
     """Compiles the transformer's blocks: once for each class, policy, gradient mode and batch size.
 
-    The first forward of each takes the time. A machine that cannot compile goes on without.
+    The first forward of each takes the time. What cannot be compiled runs as it is.
     """
     try:
         # Needs what the blocks will need: a C compiler, and for a GPU Triton.
@@ -981,6 +986,7 @@ def compile_blocks(editor: Editor) -> None:
     except Exception as error:  # what a missing tool makes two libraries raise has no end
         note(f"nothing is compiled, which costs time ({one_line(error)})")
         return
+    torch._dynamo.config.suppress_errors = True  # a block that fails is warned of, and runs
     # After so many variants of a block (else after 8) torch runs the others uncompiled.
     torch._dynamo.config.recompile_limit = 64
     editor.transformer.compile_repeated_blocks()
@@ -999,11 +1005,6 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
         ignored_modules=adapters,
     )
     fsdp2_prepare_model(accelerator, editor.transformer)
-    # What is sharded is a DTensor: numel counts what all ranks hold, to_local is this rank's part.
-    sharded = [part for part in editor.transformer.parameters() if hasattr(part, "to_local")]
-    total = sum(part.numel() for part in sharded)
-    local = sum(part.to_local().numel() for part in sharded)
-    accelerator.print(f"the base's {total:,} numbers are spread out, {local:,} on this rank")
     editor.pipe.to(accelerator.device)
 
 
@@ -1023,14 +1024,9 @@ class Settings(CheckedSettings):
     num: int = setting(4, "Edits to draw.", at_least=1, at_most=100)
     seed: int = setting(42, "The first edit's seed; the others follow it.", at_least=0)
     steps: int = setting(28, "Solver steps.", at_least=1, at_most=1000)
-    guidance: float | None = setting(
-        None, "Guidance. [the family's for evaluation]", at_least=0, at_most=100
-    )
+    guidance: float | None = setting(None, "Guidance. [the family's for evaluation]", at_least=0)
     resolution: int | None = setting(
-        None,
-        "Square root of the working pixels. [what the VAE was made for]",
-        at_least=16,
-        at_most=8192,
+        None, "Square root of the working pixels. [what the VAE was made for]", at_least=16
     )
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
 
@@ -1044,9 +1040,7 @@ class Settings(CheckedSettings):
             raise BadInput(
                 "--compare has nothing to compare with the base; add --lora RUN/checkpoint-N"
             )
-        ending = Path(self.out).suffix.lower()
-        # Pillow knows this ending, and can write its format as well as read it.
-        if Image.registered_extensions().get(ending) not in Image.SAVE:
+        if Path(self.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise BadInput(f"--out {self.out}: not a picture's name; end it in .png")
 
 

@@ -96,8 +96,8 @@ from sample import (
     Group,
     add_policies,
     check_editor,
-    choose_recompute,
     compile_blocks,
+    fit_memory,
     load_editor,
     load_lora,
     lora_parameters,
@@ -194,9 +194,10 @@ class Settings(JudgeSettings):
     # the machine
     rollout_batch: int = count(12, "Edits in one pipeline call.")
     train_batch: int = count(12, "(edit, time) pairs in one forward.")
-    gradient_checkpointing: bool = setting(True, "Recompute in backward, as much as memory asks.")
-    offload: bool = setting(True, "Text encoders and VAE leave the GPU in the update.")
-    compile: bool = setting(False, "Compile the transformer's blocks.")
+    # Of the next two a GPU does what its memory asks for; start-up finds out by trial.
+    offload: bool = setting(True, "Encoders, VAE and judge may wait in the CPU's memory.")
+    gradient_checkpointing: bool = setting(True, "Backward may compute blocks again.")
+    compile: bool = setting(True, "On a GPU, compile the transformer's blocks.")
     shard: bool = setting(False, "Spread a large base over the GPUs (FSDP2).")
     dry_run: bool = setting(False, "One small epoch: its memory and time, no files.")
 
@@ -571,7 +572,7 @@ def mean_gradient(
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     parts = []
-    with parked(run.editor, run.settings.offload):
+    with parked(run.editor):
         for chunk in tqdm(chunks, desc=f"update {epoch + 1}", leave=False):
             with run.together(), _in_step(run):
                 group = groups[chunk.number]
@@ -891,30 +892,50 @@ def _load_all(settings, accelerator, stop):
     check_editor(editor, rows["train"][0])
     check_judge(judge, settings, rows["train"])
     judge.noise = max(gather_object([judge.noise]))  # so that all ranks drop the same groups
+    run = Run(settings, accelerator, stop, rows, editor, judge, optimizer, saved={})
+    _fit_machine(run)
+    return run
+
+
+def _fit_machine(run):
+    """Saves memory where an update asks for it, compiles, and makes forwards heed a signal."""
+    editor = run.editor
+    settings = run.settings
+    transformer = editor.transformer
+    on_gpu = run.accelerator.device.type == "cuda"
+    idle = []
+    if settings.offload and on_gpu:
+        parts = [*editor.pipe.components.values(), getattr(run.judge, "model", None)]
+        # A judge on a GPU of its own may stay there.
+        idle = [part for part in parts if getattr(part, "device", None) == transformer.device]
+        idle.remove(transformer)
+    editor.idle = idle
     if settings.gradient_checkpointing:
-        editor.transformer.enable_gradient_checkpointing()
-        if accelerator.device.type == "cuda" and not settings.shard:
-            _choose_recompute(editor, rows["train"][0], settings)
-            optimizer.zero_grad()
-    if settings.compile:
+        transformer.enable_gradient_checkpointing()
+        if on_gpu and not settings.shard:
+            _try_update(run, idle)
+    if settings.compile and on_gpu:
         compile_blocks(editor)
     if not settings.shard:  # where all ranks do each forward, or none
-        heed_stop(editor.pipe.transformer, stop)
-    return Run(settings, accelerator, stop, rows, editor, judge, optimizer, saved={})
+        heed_stop(transformer, run.stop)
 
 
-def _choose_recompute(editor, row, settings):
-    """Has backward recompute only what a forward cannot keep in memory, and says what that is."""
+def _try_update(run, idle):
+    """Finds out by trial what updates must do to save memory, and says it."""
+    editor = run.editor
+    row = run.rows["train"][0]
     group = rollout(editor, load_sources(row), row["prompt"], [seeded(0)], steps=1)
     # A pair more than a batch has: AdamW's moments will come on top.
-    x_t = group.x_0.expand(settings.train_batch + 1, -1, -1)  # (B + 1, N, C)
+    x_t = group.x_0.expand(run.settings.train_batch + 1, -1, -1)  # (B + 1, N, C)
 
     def trial():
-        velocity(editor, x_t, group.sigmas.expand(len(x_t)), group.cond).sum().backward()
+        with parked(editor):
+            velocity(editor, x_t, group.sigmas.expand(len(x_t)), group.cond).sum().backward()
 
-    with parked(editor, settings.offload):
-        recomputed = choose_recompute(editor, trial)
-    say_once(f"recomputed in backward: {', '.join(recomputed) or 'nothing'}")
+    recomputed = fit_memory(editor, idle, trial)
+    run.optimizer.zero_grad()
+    parts = ", ".join(type(part).__name__ for part in editor.idle)
+    say_once(f"away in updates: {parts or 'nothing'}; recomputed: {recomputed or 'nothing'}")
 
 
 def close_epoch(run: Run, state: dict, base: Rows):

@@ -5,17 +5,18 @@
     python tests/full_size.py --measure [--cap 24] [--set compile=true]      # on a CUDA card
 
 Editors of the released sizes (random weights, bf16) go through this project's own rollout, update
-and evaluation: one group with train_nft's defaults, K = 12, 512 x 512, 6 steps, 5 trained times,
-LoRA of rank 32. Without --measure on a GPU that is only pretended (pretended_gpu.py), and an epoch
-is the group times their number: memory and FLOPs are those of eager code, what kernels need
-inside themselves is left out, and hours are the FLOPs at a stated share of the card's peak (MFU).
+and evaluation: one group with train_nft's defaults, K = 12, 512 x 512, the family's solver steps,
+5 trained times, LoRA of rank 32, all that saves memory. Without --measure on a GPU that is only
+pretended (pretended_gpu.py), and an epoch is the group times their number: memory and FLOPs are
+those of eager code, what kernels need inside themselves is left out, and hours are the FLOPs at a
+stated share of the card's peak (MFU).
 With --measure on the card, second group, after a warm-up; then MFU is what comes out. --cap N lets
 the process have N GB (10^9 bytes) of the card, to see whether a smaller one would do.
 
 encode: text encoders and VAE encoder; denoise and decode: the rest of drawing; old, new, base: the
 update's forwards; backward: with what it computes again; step: the optimizer and the averages;
-offload: what moves off the GPU for the update. The judge is counted apart: it has a card of its
-own, or adds to the peaks.
+offload: what moves back to the GPU after the update. The judge is counted apart: it has a card of
+its own, or adds to the peak of drawing.
 """
 
 import argparse
@@ -78,10 +79,11 @@ def watched(meter, pipe):
             return sample.velocity(editor, *args)
 
     @contextmanager
-    def parked(*args):
-        context = sample.parked(*args)
-        with meter.within("offload"):
-            context.__enter__()
+    def parked(editor):
+        context = sample.parked(editor)
+        if meter.device == GPU:
+            context = moved(editor.idle)
+        context.__enter__()
         yield
         with meter.within("offload"):
             context.__exit__(None, None, None)
@@ -116,6 +118,16 @@ def watched(meter, pipe):
         yield
 
 
+@contextmanager
+def moved(parts):
+    """sample.parked on the pretended GPU, whose tensors cannot change their place themselves."""
+    for part in parts:
+        part.to(CPU)
+    yield
+    for part in parts:
+        part.to(GPU)
+
+
 class OnDevice(Accelerator):
     """One process on any device, a pretended one too."""
 
@@ -138,9 +150,14 @@ def make_run(pipe, settings, device, folder):
         editor = sample.load_editor(settings.base, device, resolution=settings.resolution)
     sample.add_policies(editor, settings.lora_rank, settings.lora_alpha, averages=("old", "ema"))
     editor.transformer.to(device)  # peft leaves a LoRA on the CPU if the base is on meta
+    # Everything that saves memory, whether the card asks for it or not.
+    if settings.offload:
+        parts = pipe.components.values()
+        parts = [part for part in parts if isinstance(part, torch.nn.Module)]
+        editor.idle = [part for part in parts if part is not editor.transformer]
     if settings.gradient_checkpointing:
         editor.transformer.enable_gradient_checkpointing()
-    if settings.compile and device != GPU:  # what is only pretended is counted in eager code
+    if settings.compile and device.type == "cuda":
         sample.compile_blocks(editor)
     trained = sample.lora_parameters(editor, "new").values()
     optimizer = torch.optim.AdamW(trained, settings.lr)
@@ -191,6 +208,11 @@ def judge_figures(size, edits, side):
 
 
 # ---------------------------------------------------------------- what an epoch costs
+
+
+def steps_of(model, settings):
+    """Solver steps of its rollouts: those of the settings, or the family's."""
+    return settings.rollout_steps or sample.FAMILIES[NAMES[model][1]].rollout_steps
 
 
 def flops_of(figures):
@@ -266,7 +288,7 @@ def print_simulated(meters, settings, mfu):
         f"Simulated, not measured: eager code, {settings.groups} x {settings.group_size} edits an "
         f"epoch at {settings.resolution} pixels, all kept; one H100 at {mfu:.0%} MFU. A judge on "
         f"the same card adds {judges['7B'].peak / 1e9:.0f} GB (Qwen2.5-VL-7B; 32B: "
-        f"{judges['32B'].peak / 1e9:.0f} GB) to both peaks.\n"
+        f"{judges['32B'].peak / 1e9:.0f} GB) to the peak of drawing; it leaves for updates.\n"
     )
     print_costs(meters, settings, mfu)
     print_shares(meters, settings, judges)
@@ -275,15 +297,17 @@ def print_simulated(meters, settings, mfu):
 
 
 def print_costs(meters, settings, mfu):
-    head = ["simulated", "GB drawing", "GB training", "GB copied an epoch", "PFLOP an epoch"]
+    head = ["simulated", "steps", "GB drawing", "GB training", "GB copied an epoch"]
+    head += ["PFLOP an epoch"]
     head += ["in float32", "hours an epoch", "edits/s", f"GPU hours, {PAPER_EPOCHS} epochs"]
     rows = []
     for model, meter in meters.items():
         flops = sum(epoch_flops(meter, settings).values())
         hours = flops / (mfu * H100) / 3600
         edits = settings.groups * settings.group_size / hours / 3600  # per second
-        cells = [NAMES[model][0], f"{highest(meter, DRAWING):.1f}"]
-        cells += [f"{highest(meter, TRAINING):.1f}", f"{epoch_copies(meter, settings):.1f}"]
+        cells = [NAMES[model][0], str(steps_of(model, settings))]
+        cells += [f"{highest(meter, phases):.1f}" for phases in (DRAWING, TRAINING)]
+        cells += [f"{epoch_copies(meter, settings):.1f}"]
         cells += [f"{flops / 1e15:.0f}", f"{epoch_share_of(torch.float32, meter, settings):.1%}"]
         cells += [f"{hours:.2f}", f"{edits:.2f}", f"{PAPER_EPOCHS * hours:.0f}"]
         rows.append(cells)
@@ -320,7 +344,7 @@ def print_parts(meters, settings, judges):
         denoise = flops_of(meter.figures["denoise"])
         training = sum(flops_of(meter.figures[phase]) for phase in TRAINING)
         judging = [flops_of(judge) for judge in judges.values()]
-        parts = [denoise / settings.rollout_steps, drawing - denoise]
+        parts = [denoise / steps_of(model, settings), drawing - denoise]
         parts += [training / settings.train_timesteps, *judging]
         cells = [f"{part / settings.group_size / 1e12:.1f}" for part in parts]
         cells += [f"{drawing / judge:.1f}" for judge in judging]
@@ -399,7 +423,7 @@ def main(argv=None):
         words += [f"--{name}", value]
     if args.tiny:
         words += ["--resolution", "64"]
-    settings = parse_settings(train_nft.Settings, words, "", rollout_steps=6)
+    settings = parse_settings(train_nft.Settings, words, "")
     if args.measure and not args.tiny and not torch.cuda.is_available():
         print("skipped: no CUDA device here; without --measure none is needed")
         return

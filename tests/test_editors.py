@@ -532,7 +532,7 @@ def test_recomputing_blocks_keeps_the_gradient_of_editors_that_cache_keys(load, 
         if len(gradients) < 3:
             raise torch.OutOfMemoryError
 
-    assert sample.choose_recompute(editor, trial) == editor.transformer._repeated_blocks
+    assert sample.fit_memory(editor, [], trial) == editor.transformer._repeated_blocks
     for some in gradients[1:]:
         for gradient, wanted in zip(some, gradients[0], strict=True):
             assert torch.equal(gradient, wanted)

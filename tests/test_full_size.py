@@ -246,11 +246,18 @@ def test_without_recompute_backward_costs_a_forward_less_and_more_memory(tiny):
 
 
 def test_what_is_only_simulated_is_not_compiled(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(full_size.sample, "compile_blocks", compiled.append)
+    def fail(editor):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(full_size.sample, "compile_blocks", fail)
     for device in (GPU, CPU):
         full_size.run_model("kontext", settings_of(compile=True), Meter(device), is_tiny=True)
-        assert len(compiled) == (device == CPU)
+
+
+def test_flux_2_is_counted_with_its_familys_steps():
+    assert full_size.steps_of("klein", settings_of(rollout_steps=None)) == 12
+    assert full_size.steps_of("kontext", settings_of(rollout_steps=None)) == 6
+    assert full_size.steps_of("klein", settings_of(rollout_steps=3)) == 3
 
 
 def test_the_slowest_rank_has_whole_groups_to_draw_and_chunks_to_train():

@@ -594,12 +594,18 @@ def blocks_of(editor):
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
-@pytest.mark.parametrize("fits, again", [(0, 0), (1, 1), (2, 2), (3, 2)])
-def test_backward_recomputes_as_few_blocks_as_fit_and_the_gradient_stays(lora_editor, fits, again):
-    """A block of each class; a trial fits once `fits` of them are recomputed, or never."""
+@pytest.mark.parametrize(
+    "fits, parks, again", [(0, 0, 0), (1, 1, 0), (2, 1, 1), (3, 1, 2), (4, 1, 2)]
+)
+def test_an_update_saves_as_little_memory_as_fits_and_the_gradient_stays(
+    lora_editor, fits, parks, again
+):
+    """A block of each class; the trial after `fits` that failed has room, or none has."""
     group = draw(lora_editor)
     _, wanted = prediction_and_gradients(lora_editor, group)
+    idle = [lora_editor.pipe.vae]
     calls = []
+    attempts = []
     for block in blocks_of(lora_editor):
         block.register_forward_pre_hook(lambda module, args: calls.append(module))
 
@@ -607,11 +613,14 @@ def test_backward_recomputes_as_few_blocks_as_fit_and_the_gradient_stays(lora_ed
         calls.clear()
         _, gradients = prediction_and_gradients(lora_editor, group)
         assert_equal(gradients, wanted)
-        if len(calls) - 2 < fits:  # forwards that are done again
+        attempts.append((len(lora_editor.idle), len(calls) - 2))  # forwards that are done again
+        if len(attempts) <= fits:
             raise torch.OutOfMemoryError
 
     classes = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
-    assert sample.choose_recompute(lora_editor, trial) == classes[:again]
+    assert sample.fit_memory(lora_editor, idle, trial) == classes[:again]
+    assert attempts == [(0, 0), (1, 0), (1, 1), (1, 2)][: fits + 1]
+    assert lora_editor.idle == idle[:parks]
     calls.clear()
     prediction_and_gradients(lora_editor, group)
     assert len(calls) == 2 + again
@@ -622,7 +631,7 @@ def test_a_trial_that_fails_otherwise_is_not_taken_for_a_lack_of_memory(lora_edi
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        sample.choose_recompute(lora_editor, trial)
+        sample.fit_memory(lora_editor, [], trial)
 
 
 def test_a_machine_that_cannot_compile_says_so_once_and_goes_on(lora_editor, monkeypatch, capsys):

@@ -632,17 +632,18 @@ def test_gradient_checkpointing_changes_no_gradient(run):
     assert plain["grad/norm"] == pytest.approx(saving["grad/norm"], rel=1e-4)
 
 
-def test_on_a_gpu_backward_recomputes_what_a_trial_with_a_whole_batch_leaves_no_room_for(
+def test_memory_is_tried_with_a_whole_batch_and_what_it_asks_for_is_said(
     small, monkeypatch, capsys
 ):
     run, group = small(train_batch=5)
     tried = []
 
-    def choose(editor, trial):
+    def fit(editor, idle, trial):
         trial()
         parameters = lora_parameters(editor, "new").values()
         assert all(parameter.grad is not None for parameter in parameters)
         tried.append(editor)
+        editor.idle = idle
         return ["FluxTransformerBlock"]
 
     def noted(editor, x_t, t, cond):
@@ -650,11 +651,12 @@ def test_on_a_gpu_backward_recomputes_what_a_trial_with_a_whole_batch_leaves_no_
         assert t.shape == (6,)
         return velocity(editor, x_t, t, cond)
 
-    monkeypatch.setattr(train_nft, "choose_recompute", choose)
+    monkeypatch.setattr(train_nft, "fit_memory", fit)
     monkeypatch.setattr(train_nft, "velocity", noted)
-    train_nft._choose_recompute(run.editor, run.rows["train"][0], run.settings)
+    train_nft._try_update(run, [run.editor.pipe.vae])
     assert tried == [run.editor]
-    assert "recomputed in backward: FluxTransformerBlock\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "away in updates: AutoencoderKL; recomputed: ['FluxTransformerBlock']\n" in said
 
 
 @pytest.mark.parametrize(
@@ -666,29 +668,43 @@ def test_on_a_gpu_backward_recomputes_what_a_trial_with_a_whole_batch_leaves_no_
         ("cuda", {"gradient_checkpointing": False}, False),
     ],
 )
-def test_what_is_recomputed_is_tried_on_a_gpu_whose_base_is_not_sharded(
-    kontext_folder, dataset, monkeypatch, kind, changes, is_tried
+def test_what_memory_asks_for_is_tried_on_a_gpu_whose_base_is_not_sharded(
+    small, monkeypatch, kind, changes, is_tried
 ):
-    place = data_prep.start_processes()
-    pretended = types.SimpleNamespace(device=torch.device(kind), is_main_process=True)
-    load_rows = train_nft.load_rows
-    words = arguments(
-        kontext_folder, dataset, "unused", **{"gradient_checkpointing": True} | changes
-    )
+    run, _ = small()
+    run.settings = replace(run.settings, **{"gradient_checkpointing": True} | changes)
+    run.accelerator = types.SimpleNamespace(device=torch.device(kind))
     tried = []
-    parts = {
-        "load_rows": lambda folder, skip, _: load_rows(folder, skip, place),
-        "load_editor": lambda base, *rest, **how: load_editor(base, resolution=32),
-        "load_judge": lambda *args: RuleJudge(),
-        "shard_base": lambda *args: None,
-        "_choose_recompute": lambda *args: tried.append(args),
-    }
-    for name, part in parts.items():
-        monkeypatch.setattr(train_nft, name, part)
-    settings = data_prep.parse_settings(Settings, words)
-    made = train_nft._load_all(settings, pretended, threading.Event())
+    compiled = []
+    monkeypatch.setattr(train_nft, "_try_update", lambda *args: tried.append(args))
+    monkeypatch.setattr(train_nft, "compile_blocks", compiled.append)
+    train_nft._fit_machine(run)
     assert bool(tried) == is_tried
-    assert made.editor.transformer.is_gradient_checkpointing == settings.gradient_checkpointing
+    assert bool(compiled) == (kind == "cuda")
+    recomputes = run.editor.transformer.is_gradient_checkpointing
+    assert recomputes == run.settings.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    "changes, kind, names",
+    [
+        ({}, "cuda", ["text_encoder", "text_encoder_2", "vae", "judge"]),
+        ({"offload": False}, "cuda", []),
+        ({}, "cpu", []),
+    ],
+)
+def test_what_may_be_parked_is_all_on_this_gpu_but_the_transformer(
+    small, monkeypatch, changes, kind, names
+):
+    run, _ = small(gradient_checkpointing=False, compile=False, **changes)
+    run.accelerator = types.SimpleNamespace(device=torch.device(kind))
+    run.judge.model = types.SimpleNamespace(device=run.editor.transformer.device)
+    parts = run.editor.pipe.components | {"judge": run.judge.model}
+    train_nft._fit_machine(run)
+    assert {id(part) for part in run.editor.idle} == {id(parts[name]) for name in names}
+    run.judge.model.device = torch.device("cuda", 1)  # a card of its own
+    train_nft._fit_machine(run)
+    assert run.judge.model not in run.editor.idle
 
 
 def copy_dataset(dataset, folder, **changes):
@@ -728,29 +744,44 @@ def test_too_many_failures_stop_the_run_before_the_last_answer_is_there(run, dat
         run(data=broken, judge=Slow())
 
 
-def note_moves(part, name, moves):
-    """Makes a part of a pipeline tell `moves` where it is sent, and stay."""
-
-    def to(device):
-        moves.append((name, str(device)))
-        return part
-
-    part.to = to
-
-
-def test_text_encoders_and_vae_are_away_only_while_the_update_runs(kontext_folder):
+def test_idle_weights_lie_on_the_cpu_only_while_the_update_runs_and_are_copied_there_once(
+    kontext_folder, monkeypatch
+):
     editor = load_editor(kontext_folder)
-    parts = ("text_encoder", "text_encoder_2", "vae")
-    editor.pipe.to("meta")  # a second place that every machine has
-    with sample.parked(editor, park=False):
-        for name in (*parts, "transformer"):
-            assert getattr(editor.pipe, name).device.type == "meta"
-    moves = []
-    for name in parts:
-        note_moves(getattr(editor.pipe, name), name, moves)
-    with sample.parked(editor):
-        assert sorted(moves) == [(name, "cpu") for name in parts]
-    assert sorted(moves[3:]) == [(name, "meta") for name in parts]
+    vae = editor.pipe.vae
+    weights = [*vae.parameters(), *vae.buffers()]
+    values = [weight.clone() for weight in weights]
+    downloads = []
+    uploads = []
+
+    def cpu(tensor):
+        downloads.append(tensor)
+        return tensor.clone()
+
+    def to(tensor, device, non_blocking):
+        assert device == editor.transformer.device
+        uploads.append(tensor)
+        return tensor.clone()
+
+    def places():
+        return [weight.data_ptr() for weight in weights]
+
+    # There is one device here: copies play what lies on the other one.
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with sample.parked(editor):  # nothing is idle
+        pass
+    assert not downloads and not uploads
+    editor.idle = [vae]
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), sample.parked(editor):
+            assert places() == [weight.copy_on_cpu.data_ptr() for weight in weights]
+            raise ZeroDivisionError
+        assert not set(places()) & {weight.copy_on_cpu.data_ptr() for weight in weights}
+    assert len(downloads) == len(weights)
+    assert len(uploads) == 2 * len(weights)
+    assert all(map(torch.equal, weights, values))
 
 
 def test_the_judge_works_while_the_next_group_is_drawn(run, monkeypatch):
