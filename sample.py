@@ -947,13 +947,14 @@ def parked(editor: Editor) -> Iterator[None]:
             weight.data = weight.copy_on_cpu.to(editor.transformer.device, non_blocking=True)
 
 
-def fit_memory(editor: Editor, idle: list[nn.Module], trial: Callable[[], None]) -> list[str]:
-    """From now on updates save no more memory than they must, found by trial.
+def fit_memory(
+    editor: Editor, idle: list[nn.Module], batch: int, trial: Callable[[int], None]
+) -> tuple[int, list[str]]:
+    """From now on updates save no more memory than they must, found by trial; see the attempts.
 
-    They save nothing; where that fails, they park the modules `idle`; then, too, backward computes
-    the blocks of one class again from their inputs (where there are two classes, as in Flux), then
-    all. editor.idle is what is parked; returned are the names of the classes.
-    trial: a training step at its full size, forwards and backward. Not for a sharded base, whose
+    idle: modules that may be parked; editor.idle is those that are. Returns the pairs of a forward,
+    at most `batch`, and which classes of blocks backward computes again from their inputs.
+    trial: a training step of so many pairs, forward and backward. Not for a sharded base, whose
     ranks must all recompute the same blocks.
     """
     classes = editor.transformer._repeated_blocks  # their names
@@ -965,14 +966,17 @@ def fit_memory(editor: Editor, idle: list[nn.Module], trial: Callable[[], None])
 
     # The transformer calls each of its blocks by way of this function.
     editor.transformer.enable_gradient_checkpointing(run)
-    attempts = [([], [])]
-    attempts += [(idle, classes[:count]) for count in range(len(classes) + 1)]
+    attempts = [([], batch, [])]
+    # The cheapest first. To park takes seconds of an epoch. A half of a batch, and half of that,
+    # keeps a GPU busy: a pair is thousands of tokens. To recompute is a fourth of the training.
+    attempts += [(idle, batch >> halvings, []) for halvings in range(batch.bit_length())]
+    attempts += [(idle, batch, classes[: count + 1]) for count in range(len(classes))]
     for attempt in attempts:
-        editor.idle, recomputed = attempt
+        editor.idle, pairs, recomputed = attempt
         with suppress(torch.OutOfMemoryError):
-            trial()
-            break
-    return recomputed
+            trial(pairs)
+            return pairs, recomputed
+    raise torch.OutOfMemoryError("no update fits, whatever is parked and recomputed")
 
 
 def compile_blocks(editor: Editor) -> None:

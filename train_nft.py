@@ -193,9 +193,9 @@ class Settings(JudgeSettings):
     max_failed: float = fraction(0.1, "Share of scores that may fail in an epoch.")
     # the machine
     rollout_batch: int = count(12, "Edits in one pipeline call.")
-    train_batch: int = count(12, "(edit, time) pairs in one forward.")
+    train_batch: int = count(12, "(edit, time) pairs in one forward; fewer if memory asks for it.")
     # Of the next two a GPU does what its memory asks for; start-up finds out by trial.
-    offload: bool = setting(True, "Encoders, VAE and judge may wait in the CPU's memory.")
+    offload: bool = setting(True, "In updates encoders, VAE and judge may leave the GPU.")
     gradient_checkpointing: bool = setting(True, "Backward may compute blocks again.")
     compile: bool = setting(True, "On a GPU, compile the transformer's blocks.")
     shard: bool = setting(False, "Spread a large base over the GPUs (FSDP2).")
@@ -913,7 +913,10 @@ def _fit_machine(run):
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         if on_gpu and not settings.shard:
+            # A margin, for AdamW's moments and rows of other sizes.
+            torch.cuda.set_per_process_memory_fraction(0.95)
             _try_update(run, idle)
+            torch.cuda.set_per_process_memory_fraction(1.0)
     if settings.compile and on_gpu:
         compile_blocks(editor)
     if not settings.shard:  # where all ranks do each forward, or none
@@ -921,21 +924,25 @@ def _fit_machine(run):
 
 
 def _try_update(run, idle):
-    """Finds out by trial what updates must do to save memory, and says it."""
+    """Finds out by trial what updates must do to fit into memory, and says it."""
     editor = run.editor
-    row = run.rows["train"][0]
+    row = max(run.rows["train"], key=lambda row: len(row["images"]))
     group = rollout(editor, load_sources(row), row["prompt"], [seeded(0)], steps=1)
-    # A pair more than a batch has: AdamW's moments will come on top.
-    x_t = group.x_0.expand(run.settings.train_batch + 1, -1, -1)  # (B + 1, N, C)
 
-    def trial():
+    def trial(batch):
+        x_t = group.x_0.expand(batch, -1, -1)  # (B, N, C)
         with parked(editor):
-            velocity(editor, x_t, group.sigmas.expand(len(x_t)), group.cond).sum().backward()
+            velocity(editor, x_t, group.sigmas.expand(batch), group.cond).sum().backward()
 
-    recomputed = fit_memory(editor, idle, trial)
+    batch, recomputed = fit_memory(editor, idle, run.settings.train_batch, trial)
     run.optimizer.zero_grad()
+    batch = min(gather_object([batch]))  # so that all ranks cut the same chunks
+    run.settings = replace(run.settings, train_batch=batch)
     parts = ", ".join(type(part).__name__ for part in editor.idle)
-    say_once(f"away in updates: {parts or 'nothing'}; recomputed: {recomputed or 'nothing'}")
+    say_once(
+        f"updates: {batch} pairs a forward; parked: {parts or 'nothing'}; recomputed: "
+        f"{', '.join(recomputed) or 'nothing'}"
+    )
 
 
 def close_epoch(run: Run, state: dict, base: Rows):

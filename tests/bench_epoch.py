@@ -30,7 +30,7 @@ from conftest import tiny_kontext
 from diffusers import FluxTransformer2DModel
 from full_size import make_run
 from PIL import Image
-from pretended_gpu import CPU
+from pretended_gpu import CPU, Meter
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -79,7 +79,7 @@ def make_work(folder, is_tiny, recompute):
         gradient_checkpointing=recompute,
     )
     pipe = tiny_kontext() if is_tiny else mid_size_kontext()
-    run = make_run(pipe, settings, CPU, folder)
+    run = make_run(pipe, settings, Meter(CPU), folder)
     for name in run.editor.policies:
         for key, parameter in lora_parameters(run.editor, name).items():
             if "lora_B" in key:

@@ -2,6 +2,7 @@
 
     python tests/full_size.py                                   # three editors, some minutes
     python tests/full_size.py --models kontext --set resolution=1024 group_size=24
+    python tests/full_size.py --card 76          # saves only the memory that such a card asks for
     python tests/full_size.py --measure [--cap 24] [--set compile=true]      # on a CUDA card
 
 Editors of the released sizes (random weights, bf16) go through this project's own rollout, update
@@ -80,13 +81,11 @@ def watched(meter, pipe):
 
     @contextmanager
     def parked(editor):
-        context = sample.parked(editor)
-        if meter.device == GPU:
-            context = moved(editor.idle)
-        context.__enter__()
-        yield
-        with meter.within("offload"):
-            context.__exit__(None, None, None)
+        outer = meter.phase
+        with moved(editor.idle) if meter.device == GPU else sample.parked(editor):
+            yield
+            meter.switch("offload")
+        meter.switch(outer)
 
     def close_epoch(run, state, base):
         if state["epoch"] < run.settings.epochs:
@@ -123,9 +122,11 @@ def moved(parts):
     """sample.parked on the pretended GPU, whose tensors cannot change their place themselves."""
     for part in parts:
         part.to(CPU)
-    yield
-    for part in parts:
-        part.to(GPU)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.to(GPU)
 
 
 class OnDevice(Accelerator):
@@ -140,8 +141,12 @@ class OnDevice(Accelerator):
         return self.place
 
 
-def make_run(pipe, settings, device, folder):
-    """A train_nft.Run of one row with a pipeline that is built already."""
+def make_run(pipe, settings, meter, folder):
+    """A train_nft.Run of one row with a pipeline that is built already.
+
+    On a pretended GPU whose memory is limited it saves what its updates ask for, else all it can.
+    """
+    device = meter.device
     source = Path(folder, "source.png")
     Image.new("RGB", (settings.resolution, settings.resolution)).save(source)
     row = {"id": "0", "prompt": "make the red circle blue", "image": source.name}
@@ -150,7 +155,6 @@ def make_run(pipe, settings, device, folder):
         editor = sample.load_editor(settings.base, device, resolution=settings.resolution)
     sample.add_policies(editor, settings.lora_rank, settings.lora_alpha, averages=("old", "ema"))
     editor.transformer.to(device)  # peft leaves a LoRA on the CPU if the base is on meta
-    # Everything that saves memory, whether the card asks for it or not.
     if settings.offload:
         parts = pipe.components.values()
         parts = [part for part in parts if isinstance(part, torch.nn.Module)]
@@ -162,9 +166,14 @@ def make_run(pipe, settings, device, folder):
     trained = sample.lora_parameters(editor, "new").values()
     optimizer = torch.optim.AdamW(trained, settings.lr)
     rows = {"train": [row], "test": [row]}
-    return train_nft.Run(
+    run = train_nft.Run(
         settings, OnDevice(device), Event(), rows, editor, RuleJudge(), optimizer, saved={}
     )
+    if device == GPU and settings.gradient_checkpointing and math.isfinite(meter.limit):
+        train_nft._try_update(run, editor.idle)
+        meter.switch("loading")
+        meter.figures.clear()
+    return run
 
 
 def run_model(model, settings, meter, epochs=1, is_tiny=False):
@@ -178,7 +187,7 @@ def run_model(model, settings, meter, epochs=1, is_tiny=False):
         pipe = tiny_editor(NAMES[model][1]) if is_tiny else build_editor(model, device)
         pipe.to(device)
         stack.enter_context(watched(meter, pipe))
-        run = make_run(pipe, settings, device, folder)
+        run = make_run(pipe, settings, meter, folder)
         with meter.within("step"):
             train_nft.run_epochs(run, train_nft.fresh_state(run))
 
@@ -415,6 +424,7 @@ def main(argv=None):
     parser.add_argument("--mfu", type=float, default=0.3, help="share of the peak, simulated")
     parser.add_argument("--measure", action="store_true", help="on a CUDA card")
     parser.add_argument("--cap", type=float, default=0.0, help="GB of the card to use; 0: all")
+    parser.add_argument("--card", type=float, default=math.inf, help="GB of the simulated card")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     words = ["--base", "x", "--data", "x", "--judge", "local:x"]
@@ -433,6 +443,7 @@ def main(argv=None):
     meters = {}
     for model in args.models:
         meters[model] = Meter(GPU)
+        meters[model].limit = args.card * 1e9
         run_model(model, settings, meters[model], is_tiny=args.tiny)
     print_simulated(meters, settings, args.mfu)
 

@@ -10,6 +10,7 @@ CPU: token ids, masks, positions and sizes, by which pipelines decide what to do
 unknown value is a stand-in: numbers are 1, pictures black, and any two tensors are equal.
 """
 
+import math
 import time
 import weakref
 from collections import Counter, defaultdict
@@ -173,6 +174,7 @@ class Meter:
         self.phase = "loading"
         self.since = time.time()
         self.live = 0  # bytes, where a Count keeps account
+        self.limit = math.inf  # bytes that the device has; above them a Count has memory run out
 
     @contextmanager
     def within(self, phase):
@@ -227,6 +229,8 @@ class Count(TorchDispatchMode):
             self.seen.add(storage)
             self.meter.live += storage.nbytes()
             weakref.finalize(storage, self.forget, storage.nbytes())
+            if self.meter.live > self.meter.limit:
+                raise torch.OutOfMemoryError(f"{self.meter.live / 1e9:.1f} GB of a pretended GPU")
 
     def forget(self, size):
         self.meter.live -= size

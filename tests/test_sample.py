@@ -594,44 +594,53 @@ def blocks_of(editor):
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
-@pytest.mark.parametrize(
-    "fits, parks, again", [(0, 0, 0), (1, 1, 0), (2, 1, 1), (3, 1, 2), (4, 1, 2)]
-)
-def test_an_update_saves_as_little_memory_as_fits_and_the_gradient_stays(
-    lora_editor, fits, parks, again
-):
-    """A block of each class; the trial after `fits` that failed has room, or none has."""
+# Of each attempt the parked modules, the pairs of a forward, and the forwards that are done again.
+ATTEMPTS = [(0, 5, 0), (1, 5, 0), (1, 2, 0), (1, 1, 0), (1, 5, 1), (1, 5, 2)]
+CLASSES = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
+
+
+@pytest.mark.parametrize("failures", range(6))
+def test_an_update_saves_as_little_memory_as_fits_and_the_gradient_stays(lora_editor, failures):
+    """A block of each class; the trial after so many that failed has room."""
     group = draw(lora_editor)
     _, wanted = prediction_and_gradients(lora_editor, group)
-    idle = [lora_editor.pipe.vae]
     calls = []
-    attempts = []
+    made = []
     for block in blocks_of(lora_editor):
         block.register_forward_pre_hook(lambda module, args: calls.append(module))
 
-    def trial():
+    def trial(pairs):
         calls.clear()
         _, gradients = prediction_and_gradients(lora_editor, group)
         assert_equal(gradients, wanted)
-        attempts.append((len(lora_editor.idle), len(calls) - 2))  # forwards that are done again
-        if len(attempts) <= fits:
+        made.append((len(lora_editor.idle), pairs, len(calls) - 2))
+        if len(made) <= failures:
             raise torch.OutOfMemoryError
 
-    classes = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
-    assert sample.fit_memory(lora_editor, idle, trial) == classes[:again]
-    assert attempts == [(0, 0), (1, 0), (1, 1), (1, 2)][: fits + 1]
-    assert lora_editor.idle == idle[:parks]
+    idle = [lora_editor.pipe.vae]
+    parked, pairs, again = ATTEMPTS[failures]
+    assert sample.fit_memory(lora_editor, idle, 5, trial) == (pairs, CLASSES[:again])
+    assert made == ATTEMPTS[: failures + 1]
+    assert lora_editor.idle == idle[:parked]
     calls.clear()
     prediction_and_gradients(lora_editor, group)
     assert len(calls) == 2 + again
 
 
+def test_a_base_that_no_saving_makes_room_for_is_refused_at_the_start(lora_editor):
+    def trial(pairs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no update fits"):
+        sample.fit_memory(lora_editor, [], 5, trial)
+
+
 def test_a_trial_that_fails_otherwise_is_not_taken_for_a_lack_of_memory(lora_editor):
-    def trial():
+    def trial(pairs):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        sample.fit_memory(lora_editor, [], trial)
+        sample.fit_memory(lora_editor, [], 5, trial)
 
 
 def test_a_machine_that_cannot_compile_says_so_once_and_goes_on(lora_editor, monkeypatch, capsys):

@@ -632,31 +632,29 @@ def test_gradient_checkpointing_changes_no_gradient(run):
     assert plain["grad/norm"] == pytest.approx(saving["grad/norm"], rel=1e-4)
 
 
-def test_memory_is_tried_with_a_whole_batch_and_what_it_asks_for_is_said(
-    small, monkeypatch, capsys
-):
+def test_what_updates_do_to_fit_into_memory_is_tried_and_said(small, monkeypatch, capsys):
     run, group = small(train_batch=5)
     tried = []
 
-    def fit(editor, idle, trial):
-        trial()
+    def fit(editor, idle, batch, trial):
+        trial(batch)
         parameters = lora_parameters(editor, "new").values()
         assert all(parameter.grad is not None for parameter in parameters)
-        tried.append(editor)
         editor.idle = idle
-        return ["FluxTransformerBlock"]
+        return 2, ["FluxTransformerBlock"]
 
     def noted(editor, x_t, t, cond):
-        assert x_t.shape == (6, *group.x_0.shape[1:])  # one more, for AdamW's moments
-        assert t.shape == (6,)
+        tried.append((x_t.shape, t.shape))
         return velocity(editor, x_t, t, cond)
 
     monkeypatch.setattr(train_nft, "fit_memory", fit)
     monkeypatch.setattr(train_nft, "velocity", noted)
     train_nft._try_update(run, [run.editor.pipe.vae])
-    assert tried == [run.editor]
+    assert tried == [((5, *group.x_0.shape[1:]), (5,))]
+    assert run.settings.train_batch == 2
+    assert all(not p.grad.any() for p in lora_parameters(run.editor, "new").values() if p.grad)
     said = capsys.readouterr().out
-    assert "away in updates: AutoencoderKL; recomputed: ['FluxTransformerBlock']\n" in said
+    assert "updates: 2 pairs a forward; parked: AutoencoderKL; recomputed: FluxTr" in said
 
 
 @pytest.mark.parametrize(
@@ -676,10 +674,13 @@ def test_what_memory_asks_for_is_tried_on_a_gpu_whose_base_is_not_sharded(
     run.accelerator = types.SimpleNamespace(device=torch.device(kind))
     tried = []
     compiled = []
+    shares = []
     monkeypatch.setattr(train_nft, "_try_update", lambda *args: tried.append(args))
     monkeypatch.setattr(train_nft, "compile_blocks", compiled.append)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
     train_nft._fit_machine(run)
     assert bool(tried) == is_tried
+    assert shares == [0.95, 1.0] * is_tried
     assert bool(compiled) == (kind == "cuda")
     recomputes = run.editor.transformer.is_gradient_checkpointing
     assert recomputes == run.settings.gradient_checkpointing
