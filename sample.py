@@ -1009,6 +1009,9 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
         ignored_modules=adapters,
     )
     fsdp2_prepare_model(accelerator, editor.transformer)
+    sharded = [part for part in editor.transformer.parameters() if hasattr(part, "to_local")]
+    local = sum(part.to_local().numel() for part in sharded)
+    accelerator.print(f"{local:,} of the base's numbers are on this rank")
     editor.pipe.to(accelerator.device)
 
 

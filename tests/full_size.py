@@ -82,7 +82,9 @@ def watched(meter, pipe):
     @contextmanager
     def parked(editor):
         outer = meter.phase
+        meter.switch("parking")  # makes copies the first time alone, and is left out
         with moved(editor.idle) if meter.device == GPU else sample.parked(editor):
+            meter.switch(outer)
             yield
             meter.switch("offload")
         meter.switch(outer)
@@ -155,7 +157,7 @@ def make_run(pipe, settings, meter, folder):
         editor = sample.load_editor(settings.base, device, resolution=settings.resolution)
     sample.add_policies(editor, settings.lora_rank, settings.lora_alpha, averages=("old", "ema"))
     editor.transformer.to(device)  # peft leaves a LoRA on the CPU if the base is on meta
-    if settings.offload:
+    if settings.offload and device != CPU:
         parts = pipe.components.values()
         parts = [part for part in parts if isinstance(part, torch.nn.Module)]
         editor.idle = [part for part in parts if part is not editor.transformer]
