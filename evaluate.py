@@ -22,11 +22,13 @@ Departures from the benchmarks' own scripts, the first three undone by --mode of
 2. An answer without a score, a failed call and a missing edit count at the floor, 1 in ImgEdit and
    0 elsewhere.
 3. Means are not rounded on the way.
-4. Edits are stored as PNG. GEdit's are still shown at the size and through the JPEG of its scorer,
-   but the judge answers at temperature 0, unless its server takes none or --judge_draws is over 1.
+4. Edits are stored as PNG. GEdit's are still shown at the size and through the JPEG of its scorer
+   (at the raw picture's size in a copy without `input_image`), but the judge answers at temperature
+   0, unless its server takes none or --judge_draws is over 1.
 5. PSNR, SSIM and, where it is installed, LPIPS to the source stand beside the scores of every
    subject but the source itself, and in strict reading the scores that a benchmark's are made of.
 6. With --repeats a row counts with the mean of its answers, and as answered if all can be read.
+7. GEdit's intersection subset is not told apart.
 Never reproduced, in no mode: random scores for answers that cannot be read, endless retries, rows
 that count twice, and scores out of thoughts (<think>) or out of a reply cut by its token limit.
 """
@@ -49,7 +51,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from html import escape
-from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
 from string import Template
@@ -59,7 +60,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image, PngImagePlugin
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from data_prep import (
@@ -69,6 +71,8 @@ from data_prep import (
     append_json_line,
     bootstrap,
     catch_signals,
+    changed,
+    from_main,
     inside,
     load_image,
     locked,
@@ -85,7 +89,6 @@ from data_prep import (
     run_script,
     say_once,
     setting,
-    spearman,
     start_processes,
     together,
     whole_file,
@@ -101,24 +104,20 @@ from reward_mllm import (
 )
 from sample import add_policies, load_editor, policy, rollout
 
-METRICS = {  # what a table shows of each benchmark, the main one first
-    "imgedit": ("score",),
-    "gedit": ("O", "SC", "PQ"),
-    "heldout": ("judge", "oracle", "success"),
+METRICS = {  # of each benchmark: the main one, what it is made of, a judge's scores in their order
+    "imgedit": ("score", "adherence", "quality", "preservation"),
+    "gedit": ("O", "SC", "PQ", "success", "overediting", "naturalness", "artifacts"),
+    "heldout": ("judge",),
 }
-PARTS = {  # the scores that the METRICS are made of, in the order in which a judge gives them
-    "imgedit": ("adherence", "quality", "preservation"),
-    "gedit": ("success", "overediting", "naturalness", "artifacts"),
-    "heldout": (),
-}
+SCORES = {"imgedit": 3, "gedit": 2, "heldout": 1}  # how many an answer holds
 FLOOR = {"imgedit": 1.0, "gedit": 0.0, "heldout": 0.0}  # what counts in place of no score
-# how much of the source an edit keeps, beside each benchmark's METRICS; lpips if it is installed
-KEPT = ("psnr", "ssim", "lpips")
+# what is seen without a judge, beside each benchmark's METRICS: of a toy's edits what the oracle
+# says, of all how much of the source they keep; lpips if it is installed
+SEEN = ("oracle", "success", "psnr", "ssim", "lpips")
 CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG")  # of pictures, ours first
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of pictures, ours first
 MADE_FROM = "made from"  # the key of the PNG text with the hash of what an edit was drawn from
 DRAWN = {"trained": "new", "base": "base"}  # subjects that we draw: the editor's policy for each
-MISSING = "no edit"  # what stands in place of an answer where there is no edit
 UNROUNDED = 99  # digits: more than a float has, so that round() leaves it as it is
 FIX = "take the benchmark's own"
 Rows = list[dict]
@@ -162,10 +161,13 @@ class Settings(JudgeSettings):
                 raise BadInput(f"--baselines {name}: not a baseline; there are source and base")
 
 
-# A drawn edit depends on the first of these settings, and one --out holds edits and calls for one
-# value of each of the second: mixed, they would look like one model on one benchmark.
-SAMPLING_FLAGS = ("steps", "seed", "guidance", "resolution")
-OUT_FLAGS = ("benchmark", "bench", "base", "lora", "edits", "language", *SAMPLING_FLAGS)
+SAMPLING_FLAGS = ("steps", "seed", "guidance", "resolution")  # what a drawn edit depends on
+# One --out holds edits and calls for one value of each setting but these: mixed, they would look
+# like one model on one benchmark.
+HARMLESS = """out stage mode baselines masks repeats ask_again reply_tokens trust_remote_code judge
+judge_model judge_strategy judge_order judge_aspects judge_prompt judge_think judge_reply
+judge_range judge_draws judge_check judge_device judge_batch judge_in_flight judge_timeout
+judge_patience"""
 JUDGE_FLAGS = (  # what a held-out score depends on; a benchmark's prompts are its own
     "judge_strategy",
     "judge_think",
@@ -178,8 +180,8 @@ JUDGE_FLAGS = (  # what a held-out score depends on; a benchmark's prompts are i
 
 
 def _hash_of(value):
-    """12 hex digits of the sha256 of a file's content (a Path), or of any value's JSON."""
-    content = value.read_bytes() if isinstance(value, Path) else json.dumps(value).encode()
+    """12 hex digits of the sha256 of bytes, or of any other value's JSON."""
+    content = value if isinstance(value, bytes) else json.dumps(value).encode()
     return hashlib.sha256(content).hexdigest()[:12]
 
 
@@ -359,14 +361,9 @@ def _official_scores(text):
 
 def _repaired(text):
     """Quotes round bare keys and values, brackets round lone numbers, as VIEScore repairs JSON."""
-
-    def repaired_pair(found):
-        key, value, end = found.groups()
-        is_number = re.fullmatch(r"-?\d+(?:\.\d+)?", value)
-        return f"{key}: [{value}]{end}" if is_number else f'{key}: "{value}"{end}'
-
-    quoted = re.sub(r"(\w+)(?=:)", r'"\1"', text)  # {score: 8} -> {"score": 8}
-    return re.sub(r'("[^\n]*?"):\s*([^\n]*?)\s*([,}])', repaired_pair, quoted)  # "key": value,
+    text = re.sub(r"(\w+)(?=:)", r'"\1"', text)  # {score: 8} -> {"score": 8}
+    text = re.sub(r'("[^\n]*?"):\s*([^\n]*?)\s*([,}])', r'\1: "\2"\3', text)  # -> {"score": "8"}
+    return re.sub(r': "(-?\d+(?:\.\d+)?)"(?=[,}])', r": [\1]", text)  # -> {"score": [8]}
 
 
 # ---------------------------------------------------------------- adding up
@@ -381,9 +378,8 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
 
     records: for each row, and for each round of questions about it, one record for each of its
     CALLS, in their order. A record has `row`, `task`, `source`, and `reply` or `failure`; it may
-    have `repeat` (the number of its round), KEPT, ImgEdit's `labels`, GEdit's `language` and
-    `intersection`. In a held-out set `scores` is [the judge's own score], and `truth` the oracle's
-    of a toy row, which has a `target_scene`.
+    have `repeat` (the number of its round), SEEN, ImgEdit's `labels` and GEdit's `language`. In a
+    held-out set `scores` is [the judge's own score].
 
     strict: a metric without a value counts at the floor, ImgEdit's 1 or else 0. official: a row
     that lacks one has none (NaN), and ImgEdit's rows and tasks are rounded to 2 digits.
@@ -391,7 +387,7 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
     digits = 2 if (benchmark, mode) == ("imgedit", "official") else UNROUNDED
     by_row = itertools.groupby(records, itemgetter("row"))
     rows = [_scored_row(benchmark, list(calls), mode, digits) for _, calls in by_row]
-    return {"rows": rows, "groups": _grouped(rows, METRICS[benchmark] + PARTS[benchmark], digits)}
+    return {"rows": rows, "groups": _grouped(rows, METRICS[benchmark], digits)}
 
 
 def _scored_row(benchmark, calls, mode, digits):
@@ -401,19 +397,18 @@ def _scored_row(benchmark, calls, mode, digits):
     rounds = [_measured(benchmark, list(asked), mode) for _, asked in by_round]
     repeats = [found[main] for found in rounds]
     said = [record.get("reply") or record.get("failure", "") for record in calls]
-    row = calls[0] | {"repeats": repeats, "said": "\n".join(said).strip(), main: math.nan}
-    row["answered"] = not any(map(math.isnan, repeats))
-    if mode == "official":  # what has no score is left out
-        rounds = [found for found in rounds if not math.isnan(found[main])]
-    for name in next(iter(rounds), ()):  # all rounds have the names of the first
-        values = [found[name] for found in rounds]
-        row[name] = _average(np.nan_to_num(values, nan=FLOOR[benchmark]), digits)
+    is_answered = not any(map(math.isnan, repeats))
+    row = calls[0] | {"repeats": repeats, "said": "\n".join(said), "answered": is_answered}
+    row[main] = math.nan
+    if is_answered or mode == "strict":
+        for name in rounds[0]:
+            values = [found[name] for found in rounds]
+            row[name] = _average(np.nan_to_num(values, nan=FLOOR[benchmark]), digits)
     return row
 
 
 def _scores_in(benchmark, record, mode="strict"):
-    """The list of scores in the answer to one call, as PARTS names them; None where there are
-    none."""
+    """The list of scores in the answer to one call, None where there are none."""
     reply = record.get("reply", "")
     if benchmark == "imgedit":
         return parse_imgedit(reply, mode, record.get("labels", ()))
@@ -424,26 +419,17 @@ def _scores_in(benchmark, record, mode="strict"):
 
 def _measured(benchmark, calls, mode):
     """{metric: its value in one round of calls about a row}, NaN where there is none."""
-    names = METRICS[benchmark] + PARTS[benchmark]
-    first = calls[0]
-    if benchmark == "heldout":
-        unknown = dict.fromkeys(names, math.nan)
-        # the oracle knows a toy's rows alone
-        truth = first.get("truth", unknown) if "target_scene" in first else {}
-        return truth | {"judge": first.get("scores", [math.nan])[0]}
-    # an answer that cannot be read lacks as many scores as a whole one has
-    unread = [math.nan] * (len(PARTS[benchmark]) // len(calls))
+    unread = [math.nan] * SCORES[benchmark]
     scores = [_scores_in(benchmark, call, mode) or unread for call in calls]
-    if benchmark == "imgedit":
-        values = [_average(scores[0])]
-    else:
+    values = [_average(scores[0])]
+    if benchmark == "gedit":
         sc, pq = map(min, scores)
         # false for NaN, and for what official reading lets through: a negative score
         overall = math.sqrt(sc * pq) if sc * pq >= 0 else math.nan
         values = [overall, sc, pq]
-    if mode == "strict":  # official reading may find any number of scores, which are no parts
+    if mode == "strict":  # official reading may find any number of scores, which have no names
         values += itertools.chain(*scores)
-    return dict(zip(names, values, strict=False))
+    return dict(zip(METRICS[benchmark], values, strict=False))
 
 
 def _average(values, digits=UNROUNDED):
@@ -452,15 +438,12 @@ def _average(values, digits=UNROUNDED):
 
 
 def _grouped(rows, metrics, digits=UNROUNDED):
-    """{group: its table}. GEdit's groups are the languages and the intersection subset of each, for
-    other rows there is one, "all". KEPT stands beside the metrics."""
+    """{group: its table}. GEdit's groups are the languages, for other rows there is one, "all".
+    SEEN stands beside the metrics."""
     groups = defaultdict(list)
     for row in rows:
-        name = row.get("language", "all")
-        groups[name].append(row)
-        if row.get("intersection"):
-            groups[f"{name} intersection"].append(row)
-    metrics = (*metrics, *KEPT)
+        groups[row.get("language", "all")].append(row)
+    metrics = (*metrics, *SEEN)
     return {name: tabulate(members, metrics, digits) for name, members in groups.items()}
 
 
@@ -488,7 +471,7 @@ def tabulate(rows: Rows, metrics: tuple, digits: int = UNROUNDED) -> dict:
         # the same pictures are drawn, as bootstrap always begins with one seed
         _, overall = bootstrap(values, ["all"] * len(known), sources)  # (D, 1)
         # a draw may hold no picture of a rare task, NaN: its mean is over the tasks that it holds
-        macro = np.ma.masked_invalid(draws).mean(1).filled(np.nan)  # (D,)
+        macro = np.ma.masked_invalid(draws).mean(1)  # (D,)
         by_task = {}
         for name, of_task in zip(names, draws.T, strict=True):  # (D,) of each task
             by_task[name] = _interval(values[tasks == name], of_task, digits)
@@ -504,7 +487,7 @@ def tabulate(rows: Rows, metrics: tuple, digits: int = UNROUNDED) -> dict:
 def _interval(values, draws, digits=UNROUNDED):
     """[mean of the values, 2.5 % and 97.5 % quantile of the draws (D,) or (D, 1)]; None in place of
     a mean of nothing, and of both quantiles when all draws are NaN."""
-    draws = draws[~np.isnan(draws)]
+    draws = np.ma.masked_invalid(draws).compressed()
     ends = np.quantile(draws, (0.025, 0.975)).tolist() if len(draws) else [None, None]
     return [_average(values, digits) if len(values) else None, *ends]
 
@@ -518,7 +501,7 @@ def paired_differences(a: Rows, b: Rows, metrics: tuple) -> dict[str, dict]:
     pairs = []
     for row, other in zip(a, b, strict=True):
         pair = row | {"answered": row["answered"] and other["answered"]}
-        for metric in (*metrics, *KEPT):
+        for metric in (*metrics, *SEEN):
             pair[metric] = row.get(metric, math.nan) - other.get(metric, math.nan)
         pairs.append(pair)
     return _grouped(pairs, metrics)
@@ -552,7 +535,7 @@ def _read_heldout(folder, settings):
     for row in rows:
         row.setdefault("task", "all")
         # an edit is called by its row's id
-        row.update(row=row["id"], source=row["images"][0], files=[row["id"]])
+        row.update(row=row["id"], files=[row["id"]])
     return rows, {}
 
 
@@ -575,11 +558,9 @@ def _read_imgedit(folder, settings):
         rows.append(
             {
                 "row": key,
-                "where": where,
                 "prompt": entry["prompt"],
                 "images": [inside(file.parent, entry["id"], where)],
                 "task": task,
-                "source": entry["id"],
                 "files": [key],
                 "labels": labels_of(prompts[task]),
             }
@@ -594,8 +575,9 @@ def _check_entry(entry, keys, where):
 
 
 def _read_gedit(folder, settings):
-    """GEdit-Bench: parquet or arrow files, whose pictures are written into --out, or metadata.jsonl
-    with `file_name` beside pictures; and vie_prompts.py."""
+    """GEdit-Bench: parquet or arrow files, or metadata.jsonl with `file_name` beside pictures; and
+    vie_prompts.py. The raw picture is edited, the resized one is shown to the judge; either stands
+    in for the other."""
     folders = (folder, folder / "viescore", folder.parent / "viescore")
     prompts = _read_vie_prompts(_find_file(folders, ("vie_prompts.py",)))
     listed = folder / "metadata.jsonl"
@@ -604,45 +586,37 @@ def _read_gedit(folder, settings):
     for number, entry in enumerate(read_records(listed if listed.is_file() else folder), 1):
         where = f"{folder}: row {number}"
         _check_entry(entry, ("key", "task_type", "instruction_language", "instruction"), where)
-        if settings.language in (entry["instruction_language"], "both"):
-            place = "{task_type}/{instruction_language}/{key}".format(**entry)
-            times[place] += 1
-            # a few keys repeat, for rows of their own
-            name = place if times[place] == 1 else f"{place}-{times[place]}"
-            row = _gedit_row(entry, name, folder, Path(settings.out, "sources"), where)
-            # with and without fullset/; the short one is what the method's authors write
-            short = "{task_type}/{key}".format(**entry)
-            row["files"] = [f"fullset/{name}", f"fullset/{place}", name, place, short]
-            rows.append(row)
+        if settings.language not in (entry["instruction_language"], "both"):
+            continue
+        place = f"{entry['task_type']}/{entry['instruction_language']}/{entry['key']}"
+        times[place] += 1
+        # a few keys repeat, for rows of their own
+        name = place if times[place] == 1 else f"{place}-{times[place]}"
+        short = f"{entry['task_type']}/{entry['key']}"  # what the method's authors write
+        resized = entry.get("input_image")
+        raw = entry.get("input_image_raw") or resized or entry.get("file_name")
+        rows.append(
+            {
+                "row": name,
+                "prompt": entry["instruction"],
+                "images": [_stored(raw, folder, where, settings.out)],
+                "shown": [_stored(resized or raw, folder, where, settings.out)],
+                "task": entry["task_type"],
+                "files": [f"fullset/{name}", f"fullset/{place}", name, place, short],
+                "language": entry["instruction_language"],
+            }
+        )
     return rows, prompts
 
 
-def _gedit_row(entry, name, folder, out, where):
-    """A row of GEdit-Bench, whose pictures are written below `out`. The raw one is edited, the one
-    shown to the judge is resized; either stands in for the other."""
-    resized = entry.get("input_image")
-    raw = entry.get("input_image_raw") or resized or entry.get("file_name")
-    if not raw:
-        _check_entry(entry, ("file_name",), where)
-    return {
-        "row": name,
-        "where": where,
-        "prompt": entry["instruction"],
-        "images": [_stored(inside(out, f"{name}.png", where), raw, folder, where)],
-        "shown": _stored(inside(out, f"{name}_shown.png", where), resized or raw, folder, where),
-        "task": entry["task_type"],
-        "language": entry["instruction_language"],
-        "intersection": bool(entry.get("Intersection_exist")),
-    }
-
-
-def _stored(path, cell, folder, where):
-    """Writes the file of a table's picture to `path`, unless it is there, and returns the path."""
+def _stored(cell, folder, where, out):
+    """The path in `out` of a table's picture, which is written there under its content's hash."""
     content = picture_file(cell, folder, where).getvalue()
-    if not Path(path).is_file() or Path(path).read_bytes() != content:
+    path = Path(f"{out}/sources/{_hash_of(content)}.png")
+    if not path.is_file():
         with whole_file(path) as part:
             part.write_bytes(content)
-    return path
+    return str(path)
 
 
 VIE_TEXTS = {  # the constants of vie_prompts.py that VIEScore joins for each call
@@ -675,7 +649,7 @@ def _find_file(folders, names):
     for folder, name in itertools.product(folders, names):
         if (folder / name).is_file():
             return folder / name
-    raise BadInput(f"{folders[0]}: holds no {' or '.join(names)}; put the benchmark's there")
+    raise BadInput(f"{folders[0]}: holds no {' or '.join(names)}; name the benchmark in --bench")
 
 
 READERS = {"imgedit": _read_imgedit, "gedit": _read_gedit, "heldout": _read_heldout}
@@ -684,16 +658,13 @@ READERS = {"imgedit": _read_imgedit, "gedit": _read_gedit, "heldout": _read_held
 def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
     """(rows, the judge's prompts by task for ImgEdit, by call for GEdit, none for a held-out set).
 
-    rows: dicts with `row` (its name), `where` (it is listed), `prompt`, `images` (paths of its
-    sources), `task`, `source` (the same for all rows on one picture), `files` (where its edit may
-    lie in a subject's folder, without ending; the first is ours), `hash` (of prompt and pictures),
-    ImgEdit's `labels`, GEdit's `language`, `intersection` and `shown` (the path of the source as
-    its judge sees it).
+    rows: dicts with `row` (its name), `prompt`, `images` (paths of its sources), `shown` (those as
+    the judge sees them), `task`, `source` (a hash, the same for all rows on one picture), `files`
+    (where its edit may lie in a subject's folder, without ending; the first is ours), `hash` (of
+    prompt and pictures), ImgEdit's `labels` and GEdit's `language`.
     BadInput when a file or picture is missing or not as the benchmark has it.
     """
     folder = Path(settings.bench).resolve()
-    if not settings.bench or not folder.is_dir():
-        raise BadInput(f"--bench {settings.bench}: no such folder; name the benchmark's")
     rows, prompts = READERS[settings.benchmark](folder, settings)
     if not rows:
         raise BadInput(
@@ -701,16 +672,15 @@ def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
             "folder, with parquet, arrow or metadata.jsonl for GEdit-Bench"
         )
     for row in rows:
-        inside(folder, f"{row['row']}.png", row["where"])  # only the check: a name may hold ".."
+        # only the check: a name may hold ".."
+        inside(folder, f"{row['row']}.png", f"{folder}: row {row['row']}")
+        row.setdefault("shown", row["images"])
         hashes = []
-        for path in map(Path, [*row["images"], row.get("shown", row["images"][0])]):
+        for path in map(Path, row["images"] + row["shown"]):
             if not path.is_file():
-                raise BadInput(
-                    f"{path}: the picture of row {row['row']} is not there; put the pictures "
-                    "beside the metadata"
-                )
-            hashes.append(_hash_of(path))
-        row.setdefault("source", hashes[0])  # GEdit does not say which rows share a picture
+                raise BadInput(f"{path}: the picture of row {row['row']} is not there; add it")
+            hashes.append(_hash_of(path.read_bytes()))
+        row["source"] = hashes[0]
         row["hash"] = _hash_of([row["row"], row["prompt"], hashes])
     return rows, prompts
 
@@ -745,11 +715,6 @@ class Job:
         device = self.accelerator.device
         return torch.device("cpu") if device.type == "cpu" else device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of editor and local judge: few CPUs are fast in bfloat16."""
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
     def each(self, work, name: str) -> Iterator:
         """One after the other, with a progress bar of one process; Stopped once a signal came."""
         for part in tqdm(work, name, disable=not self.accelerator.is_main_process):
@@ -769,7 +734,7 @@ def _subjects_of(settings):
 
 def _find_picture(folder, stems):
     """The first of `stems` (paths without ending) that is a picture in a folder; None without."""
-    paths = (Path(folder, stem + ending) for stem, ending in itertools.product(stems, ENDINGS))
+    paths = (Path(f"{folder}/{stem}{ending}") for stem, ending in itertools.product(stems, ENDINGS))
     return next(filter(Path.is_file, paths), None)
 
 
@@ -780,17 +745,6 @@ def _find_edit(job, row, subject):
     if subject == "edits":
         return _find_picture(job.settings.edits, row["files"])
     return _find_picture(job.out / subject, row["files"][:1])  # only what we wrote
-
-
-def _check_folder(job, flag):
-    """BadInput when a folder of --edits or --masks holds nothing for any row: a wrong folder would
-    read as a bad editor."""
-    folder = getattr(job.settings, flag)
-    if folder and not any(_find_picture(folder, row["files"]) for row in job.rows):
-        raise BadInput(
-            f"--{flag} {folder}: has nothing for any row, no {job.rows[0]['files'][0]}.png; name a "
-            "folder in the benchmark's layout"
-        )
 
 
 # ---------------------------------------------------------------- sample: the edits
@@ -810,12 +764,11 @@ def _weights_hash(place):
 
 def _is_current(path, recipe):
     """Whether a drawn edit is there, whole and of this recipe."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.info.get(MADE_FROM) == recipe
-    except (OSError, ValueError, SyntaxError):  # not there, cut, broken: what Pillow raises
-        return False
+    # not there, cut, broken: what Pillow raises
+    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
+        image.load()
+        return image.info.get(MADE_FROM) == recipe
+    return False
 
 
 def draw_edits(job: Job) -> None:
@@ -854,10 +807,10 @@ def draw_edits(job: Job) -> None:
                     settings.guidance,
                     evaluation=True,
                 )
-            if settings.benchmark == "gedit":  # whose layout has the source beside
-                source = path.with_name(f"{path.stem}_SRCIMG.png")
-                _save_png(source, load_image(row["shown"]), "")
-            _save_png(path, group.images[0], recipe)
+            info = PngInfo()
+            info.add_text(MADE_FROM, recipe)
+            with whole_file(path) as part:
+                group.images[0].save(part, "PNG", pnginfo=info)
 
 
 def _editor_of(job):
@@ -866,21 +819,14 @@ def _editor_of(job):
     editor = load_editor(
         settings.base,
         job.device,
-        job.dtype,
+        # few CPUs are fast in bfloat16
+        torch.bfloat16 if job.device.type == "cuda" else torch.float32,
         settings.resolution,
         trust_remote_code=settings.trust_remote_code,
     )
     if settings.lora:
         add_policies(editor, averages=(), start=settings.lora)
     return editor
-
-
-def _save_png(path, picture, recipe):
-    """Writes a picture, whole or not at all, with the hash of what it was made from."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text(MADE_FROM, recipe)
-    with whole_file(path) as part:
-        picture.save(part, "PNG", pnginfo=info)
 
 
 # ---------------------------------------------------------------- judge: the calls
@@ -894,11 +840,11 @@ def _find_calls(job, rows):
     for subject in _subjects_of(job.settings):
         for row in rows:
             path = _find_edit(job, row, subject)
-            edit_hash = path and _hash_of(path)
+            edit_hash = path and _hash_of(path.read_bytes())
             names = CALLS[job.settings.benchmark]
             for repeat, name in itertools.product(range(job.settings.repeats), names):
-                call = row | {"subject": subject, "call": name, "repeat": repeat}
-                call["edit"] = str(path or "")
+                call = row | {"subject": subject, "edit": str(path or "")}
+                call |= {"call": name, "repeat": repeat}
                 # a first answer counts, whether or not there are to be others
                 asked = f"{name} again {repeat}" if repeat else name
                 call["key"] = _hash_of([asked, _question(job, call), row["hash"], edit_hash])
@@ -910,10 +856,7 @@ def _question(job, call):
     """What the judge is asked: the prompt with the instruction in its place. A held-out set's judge
     words its own question; the text then only says in the key what it is about."""
     if job.settings.benchmark == "heldout":
-        text = f"{call['prompt']}\n{requirement_of(call)}"
-        if call.get("checklist"):
-            text += f"\n{call['checklist']}"
-        return text
+        return f"{call['prompt']}\n{requirement_of(call)}\n{call.get('checklist')}"
     text = job.prompts.get(call["call"]) or job.prompts[call["task"]]
     # A function, as a backslash in a replacement text has a meaning; one pass for both names, as an
     # instruction may itself hold the other.
@@ -939,36 +882,31 @@ def judge_edits(job: Job) -> None:
     """Asks the judge what has no answer yet, several calls at a time, and appends each to
     calls-LABEL-PROCESS.jsonl as it comes. Failures are asked again in the next run.
 
-    BadInput when the judge cannot be loaded or its first 8 calls all fail.
+    BadInput when the judge cannot be loaded.
     """
     settings = job.settings
-    judge = load_judge(settings, job.device, job.dtype, stop=job.stop)
-    _warn_of_own_judge(job, judge)
+    judge = load_judge(settings, job.device, stop=job.stop)
     # The label is the judge's name, fit for a file's, and a hash of how it is asked: two never mix.
     asked = job.prompts or [judge.prompts, *(getattr(settings, name) for name in JUDGE_FLAGS)]
-    label = "-".join([*re.findall(r"[\w.]+", judge.name), _hash_of([judge.name, asked])])
+    name = re.sub(r"[^\w.]+", "-", judge.name).strip("-")
+    label = f"{name}-{_hash_of([judge.name, asked])}"
     answers = _read_answers(job, label)  # of every process: their number may have changed
     todo = [call for call in _find_calls(job, job.mine) if _is_asked(settings, call, answers)]
     file = job.out / f"calls-{label}-{job.accelerator.process_index}.jsonl"
     # So many at each server; several are named with commas. Threads do, as a call only waits.
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
     call_of = {pool.submit(_answer, job, judge, call): call for call in todo}
-    failures = []
     try:
         # not job.each: after a stop, too, what is finished is kept
-        silent = not job.accelerator.is_main_process
-        for future in tqdm(as_completed(call_of), "judge", len(todo), disable=silent):
+        is_silent = not job.accelerator.is_main_process
+        bar = tqdm(as_completed(call_of), "judge", len(todo), disable=is_silent)
+        for future in bar:
             record = future.result()
+            bar.set_postfix_str(record.get("failure", ""))
             if job.stop.is_set() and "failure" in record:
                 continue  # given up because of the stop, no failure of the judge
             date = time.strftime("%Y-%m-%d %H:%M:%S %z")
             append_json_line(file, call_of[future] | record | {"time": time.time(), "date": date})
-            failures.append(record.get("failure"))
-            if len(failures) == 8 and all(failures):
-                raise BadInput(
-                    f"{settings.judge}: its first 8 calls all failed ({failures[-1]}); see to the "
-                    "judge, which must take pictures, and start again"
-                )
     finally:
         pool.shutdown(cancel_futures=True)
         judge.close()
@@ -981,20 +919,6 @@ def _is_asked(settings, call, answers):
     return call["edit"] and (is_unread or "failure" in answer)
 
 
-def _warn_of_own_judge(job, judge):
-    """A warning when the LoRA was trained with this very judge."""
-    lora = job.settings.lora  # RUN/checkpoint-N
-    config = Path(lora).parent / "config.json"
-    if not lora or not config.is_file():
-        return
-    if _read_json(config, "take a run's own folder").get("judge") == job.settings.judge:
-        say_once(
-            f"warning: {judge.name} is the judge that {lora} was trained with; its scores tell how "
-            "well it is pleased: let another judge have the last word",
-            sys.stderr,
-        )
-
-
 def _answer(job, judge, call):
     """What a call adds to its record: its answer, or the cause of its failure, and what a server
     says of either: `model`, `finish_reason` and `usage` in tokens."""
@@ -1002,71 +926,66 @@ def _answer(job, judge, call):
         return {"failure": "stopped"}
     facts = {}
     try:
-        *sources, edit = map(load_image, [*call["images"], call["edit"]])
+        shown = list(map(load_image, [*call["shown"], call["edit"]]))
         if job.settings.benchmark == "heldout":
-            return _heldout_answer(judge, call, sources, edit)
+            scores = judge.score(call, shown[:-1], shown[-1:])
+            (facts,) = scores.facts or [{}]  # of the one edit, where a server was asked
+            if scores.score.isnan():
+                raise JudgeFailure("".join(scores.causes) or "no score")
+            return facts | {"scores": scores.score.tolist(), "reply": "".join(scores.words)}
         if job.settings.benchmark == "gedit":
-            source, edit = _as_gedit_shows(load_image(call["shown"]), edit)
-            # VIEScore judges quality without the source
-            sources = [] if call["call"] == "PQ" else [source]
+            shown = _as_gedit_shows(shown)
+        if call["call"] == "PQ":  # VIEScore judges quality without the source
+            shown = shown[-1:]
         question = _question(job, call)
-        reply = judge.reply(question, [*sources, edit], job.settings.reply_tokens, call["repeat"])
+        reply = judge.reply(question, shown, job.settings.reply_tokens, call["repeat"])
         facts = reply.facts
         return facts | {"reply": reply.said()}
     except (JudgeFailure, BadInput) as failure:
         return facts | {"failure": str(failure)}
 
 
-def _heldout_answer(judge, row, sources, edit):
-    """The judge's own score of an edit, and the oracle's where there is one: it needs no judge, so
-    that it stands beside a failure too."""
-    scores = judge.score(row, sources, [edit])
-    record = {"scores": scores.score.tolist(), "reply": "".join(scores.words)}
-    if scores.score.isnan():
-        record = {"failure": "".join(scores.causes) or "no score"}
-    for facts in scores.facts:  # of the one edit, where a server was asked
-        record |= facts
-    truth = oracle(row, edit)
-    if truth:
-        record["truth"] = dict(zip(METRICS["heldout"][1:], truth, strict=True))
-    return record
-
-
-def _as_gedit_shows(source, edit):
-    """[source, edit] as GEdit's scorer shows them: at the size of the stored source, whose sides
-    are multiples of 32 at about 512 x 512 pixels, and through JPEG."""
-    size = source.size
-    if any(side % 32 for side in size):  # a raw picture, for want of the stored one
-        scale = 512 / math.sqrt(math.prod(size))
-        size = [max(32, 32 * round(side * scale / 32)) for side in size]
+def _as_gedit_shows(pictures):
+    """Source and edit as GEdit's scorer shows them: at the source's size, and through JPEG."""
     shown = []
-    for picture in (source, edit):
+    for picture in pictures:
         content = io.BytesIO()
-        picture.resize(size).save(content, "JPEG")
+        picture.resize(pictures[0].size).save(content, "JPEG")
         shown.append(load_image(content))
     return shown
 
 
-# ---------------------------------------------------------------- what is kept of the source
+# ---------------------------------------------------------------- what is seen without a judge
 
 
-def _kept_of_source(job, call):
-    """PSNR in dB, SSIM and, where the package lpips is installed, LPIPS of an edit to its first
-    source, outside the mask if there is one; {} for no edit, for one that cannot be opened, and
-    for the source itself (it would be perfect)."""
+def _seen(job, call):
+    """What is SEEN of an edit: of a toy row what the oracle says, 0 where there is no edit; PSNR in
+    dB, SSIM and, where the package lpips is installed, LPIPS to its first source, outside the mask
+    if there is one. The latter not of the source itself, which would be perfect, nor of an edit
+    that is not there or cannot be opened."""
     source = _picture_or_none(call["images"][0])
     edit = _picture_or_none(call["edit"])
+    seen = {}
+    if "target_scene" in call:
+        truth = oracle(call, edit) if edit else (0.0, 0.0)
+        seen["oracle"], seen["success"] = map(float, truth)
     mask = call.get("mask")
     if job.settings.masks:
         mask = _find_picture(job.settings.masks, call["files"])
-    if call["subject"] == "source" or not source or not edit:
-        return {}
-    mask = load_image(mask) if mask else None
-    psnr = plain_terms(source, [edit], mask)["psnr"]
-    kept = {"psnr": psnr.item(), "ssim": _ssim(source, edit, mask)}
-    if find_spec("lpips"):
-        kept["lpips"] = _lpips(source, edit, mask)
-    return kept
+    mask = mask and load_image(mask)
+    if source and edit and call["subject"] != "source":
+        seen["psnr"] = plain_terms(source, [edit], mask)["psnr"].item()
+        seen["ssim"] = _ssim(source, edit, mask)
+        with suppress(ImportError):  # the package lpips may not be installed
+            seen["lpips"] = _lpips(source, edit, mask)
+    return seen
+
+
+def _pixels(picture, size, mode):
+    """A picture's numbers in [0, 1], (H, W) in mode L and (H, W, 3) in RGB, at the size (W, H)."""
+    picture = picture.convert(mode).resize(size, Image.Resampling.LANCZOS)
+    # float64, as SSIM's variances are small differences
+    return torch.from_numpy(np.array(picture) / 255)
 
 
 def _ssim(source, edit, mask=None):
@@ -1076,13 +995,8 @@ def _ssim(source, edit, mask=None):
     SSIM of Wang et al. (2004) in 7 x 7 windows with the sample covariance, as scikit-image's
     default.
     """
-
-    def luminance(picture):  # (H, W) in [0, 1]; float64, as variances are small differences
-        picture = picture.convert("L").resize(edit.size, Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(picture) / 255)
-
-    x = luminance(source)
-    y = luminance(edit)
+    x = _pixels(source, edit.size, "L")
+    y = _pixels(edit, edit.size, "L")
     moments = torch.stack([x, y, x * x + y * y, x * y])
     # of each window; (H - 6, W - 6) each
     mean_x, mean_y, squares, product = F.avg_pool2d(moments, 7, stride=1)
@@ -1095,7 +1009,8 @@ def _ssim(source, edit, mask=None):
     ssim = (2 * mean_x * mean_y + 1e-4) / (means + 1e-4)
     ssim *= (2 * covariance + 9e-4) / (variances + 9e-4)
     if mask:
-        ssim = ssim[luminance(mask)[3:-3, 3:-3] < 0.5]  # by the middle pixel of each window
+        # by the middle pixel of each window
+        ssim = ssim[_pixels(mask, edit.size, "L")[3:-3, 3:-3] < 0.5]
     return ssim.mean().item()
 
 
@@ -1110,21 +1025,21 @@ def _lpips_network():
 def _lpips(source, edit, mask=None):
     """Perceptual distance of two pictures by AlexNet (Zhang et al. 2018), 0 where they are equal,
     at the edit's size; what is white in the mask is taken from the source, so that it is equal."""
-    edit = edit.convert("RGB")
-    source = source.convert("RGB").resize(edit.size, Image.Resampling.LANCZOS)
+    network = _lpips_network()
+    before = _pixels(source, edit.size, "RGB")  # (H, W, 3)
+    after = _pixels(edit, edit.size, "RGB")
     if mask:
-        edit = Image.composite(source, edit, mask.convert("L").resize(edit.size))
-    pair = torch.from_numpy(np.array([source, edit]) / 127.5 - 1).float()  # (2, H, W, 3)
-    before, after = pair.permute(0, 3, 1, 2).split(1)  # (1, 3, H, W) each, in [-1, 1]
-    return _lpips_network()(before, after).item()
+        after = after.where(_pixels(mask, edit.size, "RGB") < 0.5, before)
+    pair = torch.stack([before, after]).float().permute(0, 3, 1, 2)  # (2, 3, H, W)
+    return network(*pair.split(1), normalize=True).item()
 
 
 # ---------------------------------------------------------------- score: tables and report
 
 
 def score_calls(job: Job) -> Rows:
-    """Adds up each judge's calls into scores-LABEL-MODE.json and returns what was written, a dict
-    for each judge.
+    """Adds up each judge's calls into scores-LABEL-MODE-METADATA.json and returns what was written,
+    a dict for each judge. Results with one such name are comparable.
 
     Scores that lay there before go: they were of other edits or questions, or in the other mode.
     BadInput when no judge has answered anything on the edits as they are now.
@@ -1133,20 +1048,22 @@ def score_calls(job: Job) -> Rows:
     calls = _find_calls(job, job.rows)
     calls_per_row = len(CALLS[settings.benchmark]) * settings.repeats
     # once for each edit, by the first call on it; `score` makes a row of that one
-    for first in job.each(calls[::calls_per_row], "kept of the source"):
-        first.update(_kept_of_source(job, first))
+    for first in job.each(calls[::calls_per_row], "seen without a judge"):
+        first.update(_seen(job, first))
     results = {}
-    files = job.out.glob("calls-*-*.jsonl")  # of calls-LABEL-PROCESS.jsonl the LABELs
-    labels = {re.sub(r"^calls-|-\d+$", "", file.stem) for file in files}
+    # of calls-LABEL-PROCESS.jsonl the LABELs
+    labels = {re.sub(r"^calls-|-\d+$", "", file.stem) for file in job.out.glob("calls-*-*.jsonl")}
     for label in sorted(labels):
-        answers = _read_answers(job, label)
-        if any(call["key"] in answers for call in calls):
-            file = job.out / f"scores-{label}-{settings.mode}.json"
-            results[file] = _result(job, label, calls, answers)
-            write_json(file, results[file])
+        records = _answered(calls, _read_answers(job, label))
+        if not all("failure" in record for record in records):
+            result = _result(job, label, records)
+            file = job.out / f"scores-{label}-{settings.mode}-{result['metadata']}.json"
+            write_json(file, result)
+            results[file] = result
     if not results:
         raise BadInput(
-            f"{job.out}: holds no calls of a judge on these edits; run --stage judge first"
+            f"{job.out}: holds no judge's answer on these edits; run --stage judge, or see in "
+            "calls-*.jsonl why all calls failed"
         )
     for file in job.out.glob("scores-*.json"):
         if file not in results:
@@ -1154,17 +1071,22 @@ def score_calls(job: Job) -> Rows:
     return list(results.values())
 
 
-def _result(job, label, calls, answers):
-    """What all calls amount to under one judge, answered or not."""
+def _answered(calls, answers):
+    """The records of all calls under one judge, with `failure` where there is no answer."""
+    records = []
+    for call in calls:
+        unanswered = {"failure": "not judged" if call["edit"] else "no edit"}
+        # `call` last: an old record may tell another place of the same edit
+        records.append(answers.get(call["key"], unanswered) | call)
+    return records
+
+
+def _result(job, label, records):
+    """What all calls amount to under one judge."""
     settings = job.settings
     subjects = {}
-    for subject, asked in itertools.groupby(calls, itemgetter("subject")):
-        records = []
-        for call in asked:
-            unanswered = {"failure": "not judged" if call["edit"] else MISSING}
-            # `call` last: an old record may tell another place of the same edit
-            records.append(answers.get(call["key"], unanswered) | call)
-        subjects[subject] = score(settings.benchmark, records, settings.mode)
+    for subject, calls in itertools.groupby(records, itemgetter("subject")):
+        subjects[subject] = score(settings.benchmark, calls, settings.mode)
     return {
         "benchmark": settings.benchmark,
         "judge": label,
@@ -1210,7 +1132,7 @@ def _as_text(groups, title):
 
 def _differences(benchmark, a, b, names):
     """The paired differences of two subjects, or of those of two runs, as tables and in words."""
-    groups = paired_differences(a["rows"], b["rows"], METRICS[benchmark] + PARTS[benchmark])
+    groups = paired_differences(a["rows"], b["rows"], METRICS[benchmark])
     lines = _as_text(groups, " - ".join(names))
     for group, table in groups.items():  # its verdict is on means over tasks, as published
         main = table[METRICS[benchmark][0]]["macro"]
@@ -1230,10 +1152,9 @@ def _describe(settings, result):
     ]
     for subject, content in subjects.items():
         lines += _as_text(content["groups"], subject)
-        unanswered = [row["said"] for row in content["rows"] if not row["answered"]]
-        missing = sum(MISSING in said for said in unanswered)
-        unread = len(unanswered) - missing
-        if unanswered:
+        missing = sum(not row["edit"] for row in content["rows"])
+        unread = sum(not row["answered"] for row in content["rows"]) - missing
+        if missing or unread:
             lines.append(f"warning: {subject}: {missing} edits missing, {unread} without a score")
         if settings.repeats > 1:
             lines.append(_spread(subject, content["rows"]))
@@ -1243,7 +1164,7 @@ def _describe(settings, result):
     name = settings.edits or settings.base or first
     if first == "trained":
         name += f" + {settings.lora}"
-    return "\n".join([*lines, *_pasted_rows(result, first, name)])
+    return "\n".join([*lines, *_pasted_rows(result, name)])
 
 
 def _spread(subject, rows):
@@ -1258,11 +1179,11 @@ def _spread(subject, rows):
     )
 
 
-def _pasted_rows(result, subject, name):
-    """A subject's row under its name, to be pasted beside published ones: the lines of a Markdown
-    table, and the same row for LaTeX."""
+def _pasted_rows(result, name):
+    """The row of the subject in question under its name, to be pasted beside published ones: the
+    lines of a Markdown table, and the same row for LaTeX."""
     cells = {"model": name, "judge": result["judge"], "mode": result["mode"]}
-    for group, table in result["subjects"][subject]["groups"].items():
+    for group, table in _first_subject(result)["groups"].items():
         for metric in _metrics_in(table):
             cells[f"{group} {metric}"] = _interval_text(table[metric]["macro"])
         cells[f"{group} rows answered"] = f"{table['answered']} of {table['rows']}"
@@ -1285,22 +1206,22 @@ details:has(span:empty) {display: none}</style>
 <h1>edit-nft: evaluation</h1><pre>$summary</pre>
 <label>task <select id="task"><option value="">all</option></select></label>
 <label>language <select id="language"><option value="">all</option></select></label>
-<label>rows <select id="state"><option value="">all</option></select></label>
+<label>answered <select id="answered"><option value="">all</option></select></label>
 <label>order <select id="order"><option value="1">worst first</option>
 <option value="-1">best first</option></select></label>
 <span id="count"></span><main>$rows</main><script>
 for (const image of document.querySelectorAll("img"))
   image.onload = () => image.classList.toggle("tiny", image.naturalWidth <= 128);
 const rows = [...document.querySelectorAll("article")];
-const [task, language, state, order, count] = ["task", "language", "state", "order", "count"].map(
-  id => document.getElementById(id));
-const menus = [task, language, state];
+const [task, language, answered, order, count] =
+  ["task", "language", "answered", "order", "count"].map(id => document.getElementById(id));
+const menus = [task, language, answered];
 for (const menu of menus) {
   const names = rows.map(row => row.dataset[menu.id]).filter(name => name);
   for (const name of [...new Set(names)].sort()) menu.add(new Option(name, name));
 }
 const shown = row => menus.every(menu => !menu.value || row.dataset[menu.id] === menu.value);
-task.onchange = language.onchange = state.onchange = order.onchange = () => {
+task.onchange = language.onchange = answered.onchange = order.onchange = () => {
   const score = row => +row.dataset.score || -1;  // of no score: below the worst
   rows.sort((a, b) => order.value * (score(a) - score(b)));
   rows.forEach(row => row.parentNode.append(row));
@@ -1309,7 +1230,7 @@ task.onchange = language.onchange = state.onchange = order.onchange = () => {
 };
 order.onchange();</script>
 """
-ARTICLE = """<article data-task="{task}" data-language="{language}" data-state="{state}"
+ARTICLE = """<article data-task="{task}" data-language="{language}" data-answered="{answered}"
  data-score="{score}">
 <div><b>{prompt}</b><p>{task}</p><small>{row}</small></div>{figures}</article>
 """
@@ -1319,33 +1240,28 @@ FIGURE = """<figure><figcaption>{caption}</figcaption>
 
 
 def write_report(job: Job, results: Rows, summary: str) -> None:
-    """Writes report.html, small pictures beside it, and grid.png: of each task the row with the
-    median score. results: as score_calls returns them; the first one's judge orders the rows.
+    """Writes report.html, small pictures beside it, and grid.png: the first row of each task.
+    results: as score_calls returns them; the first one's judge orders the rows.
     """
     main = METRICS[job.settings.benchmark][0]
-    rows = _first_subject(results[0])["rows"]
-    scores = np.nan_to_num([row[main] for row in rows], nan=-1.0)  # below the worst
     articles = ""
-    shown = {}  # of each task's rows, the worst first
-    for number in job.each(np.argsort(scores), "report"):
-        row = rows[number]
+    shown = {}  # of the first row of each task
+    for number, row in enumerate(job.each(_first_subject(results[0])["rows"], "report")):
         edits = _shown(job, results, number)
+        shown.setdefault(row["task"], edits)
         figures = "".join(FIGURE.format(**_escaped(edit)) for edit in edits)
-        state = "" if row["answered"] else "failed"
-        texts = {"language": "", "state": state, "score": row[main]} | row
-        articles += ARTICLE.format(**_escaped(texts), figures=figures)
-        shown.setdefault(row["task"], []).append(edits)
+        texts = _escaped({"language": "", "score": row[main]} | row)
+        articles += ARTICLE.format(**texts, figures=figures)
     page = Template(PAGE).substitute(summary=escape(summary), rows=articles)
     with whole_file(job.out / "report.html") as part:
         part.write_text(page, encoding="utf-8")
     pictures = []
     captions = []
-    for task in sorted(shown):
-        median = shown[task][len(shown[task]) // 2]
-        pictures.append([_picture_or_none(job.out / edit["link"]) for edit in median])
-        captions.append([edit["caption"] for edit in median])
+    for edits in shown.values():
+        pictures.append([_picture_or_none(job.out / edit["link"]) for edit in edits])
+        captions.append([edit["caption"] for edit in edits])
     with whole_file(job.out / "grid.png") as part:
-        picture_grid(pictures, captions, "of each task the row with the median score").save(part)
+        picture_grid(pictures, captions, "the first row of each task").save(part)
 
 
 def _escaped(texts):
@@ -1366,7 +1282,7 @@ def _shown(job, results, number):
     # from what was given to what came of it; `source` may be a subject, too
     for name in dict.fromkeys(["source", *reversed(results[0]["subjects"])]):
         row = job.rows[number]
-        picture = _picture_or_none(_find_edit(job, row, name) or MISSING)
+        picture = _picture_or_none(_find_edit(job, row, name) or "")
         link = ""
         if picture:
             picture.thumbnail((384, 384))
@@ -1376,20 +1292,20 @@ def _shown(job, results, number):
         caption = name
         if name == "source":  # the grid's font has no letters but these
             caption += f": {row['prompt'] if row['prompt'].isascii() else row['row']}"
-        said = []
+        said = ""
         for result in results:
             if name in result["subjects"]:
                 scored = result["subjects"][name]["rows"][number]
                 caption += _scores_text(scored, result)
-                said.append(scored["said"])
-        shown.append({"caption": caption, "link": link, "said": "\n".join(said)})
+                said += scored["said"] + "\n"
+        shown.append({"caption": caption, "link": link, "said": said})
     return shown
 
 
 def _scores_text(scored, result):
     """A row's scores under a judge; where one is missing it is said what counts."""
     text = "" if scored["answered"] else " missing, counts as"
-    for name in (*METRICS[result["benchmark"]], "psnr"):
+    for name in (*METRICS[result["benchmark"]], "oracle", "psnr"):
         if name in scored:
             text += f" {name} {scored[name]:.2f}"
     return f"{text} by {result['judge']};"
@@ -1402,9 +1318,9 @@ def compare(runs: list[str]) -> None:
     """Prints the paired differences of the first subjects of --out folders, the first folder's
     against each of the others', under each judge and mode that all have. BadInput when they have
     none in common, or not the same rows."""
-    for benchmark, subjects in _shared_results(runs):
-        for run, subject in zip(runs[1:], subjects[1:], strict=True):
-            print("\n".join(_differences(benchmark, subjects[0], subject, (runs[0], run))))
+    for benchmark, (first, *others) in _shared_results(runs):
+        for run, other in zip(runs[1:], others, strict=True):
+            print("\n".join(_differences(benchmark, first, other, (runs[0], run))))
 
 
 def seeds(runs: list[str]) -> None:
@@ -1422,19 +1338,19 @@ def seeds(runs: list[str]) -> None:
 
 
 def _shared_results(runs):
-    """(benchmark, the first subject of each run) under each judge and mode that all runs have."""
+    """(benchmark, the first subject of each run) of each file of scores that all runs have."""
     if len(runs) < 2:
         raise BadInput("compare, seeds: name two runs or more, evaluate.py compare RUN_A RUN_B")
     found = [_read_results(run) for run in runs]
     shared = set(found[0]).intersection(*found)
-    names = " and ".join(runs)
     if not shared:
-        raise BadInput(f"{names}: no result under one judge, prompts and reading; score all alike")
+        raise BadInput(
+            f"{' and '.join(runs)}: no result under one judge, prompts, reading and version of the "
+            "benchmark; score all alike"
+        )
     for file in sorted(shared):
         results = [run[file] for run in found]
         first = results[0]
-        if len({result["metadata"] for result in results}) > 1:
-            raise BadInput(f"{names}: another version of the benchmark in each; score all on one")
         print(f"judge and prompts {first['judge']}, {first['mode']} reading")
         yield first["benchmark"], [_first_subject(result) for result in results]
 
@@ -1486,8 +1402,8 @@ def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
             if not scores:
                 second = float(record["preference"])
                 scores = [1 - second, second]
-            row = {"prompt": str(record["prompt"]), "labels": list(map(float, scores))}
-            row |= {"task": record.get("task"), "requirement": record.get("requirement")}
+            row = record | {"prompt": str(record["prompt"]), "labels": list(map(float, scores))}
+            row["mask"] = None  # a judge would take it for a path
             for name in ("image", "edits"):
                 cells = record[name]
                 if not isinstance(cells, (list, tuple)):
@@ -1506,42 +1422,33 @@ def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
 def _ordered_pairs(scores, labels):
     """For each pair of a row's edits that labels tell apart: 1 if the scores order it alike, 0 if
     not, 0.5 if they tie. Pairs with a score that is NaN are left out."""
-    outcomes = []
-    # scores a and b, labels x and y
-    for (a, x), (b, y) in itertools.combinations(zip(scores, labels, strict=True), 2):
-        is_tie = abs(a - b) < 1e-6  # the same to a judge of finite precision
-        if x != y and not math.isnan(a - b):
-            outcomes.append(0.5 if is_tie else float((a > b) == (x > y)))
-    return outcomes
+    gains = np.subtract.outer(scores, scores)  # (n, n), of a pair's first edit over its second
+    gains = gains[np.greater.outer(labels, labels)]  # (pairs,), the better edit is the first
+    gains = gains[~np.isnan(gains)]
+    # nearly equal is the same to a judge of finite precision
+    return np.where(abs(gains) < 1e-6, 0.5, gains > 0).tolist()
 
 
 def agree(words: list[str]) -> None:
     """Prints how far the judge orders edits as people do."""  # also what --help says
     settings = parse_settings(AgreeSettings, ["--table", *words], agree.__doc__, judge=TOY)
-    stop = catch_signals()
     judge = None
     pairs = []  # as rows of a table; those of one record are resampled together
     scores = []
-    labels = []
     for number, row in enumerate(read_ratings(settings.table, settings.columns), 1):
-        judge = judge or load_judge(settings, stop=stop)  # not before a row is known to be whole
+        # not before a row is known to be whole
+        judge = judge or load_judge(settings, stop=catch_signals())
         found = judge.score(row, row["image"], row["edits"]).score.tolist()
+        scores += found
         for outcome in _ordered_pairs(found, row["labels"]):
             pairs.append({"task": "all", "source": number, "answered": True, "right": outcome})
-        scores += found
-        labels += row["labels"]
     if judge is None:
         raise BadInput(f"agree {settings.table}: holds no records; name a table of rated edits")
     judge.close()
     right = _interval_text(tabulate(pairs, ("right",))["right"]["micro"], ".1%")
-    ties = sum(pair["right"] == 0.5 for pair in pairs) / max(len(pairs), 1)
-    scores, labels = torch.tensor([scores, labels])  # (all edits,) each
-    known = ~scores.isnan()
-    order = spearman(scores[known], labels[known])
     print(
-        f"{settings.judge}, {settings.judge_strategy}: {len(scores)} edits of {number} "
-        f"sources; right pairs {right}, ties {ties:.1%}, Spearman {order:.3f}, "
-        f"failed {1 - known.float().mean():.1%}"
+        f"{settings.judge}, {settings.judge_strategy}: {len(scores)} edits of {number} sources; "
+        f"right pairs {right}, failed {np.isnan(scores).mean():.1%}"
     )
 
 
@@ -1585,9 +1492,9 @@ def draw_bars(result: dict, file: Path) -> None:
             for group, table in content["groups"].items():
                 bars |= {f"{group} {task}": mean for task, mean in table[metric].items()}
             means, lows, highs = np.array(list(bars.values()), float).T  # None is NaN
-            # official means are rounded, so that one may lie beside its interval
-            errors = np.maximum([means - lows, highs - means], 0)
-            axes.bar(np.arange(len(bars)) + number * width, means, width, yerr=errors, label=name)
+            places = np.arange(len(bars)) + number * width
+            axes.bar(places, means, width, label=name)
+            axes.vlines(places, lows, highs, "black")
         axes.set_xticks(range(len(bars)), bars, rotation=45, ha="right")
         axes.set_title(f"{metric} by {result['judge']}")
         axes.legend()
@@ -1607,8 +1514,8 @@ def curves(words: list[str]) -> None:
     # with a list for faults, a last line that a crash cut short is passed over
     logs = [read_json_lines(Path(run, "log.jsonl"), faults=[]) for run in settings.runs]
     with _figure(settings.out) as figure:
-        rows = math.ceil(len(CURVES) / 4)
-        for axes, name in zip(figure.subplots(rows, 4).flat, CURVES, strict=False):
+        panels = figure.subplots(math.ceil(len(CURVES) / 4), 4).flat
+        for axes, name in zip(panels, CURVES, strict=False):
             values = defaultdict(list)  # epoch -> what the runs that have come so far logged
             for _, record in itertools.chain(*logs):
                 if name in record:
@@ -1625,32 +1532,29 @@ def curves(words: list[str]) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def _begin(settings, accelerator, stop):
-    """The Job, checked; config.json and GEdit's stored pictures are written into --out. BadInput
-    when it was begun with other OUT_FLAGS."""
+def _begin(settings):
+    """(rows, prompts) of load_benchmark; config.json is written into --out. BadInput when that was
+    begun with other settings that are not HARMLESS."""
     file = Path(settings.out, "config.json")
-    # a new --out was begun with what it is begun with now
-    before = _read_json(file, "give another --out") if file.is_file() else asdict(settings)
-    for name in OUT_FLAGS:
-        value = before.get(name)
-        if value != getattr(settings, name):
-            raise BadInput(
-                f"{settings.out}: was begun with --{name} {value}, not {getattr(settings, name)}; "
-                "give another --out"
-            )
+    if file.is_file():
+        changes = changed(_read_json(file, "give another --out"), asdict(settings), HARMLESS)
+        if changes:
+            raise BadInput(f"{settings.out}: {'; '.join(changes)}; give another --out")
     write_json(file, asdict(settings))
-    job = Job(settings, accelerator, stop, *load_benchmark(settings))
-    _check_folder(job, "edits")
-    _check_folder(job, "masks")
-    return job
+    rows, prompts = load_benchmark(settings)
+    for folder in filter(None, (settings.edits, settings.masks)):
+        # a wrong folder would read as a bad editor
+        if not any(_find_picture(folder, row["files"]) for row in rows):
+            raise BadInput(
+                f"{folder}: has nothing for any row, no {rows[0]['files'][0]}.png; name a folder "
+                "in the benchmark's layout"
+            )
+    return rows, prompts
 
 
 def _run_stages(settings, accelerator, stop):
     """Draws, judges and adds up. Raises Stopped on all processes when one has to stop."""
-    for is_first in (True, False):  # the main process alone at first: it writes what others read
-        with together(accelerator, stop):
-            if accelerator.is_main_process == is_first:
-                job = _begin(settings, accelerator, stop)
+    job = Job(settings, accelerator, stop, *from_main(accelerator, stop, _begin, settings))
     for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
         with together(accelerator, stop):  # all processes wait here for the slowest
             if settings.stage in ("all", stage):
@@ -1687,8 +1591,11 @@ def main(argv: list[str] | None = None) -> None:
     except Stopped as stopped:
         if stopped.__cause__:  # the process that failed says why; the others only stop with it
             raise stopped.__cause__ from None
-        kept = "every finished edit and call is kept; the same command goes on"
-        say_once(f"stopped: {settings.out}: {kept}", sys.stderr)
+        say_once(
+            f"stopped: {settings.out}: every finished edit and call is kept; the same command goes "
+            "on",
+            sys.stderr,
+        )
         sys.exit(1)
     accelerator.end_training()
 
