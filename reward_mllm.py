@@ -178,7 +178,6 @@ def requirement_of(row: dict) -> str:
 
 # A host's name or [IPv6], perhaps a port and a path. No login, for it would be shown and saved.
 ADDRESS = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s@,]*)?"
-ADDRESSES = f"{ADDRESS}(,{ADDRESS})*"
 FUNCTION = r"(.+\.py)(?::(\w+))?"
 
 
@@ -236,7 +235,7 @@ class JudgeSettings(CheckedSettings):
                 f"--judge_reply {self.judge_reply}: write a regular expression with a (group) "
                 "around the number"
             )
-        if not re.fullmatch(f"local:.*|{ADDRESSES}|{FUNCTION}", self.judge):
+        if not re.fullmatch(f"local:.*|{ADDRESS}(,{ADDRESS})*|{FUNCTION}", self.judge):
             raise BadInput(
                 "--judge: not of the form local:MODEL, http://HOST:PORT/v1[,...] without a "
                 "password (JUDGE_API_KEY holds a key), or FILE.py[:NAME]"
@@ -269,8 +268,8 @@ def _read_weights(entries, aspects):
     weights = {}
     for entry in entries:
         aspect, _, number = entry.partition("=")
-        is_weight = re.fullmatch(r"[01](\.0*)?|0?\.\d+", number)  # 1, 1.0, 0.4, .4
-        if aspect not in aspects or not is_weight:
+        # a weight is written as 1, 1.0, 0.4 or .4
+        if aspect not in aspects or not re.fullmatch(r"[01](\.0*)?|0?\.\d+", number):
             raise BadInput(
                 f"--judge_aspects {entry}: give ASPECT=WEIGHT, a weight from 0 to 1 of one of "
                 f"{', '.join(sorted(aspects))}, or add --judge_prompt {aspect}=FILE"
@@ -294,8 +293,8 @@ def plain_terms(
     brightness_drift: the edit's mean brightness minus the source's, in [-1, 1].
     sharpness_drift: (edit - source) / (edit + source) of the mean absolute Laplacian; -1: blurred.
     """
-    terms = [_differences(source, edit, mask) for edit in edits]
-    return default_collate(terms)  # a dict of tensors from a list of dicts
+    # a dict of tensors from a list of dicts
+    return default_collate([_differences(source, edit, mask) for edit in edits])
 
 
 def _differences(source, edit, mask):
@@ -516,7 +515,7 @@ class Judge:
         self.prompts = _read_prompts(settings)
         known = {*self.prompts, *PLAIN_TERMS} - {"execution"}
         self.weights = _read_weights(settings.judge_aspects, known)
-        self.aspects = ["execution", *(self.weights.keys() - PLAIN_TERMS)]
+        self.aspects = ["execution", *sorted(self.weights.keys() - PLAIN_TERMS)]
         strategy = STRATEGIES[settings.judge_strategy]
         # a general judge that writes its score is told its range
         self.strategy = strategy._replace(ending=strategy.ending.format(*settings.judge_range))
@@ -543,19 +542,26 @@ class Judge:
         """The Scores of n edits under all aspects."""
         mask = load_image(row["mask"]) if row.get("mask") else None
         terms = plain_terms(sources[0], edits, mask)
-        answers = {aspect: self.examine(row, aspect, sources, edits) for aspect in self.aspects}
-        for aspect, verdicts in answers.items():
+        answers = []
+        for aspect in self.aspects:
+            verdicts = self.examine(row, aspect, sources, edits)
             terms[aspect] = torch.tensor([verdict.score for verdict in verdicts])  # (n,)
+            answers.append(verdicts)
         score = combine(terms, self.weights)
         # of each edit; execution comes first, so its words are the ones that count
-        joined = [_joined(verdicts) for verdicts in zip(*answers.values(), strict=True)]
-        mass = torch.tensor([one.mass for one in joined])
-        words = [one.words for one in joined]
+        joined = [_joined(verdicts) for verdicts in zip(*answers, strict=True)]
         causes = [
             one.cause or _range_fault(value) for one, value in zip(joined, score, strict=True)
         ]
         score[[bool(cause) for cause in causes]] = torch.nan
-        return Scores(score, mass, terms, causes, words, [one.facts for one in joined])
+        return Scores(
+            score,
+            torch.tensor([one.mass for one in joined]),
+            terms,
+            causes,
+            [one.words for one in joined],
+            [one.facts for one in joined],
+        )
 
     def examine(self, row, aspect, sources, edits):
         """n Verdicts on an aspect: on its one question, or on all items of a checklist."""
@@ -619,8 +625,8 @@ class Judge:
             ]
         if strategy.worth:
             return self.weigh(chats, strategy.worth)
-        draws = range(self.settings.judge_draws)
-        written = [self.write(chats, tokens, draw) for draw in draws]  # draws x chats
+        # draws x chats
+        written = [self.write(chats, tokens, draw) for draw in range(self.settings.judge_draws)]
         answers = []
         for replies in zip(*written, strict=True):
             verdicts = [_read_written(reply, self.settings) for reply in replies]
@@ -654,10 +660,10 @@ class Judge:
         while not future.done():
             self.check_stop()
             wait([future], 0.2)
-        error = future.exception()
-        if error:
+        try:
+            return future.result()
+        except BaseException as error:
             raise JudgeFailure(_cause_of(error)) from error
-        return future.result()
 
     def close(self):
         """Waits a little for what is being worked on, and lets nothing else use the model: a
@@ -831,8 +837,7 @@ class ServedJudge(Judge):
         super().__init__(settings, stop)
         key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "EMPTY"
         self.key = key.strip()
-        processes = int(os.environ.get("WORLD_SIZE") or 1)
-        in_flight = max(1, settings.judge_in_flight // processes)
+        in_flight = max(1, settings.judge_in_flight // int(os.environ.get("WORLD_SIZE") or 1))
         urls = [url.rstrip("/") for url in settings.judge.split(",")]
         # A request takes a place from the front, and puts it back at the end when it has its reply:
         # servers take turns, and a slow one, whose places come back late, has less to do.
@@ -1171,14 +1176,15 @@ def _checklist_in(reply):
     return [question for _, question in found] if len(kinds) > 1 else []
 
 
-FORMS = {"requirement": (ASK_REQUIREMENT, _line_of), "checklist": (ASK_CHECKLIST, _checklist_in)}
-
-
 def write_requirements(settings: WriterSettings):
     """Lets a judge write the `requirement` or the `checklist` of every row that has none."""
     folder = Path(settings.dataset)
     form = settings.form
-    template, read = FORMS[form]
+    template = ASK_REQUIREMENT
+    read = _line_of
+    if form == "checklist":
+        template = ASK_CHECKLIST
+        read = _checklist_in
     rows_of = {split: read_rows(folder, split) for split in SPLITS if split_file(folder, split)}
     if not rows_of:
         raise BadInput(f"{folder}: holds neither train.jsonl nor test.jsonl; name a dataset folder")

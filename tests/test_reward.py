@@ -522,7 +522,8 @@ def test_a_stop_ends_a_local_judges_waits(judge_folder, monkeypatch, asked, stra
 
     monkeypatch.setattr(judge.model, "forward", slow)
     future = judge.submit(*asked)
-    time.sleep(0.3)
+    while not calls:
+        time.sleep(0.01)
     stop.set()
     start = time.monotonic()
     assert future.result().causes == ["stopped"] * 6 and time.monotonic() - start < 1
