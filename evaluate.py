@@ -28,7 +28,6 @@ Departures from the benchmarks' own scripts, the first three undone by --mode of
 5. PSNR, SSIM and, where it is installed, LPIPS to the source stand beside the scores of every
    subject but the source itself, and in strict reading the scores that a benchmark's are made of.
 6. With --repeats a row counts with the mean of its answers, and as answered if all can be read.
-7. GEdit's intersection subset is not told apart.
 Never reproduced, in no mode: random scores for answers that cannot be read, endless retries, rows
 that count twice, and scores out of thoughts (<think>) or out of a reply cut by its token limit.
 """
@@ -89,6 +88,7 @@ from data_prep import (
     run_script,
     say_once,
     setting,
+    spearman,
     start_processes,
     together,
     whole_file,
@@ -378,8 +378,8 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
 
     records: for each row, and for each round of questions about it, one record for each of its
     CALLS, in their order. A record has `row`, `task`, `source`, and `reply` or `failure`; it may
-    have `repeat` (the number of its round), SEEN, ImgEdit's `labels` and GEdit's `language`. In a
-    held-out set `scores` is [the judge's own score].
+    have `repeat` (the number of its round), SEEN, ImgEdit's `labels`, GEdit's `language` and
+    `intersection`. In a held-out set `scores` is [the judge's own score].
 
     strict: a metric without a value counts at the floor, ImgEdit's 1 or else 0. official: a row
     that lacks one has none (NaN), and ImgEdit's rows and tasks are rounded to 2 digits.
@@ -438,11 +438,14 @@ def _average(values, digits=UNROUNDED):
 
 
 def _grouped(rows, metrics, digits=UNROUNDED):
-    """{group: its table}. GEdit's groups are the languages, for other rows there is one, "all".
-    SEEN stands beside the metrics."""
+    """{group: its table}. GEdit's groups are the languages and the intersection subset of each, for
+    other rows there is one, "all". SEEN stands beside the metrics."""
     groups = defaultdict(list)
     for row in rows:
-        groups[row.get("language", "all")].append(row)
+        name = row.get("language", "all")
+        groups[name].append(row)
+        if row.get("intersection"):
+            groups[f"{name} intersection"].append(row)
     metrics = (*metrics, *SEEN)
     return {name: tabulate(members, metrics, digits) for name, members in groups.items()}
 
@@ -604,6 +607,7 @@ def _read_gedit(folder, settings):
                 "task": entry["task_type"],
                 "files": [f"fullset/{name}", f"fullset/{place}", name, place, short],
                 "language": entry["instruction_language"],
+                "intersection": bool(entry.get("Intersection_exist")),
             }
         )
     return rows, prompts
@@ -886,6 +890,12 @@ def judge_edits(job: Job) -> None:
     """
     settings = job.settings
     judge = load_judge(settings, job.device, stop=job.stop)
+    run = Path(settings.lora).parent / "config.json"  # of RUN/checkpoint-N
+    if run.is_file() and _read_json(run, "take a run's own folder").get("judge") == settings.judge:
+        say_once(
+            f"warning: {settings.lora} was trained to please this judge; ask another one, too",
+            sys.stderr,
+        )
     # The label is the judge's name, fit for a file's, and a hash of how it is asked: two never mix.
     asked = job.prompts or [judge.prompts, *(getattr(settings, name) for name in JUDGE_FLAGS)]
     name = re.sub(r"[^\w.]+", "-", judge.name).strip("-")
@@ -899,14 +909,19 @@ def judge_edits(job: Job) -> None:
     try:
         # not job.each: after a stop, too, what is finished is kept
         is_silent = not job.accelerator.is_main_process
-        bar = tqdm(as_completed(call_of), "judge", len(todo), disable=is_silent)
-        for future in bar:
+        failures = []
+        for future in tqdm(as_completed(call_of), "judge", len(todo), disable=is_silent):
             record = future.result()
-            bar.set_postfix_str(record.get("failure", ""))
             if job.stop.is_set() and "failure" in record:
                 continue  # given up because of the stop, no failure of the judge
             date = time.strftime("%Y-%m-%d %H:%M:%S %z")
             append_json_line(file, call_of[future] | record | {"time": time.time(), "date": date})
+            failures.append(record.get("failure"))
+            if len(failures) == 8 and all(failures):
+                raise BadInput(
+                    f"{settings.judge}: its first 8 calls all failed ({failures[-1]}); see to the "
+                    "judge, which must take pictures, and start again"
+                )
     finally:
         pool.shutdown(cancel_futures=True)
         judge.close()
@@ -1435,20 +1450,27 @@ def agree(words: list[str]) -> None:
     judge = None
     pairs = []  # as rows of a table; those of one record are resampled together
     scores = []
+    labels = []
     for number, row in enumerate(read_ratings(settings.table, settings.columns), 1):
         # not before a row is known to be whole
         judge = judge or load_judge(settings, stop=catch_signals())
         found = judge.score(row, row["image"], row["edits"]).score.tolist()
         scores += found
+        labels += row["labels"]
         for outcome in _ordered_pairs(found, row["labels"]):
             pairs.append({"task": "all", "source": number, "answered": True, "right": outcome})
     if judge is None:
         raise BadInput(f"agree {settings.table}: holds no records; name a table of rated edits")
     judge.close()
     right = _interval_text(tabulate(pairs, ("right",))["right"]["micro"], ".1%")
+    ties = sum(pair["right"] == 0.5 for pair in pairs) / max(len(pairs), 1)
+    scores, labels = torch.tensor([scores, labels])  # (all edits,) each
+    known = ~scores.isnan()
+    order = spearman(scores[known], labels[known])
     print(
         f"{settings.judge}, {settings.judge_strategy}: {len(scores)} edits of {number} sources; "
-        f"right pairs {right}, failed {np.isnan(scores).mean():.1%}"
+        f"right pairs {right}, ties {ties:.1%}, Spearman {order:.3f}, "
+        f"failed {1 - known.float().mean():.1%}"
     )
 
 

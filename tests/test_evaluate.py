@@ -225,7 +225,7 @@ def imgedit_record(row, task, *marks, source=None, **more):
     }
 
 
-def gedit_records(row, task, sc, pq, source=None, language="en"):
+def gedit_records(row, task, sc, pq, source=None, language="en", intersection=False):
     for call, pair in (("SC", sc), ("PQ", pq)):
         reply = json.dumps({"score": pair, "reasoning": "r"}) if pair else "no"
         yield {
@@ -235,6 +235,7 @@ def gedit_records(row, task, sc, pq, source=None, language="en"):
             "call": call,
             "reply": reply,
             "language": language,
+            "intersection": intersection,
         }
 
 
@@ -273,12 +274,16 @@ def test_gedit_takes_the_lower_scores_the_root_per_row_and_then_means():
     records = [
         *gedit_records("a", "color_alter", [9, 4], [8, 9]),
         *gedit_records("b", "color_alter", [9, 9], [4, 6]),
-        *gedit_records("c", "ps_human", [1, 0], [5, 5]),
+        *gedit_records("c", "ps_human", [1, 0], [5, 5], intersection=True),
     ]
-    table = score("gedit", records)["groups"]["en"]
+    groups = score("gedit", records)["groups"]
+    table = groups["en"]
     assert table["SC"]["color_alter"][0] == 6.5 and table["PQ"]["color_alter"][0] == 6
     assert table["O"]["color_alter"][0] == pytest.approx((math.sqrt(32) + 6) / 2)
     assert table["O"]["macro"][0] == pytest.approx((math.sqrt(32) + 6) / 4)
+    assert (
+        groups["en intersection"]["rows"] == 1 and groups["en intersection"]["O"]["macro"][0] == 0
+    )
 
 
 def test_half_a_gedit_answer_counts_at_the_floor_and_officially_not_at_all():
@@ -678,7 +683,7 @@ def test_gedit_asks_twice_and_keeps_languages_and_rows_of_one_key_apart(
     )  # the layout has one file for both
     assert {
         group: table["rows"] for group, table in result["subjects"]["edits"]["groups"].items()
-    } == {"en": 4, "cn": 1}
+    } == {"en": 4, "cn": 1, "en intersection": 2}
     sc = next(
         shown
         for text, shown in server.asked
@@ -788,6 +793,7 @@ def lora(kontext_folder, tmp_path):
 def test_trained_base_and_source_are_drawn_judged_and_compared(
     imgedit, tmp_path, kontext_folder, server, lora, capsys
 ):
+    (lora.parent / "config.json").write_text(json.dumps({"judge": server.url}))
     out = tmp_path / "out"
     (result,) = run(
         "imgedit",
@@ -802,6 +808,7 @@ def test_trained_base_and_source_are_drawn_judged_and_compared(
     said = capsys.readouterr()
     assert list(result["subjects"]) == ["trained", "base", "source"]
     assert (out / "trained/0.png").read_bytes() != (out / "base/0.png").read_bytes()
+    assert "trained to please this judge" in said.err
     assert f"| {kontext_folder} + {lora} | rule-7b-" in said.out
     assert load_image(out / "grid.png").width > 200
     page = (out / "report.html").read_text()
@@ -1107,7 +1114,7 @@ def test_agree_prints_a_line_for_a_strategy(judge_folder, tmp_path, capsys):
         evaluate.main([*words, "--judge_strategy", strategy])
     first, second = capsys.readouterr().out.splitlines()
     assert f"{judge_folder}, logits: 5 edits of 2 sources; right pairs 100.0%" in first
-    assert "failed 0.0%" in first
+    assert "ties 0.0%, Spearman 0.9" in first and "failed 0.0%" in first
     assert ", sampled: 5 edits" in second
 
 
@@ -1886,12 +1893,23 @@ def test_a_hostile_setting_is_one_line(words, imgedit, edits, tmp_path):
 # ---------------------------------------------------------------- bad input
 
 
-def test_a_judge_that_answers_nothing_gives_no_table_but_one_line(imgedit, tmp_path, server):
+def test_a_judge_without_pictures_stops_after_a_few_calls_in_one_line(imgedit, tmp_path, server):
+    table = json.loads((imgedit / "singleturn/singleturn.json").read_text())
+    more = {f"{key}{i}": value for i in range(9) for key, value in table.items()}
+    (imgedit / "singleturn/singleturn.json").write_text(json.dumps(more))
     server.rule = lambda *a: 400
-    with pytest.raises(BadInput, match=r"no judge's answer .*why all calls failed") as error:
-        run("imgedit", imgedit, tmp_path / "out", server, baselines=["source"])
-    assert "\n" not in str(error.value) and not list((tmp_path / "out").glob("scores-*"))
-    assert all("takes no pictures" in record["failure"] for record in calls(tmp_path / "out"))
+    with pytest.raises(
+        BadInput, match=r"its first \d+ calls all failed .*takes no pictures"
+    ) as error:
+        run(
+            "imgedit",
+            imgedit,
+            tmp_path / "out",
+            server,
+            baselines=["source"],
+            judge_in_flight=2,
+        )
+    assert "\n" not in str(error.value) and len(server.asked) < 16
 
 
 @pytest.mark.parametrize(
