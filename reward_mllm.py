@@ -160,7 +160,7 @@ red_box: the change made to what the red box marks and nowhere else, and the box
 """
 REQUIREMENTS = dict(line.split(": ", 1) for line in GOOD_EDITS.strip().splitlines())
 ANY_EDIT = "the change that was asked for, complete and natural, and no other change."
-OTHER_NAMES = {  # that ImgEdit and training sets give to these tasks
+OTHER_NAMES = {  # that ImgEdit, GEdit and training sets give to these tasks
     "alter": "adjust",
     "recolour": "color_alter",
     "motion": "action",
@@ -171,6 +171,8 @@ OTHER_NAMES = {  # that ImgEdit and training sets give to these tasks
 def requirement_of(row: dict) -> str:
     """What a good edit of a row must show: its `requirement`, or the text for its `task`."""
     task = re.sub("[- ]", "_", str(row.get("task")).strip().lower())
+    # GEdit writes subject-add and background_change
+    task = task.removeprefix("subject_").removesuffix("_change")
     return row.get("requirement") or REQUIREMENTS.get(OTHER_NAMES.get(task, task), ANY_EDIT)
 
 

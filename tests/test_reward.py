@@ -860,7 +860,8 @@ def test_a_bfloat16_judge_moves_more_than_a_float32_judge(tmp_path, judge_folder
 # ---------------------------------------------------------------- requirements of an edit
 
 IMGEDIT = "add adjust alter background replace remove extract style action compose hybrid"
-GEDIT = "color_alter material_alter ps_human tone_transfer"
+GEDIT = """background_change color_alter material_alter motion_change ps_human style_change
+    subject-add subject-remove subject-replace text_change tone_transfer"""
 TRAINING = "Replace Adjust Remove Background Hybrid Action Text Red-box Reference Extract"
 
 
