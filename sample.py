@@ -1031,9 +1031,14 @@ class Settings(CheckedSettings):
     num: int = setting(4, "Edits to draw.", at_least=1, at_most=100)
     seed: int = setting(42, "The first edit's seed; the others follow it.", at_least=0)
     steps: int = setting(28, "Solver steps.", at_least=1, at_most=1000)
-    guidance: float | None = setting(None, "Guidance. [the family's for evaluation]", at_least=0)
+    guidance: float | None = setting(
+        None, "Guidance. [the family's for evaluation]", at_least=0, at_most=100
+    )
     resolution: int | None = setting(
-        None, "Square root of the working pixels. [what the VAE was made for]", at_least=16
+        None,
+        "Square root of the working pixels. [what the VAE was made for]",
+        at_least=16,
+        at_most=8192,
     )
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
 
