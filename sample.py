@@ -54,6 +54,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.peft_utils import get_peft_kwargs
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
+from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
@@ -217,7 +218,6 @@ class Editor:
     family: Family
     resolution: int  # square root of the pixels it works at
     max_text: int  # tokens that a prompt may have
-    lora_layers: Sequence[BaseTunerLayer] = ()
     policies: Sequence[str] = ()  # names of the LoRA adapters, `new` first
     active: str = "base"  # the policy that is on
     idle: Sequence[nn.Module] = ()  # what leaves the GPU while the policies are trained
@@ -395,28 +395,26 @@ def add_policies(
                 f"LoRA {start or targets}: its names match no module of {editor.kind} that can "
                 f"have one ({one_line(error)}); name layers, or a LoRA, of this model"
             ) from error
-    editor.lora_layers = _lora_layers(editor.transformer)
+    _multiply_in_own_dtype(editor.transformer)
     for name in editor.policies:
         for key, parameter in lora_parameters(editor, name).items():
             # All ranks and all policies begin with the same A, whatever else draws numbers.
             if "lora_A" in key:
                 gaussian = torch.randn(parameter.shape, generator=seeded(seed, "lora", key))
                 parameter.data.copy_(gaussian / len(parameter))  # (rank, in), so len is the rank
-            parameter.requires_grad_(name == "new")
         if start:
             load_lora(editor, start, name)
     _activate(editor, "new")
 
 
-def _lora_layers(transformer):
-    """The layers that have a LoRA. Their matrices become LoraMatrix, see there."""
-    layers = [part for part in transformer.modules() if isinstance(part, BaseTunerLayer)]
-    for layer in layers:
-        layer.cast_input_dtype_enabled = False
-        for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
-            matrix.float()
-            matrix.__class__ = LoraMatrix  # another forward over the same parameters
-    return layers
+def _multiply_in_own_dtype(transformer):
+    """Turns the matrices of all LoRA layers into LoraMatrix, see there."""
+    for layer in transformer.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False
+            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                matrix.float()
+                matrix.__class__ = LoraMatrix  # another forward over the same parameters
 
 
 class LoraMatrix(nn.Linear):
@@ -448,15 +446,12 @@ def policy(editor: Editor, name: str) -> Iterator[None]:
 
 
 def _activate(editor, name):
-    """Turns a policy on.
-
-    Sets peft's flags themselves: its set_adapter and disable_adapters also walk all parameters to
-    change requires_grad, which is to stay, and take a third of a small model's forward.
-    """
-    for layer in editor.lora_layers:
-        layer._disable_adapters = name == "base"
-        if name != "base":
-            layer._active_adapter = [name]
+    """Turns a policy on. Only `new` gets gradients, and only while it is on."""
+    if name != "base":
+        editor.transformer.enable_adapters()
+        set_adapter(editor.transformer, name, inference_mode=name != "new")
+    elif editor.policies:  # without any, the editor is its base
+        editor.transformer.disable_adapters()
     editor.active = name
 
 

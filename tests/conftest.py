@@ -119,6 +119,13 @@ def kontext_folder(tmp_path_factory):
     return folder
 
 
+def lora_layers(editor):
+    """The layers of an editor that have a LoRA, in its order."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [part for part in editor.transformer.modules() if isinstance(part, BaseTunerLayer)]
+
+
 def make_louder(vae):
     """A random decoder paints one grey: makes its pictures differ."""
     vae.decoder.conv_out.weight.data *= 4

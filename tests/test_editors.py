@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import lora_layers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -819,7 +820,7 @@ def test_alpha_comes_from_the_lora_also_with_rank_stabilised_scaling(
     folder = released(shaken(load(KONTEXT)), tmp_path / "released", **changes)
     again = load(KONTEXT)
     sample.add_policies(again, start=folder)
-    for layer in again.lora_layers:
+    for layer in lora_layers(again):
         assert layer.scaling == {"new": scaling, "old": scaling}
 
 
