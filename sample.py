@@ -942,16 +942,15 @@ def parked(editor: Editor) -> Iterator[None]:
             weight.data = weight.copy_on_cpu.to(editor.transformer.device, non_blocking=True)
 
 
-def fit_memory(
-    editor: Editor, idle: list[nn.Module], batch: int, trial: Callable[[int], None]
-) -> tuple[int, list[str]]:
+def fit_memory(editor: Editor, batch: int, trial: Callable[[int], None]) -> tuple[int, list[str]]:
     """From now on updates save no more memory than they must, found by trial; see the attempts.
 
-    idle: modules that may be parked; editor.idle is those that are. Returns the pairs of a forward,
-    at most `batch`, and which classes of blocks backward computes again from their inputs.
+    editor.idle: before, what may be parked; after, what is. Returns the pairs of a forward, at most
+    `batch`, and which classes of blocks backward computes again from their inputs.
     trial: a training step of so many pairs, forward and backward. Not for a sharded base, whose
     ranks must all recompute the same blocks.
     """
+    idle = editor.idle
     classes = editor.transformer._repeated_blocks  # their names
 
     def run(block, *arguments):

@@ -8,17 +8,18 @@ it. In each epoch the old policy draws K edits of each of G rows (rollout), the 
 (reward), groups whose scores say nothing are dropped (filter), the new policy is regressed towards
 the good edits and away from the bad ones (update), and the old policy follows it softly.
 
-Shapes: G groups, K copies in a group, B a batch of (edit, flow time) pairs, N tokens of an edit,
-C latent channels. t is flow time in [0, 1]: x_t = (1 - t) x_0 + t noise, v = noise - x_0.
+Shapes: G groups, K copies (edits) in a group, T flow times trained of each edit, P (edit, time)
+pairs of an epoch, B of them in one forward, N tokens of an edit, C latent channels. t is flow time
+in [0, 1]: x_t = (1 - t) x_0 + t noise, v = noise - x_0. The method itself is `run_epochs`.
 
 Departures from the papers and their released code:
-1. A dropped group costs nothing: no forward, no place in a mean or in the advantages' scale.
-2. The gradient is the mean over the kept pairs of all ranks: N ranks do what one does.
+1. A dropped group costs the update nothing: no forward, no place in a mean or in the scale.
+2. The gradient is the mean over the kept pairs of all ranks: many ranks do what one does.
 3. An edit that the judge could not score is dropped; it does not count as 0.
 4. A group is a row of the data, not a prompt. One rank draws all its copies.
 5. The filter is the paper's (high mean and low spread). `--filter released` is the released
    code's, except that a row is drawn again in later epochs whatever was dropped of it.
-6. A group whose scores differ by less than the judge's own noise is dropped, whatever the filter.
+6. A group whose spread is within the judge's own noise is dropped, whatever the filter.
 7. The trained times are any of the rollout's, drawn anew for each edit, each with its own noise.
 8. The pull to the base is taken at one of an edit's trained times, T times as strong: the same in
    the mean, for a T-th of the base's forwards.
@@ -30,11 +31,10 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -45,7 +45,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, tqdm  # bars of the first process
+from accelerate.utils import gather_object, send_to_device, tqdm  # shown by the first rank
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
@@ -113,13 +113,15 @@ from sample import (
 
 WEIGHT_DECAY = 1e-4  # of AdamW; its betas are PyTorch's, 0.9 and 0.999
 GRAD_CLIP = 1.0  # largest norm of the gradient
-LEAST_SPREAD = 0.005  # of a group's scores; with less it says nothing
+LEAST_SPREAD = 0.005  # a group whose scores have a smaller standard deviation says nothing
 SHOWN_ROWS = 8  # held-out rows in the pictures under samples/
-HOPELESS = 10  # epochs in a row without a kept group that end a run
-FARTHEST = 1.0  # a drift, the mean squared distance of velocities, whose entries are of size 1
-EXPLODED = 20  # a loss before the clip multiplies it, where 1 is usual
+HOPELESS = 10  # a run ends after so many epochs in a row that kept no group
+# A step is bad with a larger mean squared distance to the base's velocities, whose entries are of
+# size 1, or with a loss larger than so many times the advantage_clip, where 1 is usual.
+FARTHEST = 1.0
+EXPLODED = 20
 
-# What the terminal shows of an epoch's record: in each line, the entries whose names begin so.
+# What the terminal shows of an epoch's record: a line has the entries that begin with its words.
 SHOWN = """\
 epoch reward/mean reward/spread reward/psnr groups update grad
 reward/task seconds peak_gb
@@ -128,26 +130,30 @@ heldout/new/oracle
 heldout/new/success"""
 
 Rows = list[dict]
-Measured = dict[str, Tensor]  # name -> a number of each trained pair, (P,)
+Results = list[dict]  # of held-out edits, see evaluate
+Measured = dict[str, Tensor]  # name -> a number of each pair; of the pull to the base, of fewer
 
 # ---------------------------------------------------------------- settings
 
+# kinds of field
 count = partial(setting, at_least=1)
-fraction = partial(setting, at_least=0, at_most=1)
+amount = partial(setting, at_least=0)
+fraction = partial(amount, at_most=1)
+positive = partial(setting, above=0)
 
 
 @dataclass(frozen=True)
 class Settings(JudgeSettings):
-    """The paper's for FLUX.1-Kontext-dev; without --base the toy world's, TOY, take their place."""
+    """Defaults are the paper's for FLUX.1-Kontext-dev; without --base the toy's, TOY, apply."""
 
     base: str = setting("", "The editor, a hub id or folder. [the toy's]")
     data: str = setting("", "A dataset folder with train.jsonl and test.jsonl.")
     out: str = setting("runs/nft", "The run's folder.")
-    seed: int = setting(0, "Seed of every draw.", at_least=0)
+    seed: int = amount(0, "Seed of every draw.")
     epochs: int = count(300, "A rollout and one optimizer step each.")
     # rollout
     resolution: int = setting(512, "Square root of the working pixels.", at_least=16)
-    guidance: float | None = setting(None, "Guidance of rollouts. [the family's]", at_least=0)
+    guidance: float | None = amount(None, "Guidance of rollouts. [the family's]")
     rollout_steps: int | None = count(None, "Solver steps of a rollout. [the family's]")
     solver_order: Literal[1, 2] = setting(2, "1 Euler, 2 second-order multistep.")
     groups: int = count(24, "Rows drawn per epoch, over all ranks.")
@@ -156,45 +162,42 @@ class Settings(JudgeSettings):
     filter: Literal["paper", "released", "none"] = setting("paper", "Which groups to drop.")
     filter_mean: float = fraction(0.9, "A group above this mean may be dropped.")
     filter_std: float = fraction(0.05, "A group below this spread may be dropped.")
-    scale: Literal["epoch", "group"] = setting("epoch", "Whose spread advantages are measured in.")
+    scale: Literal["epoch", "group"] = setting("epoch", "By whose spread advantages are divided.")
     normalise_aspects: bool = setting(False, "Each aspect at its own scale before they are joined.")
-    advantage_clip: float = setting(
-        5.0, "Advantages end there; also a factor of the loss.", above=0
-    )
+    advantage_clip: float = positive(5.0, "Advantages end there; also a factor of the loss.")
     # update
     train_timesteps: int = count(5, "Flow times trained per edit, of the rollout's.")
-    nft_beta: float = setting(
-        1.0, "Distance of v+ and v- to v_old, in units of v - v_old.", above=0
-    )
-    kl_weight: float = setting(1e-4, "Weight of the distance to the base; 0 skips it.", at_least=0)
-    norm_hinge: float = setting(0.0, "Weight of velocities longer than the base's.", at_least=0)
+    nft_beta: float = positive(1.0, "Distance of v+ and v- to v_old, in units of v - v_old.")
+    kl_weight: float = amount(1e-4, "Weight of the distance to the base.")
+    norm_hinge: float = amount(0.0, "Weight of a penalty on velocities longer than the base's.")
     start_lora: str = setting("", "A LoRA to start from, with its own rank and layers.")
     lora_rank: int = count(32, "Rank of the LoRA.")
     lora_alpha: int = count(64, "The LoRA is scaled by alpha / rank.")
     lora_targets: list[str] | None = setting(None, "Names of layers. [the family's]")
-    lr: float = setting(3e-4, "AdamW's learning rate.", above=0, at_most=1)
-    decay_rate: float = fraction(0.001, "After epoch n, old keeps n times this of itself ...")
-    decay_max: float = fraction(0.5, "... but at most this much ...")
-    decay_start: int = setting(0, "... and nothing after the first so many epochs.", at_least=0)
-    ema_decay: float = fraction(0.9, "What the EMA keeps of itself, at most; 0: there is none.")
+    lr: float = positive(3e-4, "AdamW's learning rate.", at_most=1)
+    decay_rate: float = fraction(0.001, "Old keeps n times this of itself after epoch n.")
+    decay_max: float = fraction(0.5, "The most that old keeps of itself.")
+    decay_start: int = amount(0, "In each of the first so many epochs old becomes a copy of new.")
+    ema_decay: float = fraction(0.9, "The most that the EMA keeps of itself; 0: no EMA.")
     # evaluation and records
     eval_every: int = count(10, "Epochs between held-out evaluations.")
-    eval_rows: int = count(64, "Rows of test.jsonl that they use.")
-    eval_steps: int = count(15, "Solver steps of their edits.")
-    eval_guidance: float | None = setting(None, "Their guidance. [the family's]", at_least=0)
+    eval_rows: int = count(64, "Rows of test.jsonl in a held-out evaluation.")
+    eval_steps: int = count(15, "Solver steps of held-out edits.")
+    eval_guidance: float | None = amount(None, "Guidance of held-out edits. [the family's]")
     save_every: int = count(30, "Epochs between checkpoints.")
-    keep_checkpoints: int = count(3, "The newest so many are kept, and the best.")
+    keep_checkpoints: int = count(3, "Keep the newest so many checkpoints, and the best.")
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "swanlab"] = setting(
         "none", "Where to log beside log.jsonl."
     )
     resume: Literal["never", "auto"] = setting("never", "auto: go on where the run stopped.")
     force: bool = setting(False, "Resume with other settings, too.")
     bad_rows: Literal["stop", "skip"] = setting("stop", "What a faulty row does to the run.")
-    max_failed: float = fraction(0.1, "Share of scores that may fail in an epoch.")
+    max_failed: float = fraction(0.1, "Share of an epoch's scores that may fail.")
     # the machine
     rollout_batch: int = count(12, "Edits in one pipeline call.")
     train_batch: int = count(12, "(edit, time) pairs in one forward; fewer if memory asks for it.")
-    # Of the next two a GPU does what its memory asks for; start-up finds out by trial.
+    # With a GPU, start-up tries an update, and these two save no more memory than it asks for. With
+    # --shard, or the second at false, there is no trial.
     offload: bool = setting(True, "In updates encoders, VAE and judge may leave the GPU.")
     gradient_checkpointing: bool = setting(True, "Backward may compute blocks again.")
     compile: bool = setting(True, "On a GPU, compile the transformer's blocks.")
@@ -202,7 +205,7 @@ class Settings(JudgeSettings):
     dry_run: bool = setting(False, "One small epoch: its memory and time, no files.")
 
 
-# With others of these a resumed run is still the same run; all other settings make it another one.
+# A resumed run may change these and is still the same run; with others it would be another one.
 HARMLESS = """data out epochs eval_every eval_rows eval_steps eval_guidance save_every
 keep_checkpoints report_to resume force bad_rows max_failed rollout_batch train_batch
 gradient_checkpointing offload compile shard dry_run trust_remote_code judge_device
@@ -242,10 +245,10 @@ def self_normalised_mse(prediction: Tensor, target: Tensor) -> Tensor:
     The adaptive weight of DiffusionNFT, Sec. 3.3.
     """
     error = prediction - target  # (B, N, C)
-    # Without the weight the noisy times, where x_0 is hard to guess, would drown the others.
+    # Without this division the noisy times, where x_0 is hard to guess, would drown the others.
     # Detached, it scales a sample's gradient and leaves its direction alone.
-    weight = error.detach().abs().mean((1, 2)).clamp(min=1e-5)  # (B,)
-    return error.square().mean((1, 2)) / weight
+    size = error.detach().abs().mean((1, 2)).clamp(min=1e-5)  # (B,)
+    return error.square().mean((1, 2)) / size
 
 
 def nft_loss(
@@ -260,7 +263,7 @@ def nft_loss(
     assert t.shape == r.shape == v.shape[:1], "t and r are (B,)"
     v = v.float()
     v_old = v_old.detach().float()
-    t = t.float()[:, None, None]  # (B, 1, 1)
+    t = t[:, None, None]  # (B, 1, 1)
 
     # One network is both policies: v, and its mirror image about v_old (Thm 3.2).
     v_pos = (1 - beta) * v_old + beta * v  # (B, N, C)
@@ -268,8 +271,8 @@ def nft_loss(
 
     # Each velocity names a clean edit, x_0 = x_t - t v. pos is small where v points at this
     # edit, neg where v points away from it; r says which of the two is wanted.
-    pos = self_normalised_mse(x_t.float() - t * v_pos, x_0.float())  # (B,)
-    neg = self_normalised_mse(x_t.float() - t * v_neg, x_0.float())  # (B,)
+    pos = self_normalised_mse(x_t - t * v_pos, x_0)  # (B,), float32 as v_pos is
+    neg = self_normalised_mse(x_t - t * v_neg, x_0)  # (B,)
 
     # Both slopes grow with beta: without the division it would be a second learning rate.
     return (r * pos + (1 - r) * neg) / beta
@@ -284,29 +287,33 @@ def drop_reason(scores: Tensor, settings: Settings, least_spread: float) -> str:
     is_high = known.mean() > settings.filter_mean
     is_flat = spread < settings.filter_std
     if settings.filter == "paper" and is_high and is_flat:
-        return "filtered"  # solved: what is left to tell apart is noise
+        return "filtered"  # solved: the differences that remain are noise
     if settings.filter == "released" and (is_high or is_flat):
         return "filtered"
     if spread < least_spread:
-        return "no spread"  # dividing by it would blow rounding up to full advantages
+        return "no spread"  # noise of the judge, which scaling would blow up to advantages
     return ""
 
 
 def standardised(values: Tensor) -> Tensor:
-    """Values (G, K) less their group's mean, in units of its spread; NaN stay, and do not count."""
+    """(values - mean) / spread of each group, (G, K) -> (G, K); a NaN stays one and does not count.
+
+    A spread counts as LEAST_SPREAD at least.
+    """
     centred = values - values.nanmean(1, keepdim=True)
     spread = centred.square().nanmean(1, keepdim=True).sqrt()  # (G, 1)
     return centred / spread.clamp(min=LEAST_SPREAD)
 
 
 def _join_standardised(terms, weights):
-    """The weighted sum (G, K) of the aspects, each standardised: none decides by its spread alone.
+    """The weighted sum (G, K) of the aspects, each standardised, as in GDPO (arXiv:2601.05242).
 
-    As in GDPO (arXiv:2601.05242). terms: of Scores; weights: of the aspects beside execution.
+    So none dominates only because its scores vary more. terms: of Scores; weights: of the aspects
+    beside execution.
     """
     total = standardised(terms["execution"])
     for name, weight in weights.items():
-        # The aspect by itself, as it would lower a perfect execution: more is better.
+        # Of a perfect execution and this aspect alone it makes the aspect's factor, in [0, 1].
         aspect = combine(terms | {"execution": 1.0}, {name: 1.0})
         total = total + weight * standardised(aspect)
     return total
@@ -318,8 +325,9 @@ def group_advantages(
     """The edits' optimality r (G, K) in [0, 1], NaN for what is not trained; and G drop_reasons.
 
     A = (score - its group's mean) / (std of all kept scores), cut to +-clip; r = A / (2 clip) + 1/2
-    (UniWorld-V2, Sec. 2.3). scores: (G, K) in [0, 1], NaN where the judge failed. Of the settings
-    it takes advantage_clip, scale, filter, filter_mean and filter_std.
+    (UniWorld-V2, Sec. 2.3); with --scale group it is the group's own std. scores: (G, K) in [0, 1],
+    NaN where the judge failed. Of the settings it takes advantage_clip, scale, filter, filter_mean
+    and filter_std.
     """
     scores = scores.double()
     reasons = [drop_reason(group, settings, least_spread) for group in scores]
@@ -328,8 +336,8 @@ def group_advantages(
     if dropped.all():
         return scores, reasons
 
-    # The mean is the group's own: rows differ in difficulty. The scale is that of all groups:
-    # one's own would make a hair's breadth in an even group count like success and failure.
+    # The mean is the group's own: rows differ in difficulty. The scale is that of all groups: by
+    # its own, a group whose scores hardly differ would count like one of success and failure.
     if settings.scale == "group":
         advantage = standardised(scores)  # (G, K)
     else:
@@ -344,11 +352,11 @@ def group_advantages(
 
 @dataclass
 class Run:
-    """A training: what it is made of, and what it was when it was last saved."""
+    """All parts of a training, and its state when it was last saved."""
 
     settings: Settings
     accelerator: Accelerator
-    stop: Event  # set by a signal to this process
+    stop: Event  # set by a signal
     rows: dict  # {"train": ..., "test": ...}
     editor: Editor
     judge: Judge
@@ -358,10 +366,6 @@ class Run:
     @property
     def out(self) -> Path:
         return Path(self.settings.out)
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
 
     def together(self):
         """A piece of work at whose end all ranks leave if one has to: see data_prep.together."""
@@ -373,10 +377,11 @@ class Run:
 
 @contextmanager
 def _in_step(run, stand_in=None):
-    """Forwards that the ranks of a sharded base make together, and an error of this rank in them.
+    """Within are forwards that all ranks of a sharded base must make, whatever goes wrong in one.
 
-    The other ranks wait for it there, and nothing can tell them: this process ends, and then its
-    launcher ends them. BadInput is known before the first forward: stand_in() makes this rank's.
+    After BadInput, known before the first of them, stand_in() makes them in this rank's place.
+    After another error the ranks would wait for this one in vain, and nothing can tell them: its
+    process ends, and then the launcher ends theirs.
     """
     try:
         yield
@@ -387,51 +392,53 @@ def _in_step(run, stand_in=None):
     except Exception as error:
         if not run.settings.shard:
             raise
-        told = f"error: {error!r} within a forward of all processes; go on with --resume auto"
-        raise SystemExit(told) from error
+        raise SystemExit(
+            f"error: {error!r} within a forward of all processes; go on with --resume auto"
+        ) from error
 
 
 @dataclass
 class Job:
-    """A row in this rank's hands: its edits, and what the judge will say of them."""
+    """One row that this rank draws."""
 
-    number: int  # of the row, among those of all ranks
+    number: int  # its place among the rows of all ranks
     row: dict
-    group: Group | None = None  # None where --bad_rows skip leaves the row out
-    verdict: Future = field(default_factory=Future)  # of the edits' Scores
+    group: Group | None  # its edits; None where --bad_rows skip leaves the row out
+    verdict: Future  # of their Scores
 
 
 def draw(run: Run, name: str, rows: Rows, copies: int, *key, **how) -> list[Job]:
-    """This rank's share of the rows, with so many edits of each by the named policy.
+    """This rank's share of the rows, and `copies` edits of each by the named policy.
 
-    key: what names the noises, beside a row's number and a copy's; how: as rollout takes it.
+    key: names the noises, together with a row's number and a copy's; how: as rollout takes it.
     """
     how["rollout_batch"] = run.settings.rollout_batch
-    numbered = list(enumerate(rows))
-    split = run.accelerator.split_between_processes(numbered, apply_padding=True)
-    jobs = []
     # Every rank draws equally many; where rows are too few for that, the last one again.
+    split = run.accelerator.split_between_processes(list(enumerate(rows)), apply_padding=True)
+    blank = Image.new("RGB", (512, 512))
+    jobs = []
     with policy(run.editor, name), split as mine:
         for number, row in tqdm(mine, desc=f"{name} draws", leave=False):
-            job = Job(number, row)
             noises = [seeded(run.settings.seed, *key, number, copy) for copy in range(copies)]
+            stand_in = partial(rollout, run.editor, [blank], "x", noises, **how)
+            group = None
+            verdict = Future()
             with run.together(), faults_of(row, run.settings.bad_rows == "skip"):
-                blank = Image.new("RGB", (512, 512))
-                with _in_step(run, partial(rollout, run.editor, [blank], "x", noises, **how)):
+                with _in_step(run, stand_in):
                     sources = load_sources(row)
-                    job.group = rollout(run.editor, sources, row["prompt"], noises, **how)
-                # Not awaited here: the judge works on this group while the next one is drawn.
-                job.verdict = run.judge.submit(row, sources, job.group.images)
-            if job.group is None:
-                job.verdict.set_result(Scores.missing(copies, "bad row"))
-            jobs.append(job)
+                    group = rollout(run.editor, sources, row["prompt"], noises, **how)
+                # Returns at once: the judge works on this group while the next one is drawn.
+                verdict = run.judge.submit(row, sources, group.images)
+            if group is None:
+                verdict.set_result(Scores.missing(copies, "bad row"))
+            jobs.append(Job(number, row, group, verdict))
     return jobs
 
 
 def _await_scores(run, jobs, copies):
     """The Scores of all ranks' groups, (G, K). A signal or too many failures end the waiting."""
     verdicts = [job.verdict for job in jobs]
-    expected = len(verdicts) * run.accelerator.num_processes  # groups
+    expected = len(verdicts) * run.accelerator.num_processes  # groups of all ranks
     groups = []
     while len(groups) < expected:
         with run.together():
@@ -439,13 +446,13 @@ def _await_scores(run, jobs, copies):
             known = [verdict.result() for verdict in verdicts if verdict.done()]
         groups = gather_object(known)
         failed = Counter(sum([group.causes for group in groups], []))
-        del failed[""], failed["bad row"]  # no failures of the judge
+        del failed[""], failed["bad row"]  # a success, and no fault of the judge
         with run.together():
             if failed.total() > run.settings.max_failed * expected * copies:
-                counts = f"{failed.total()} of {expected * copies} edits ({dict(failed)})"
                 raise BadInput(
-                    f"the judge failed on {counts}; see to {run.settings.judge} and go on with "
-                    "--resume auto, or raise --max_failed"
+                    f"the judge failed on {failed.total()} of {expected * copies} edits "
+                    f"({dict(failed)}); see to {run.settings.judge} and go on with --resume auto, "
+                    "or raise --max_failed"
                 )
     return Scores.stack(groups)
 
@@ -455,12 +462,12 @@ def _await_scores(run, jobs, copies):
 
 @dataclass
 class Chunk:
-    """Pairs of one group for one forward. Names only: from them any rank can draw the tensors."""
+    """Pairs of one group for one forward, by numbers alone: any rank can draw their tensors."""
 
     number: int  # of the group in the epoch
     pairs: list  # B of (copy, pick): which edit, and which of its trained times
     is_pulled: bool  # to the base, which takes one forward more
-    share: float = 1.0  # in the gradient; 0 where it only keeps its rank in step
+    share: float = 1.0  # in the gradient; 0 in padding, which only keeps its rank in step
 
 
 def _deal_chunks(run, r):
@@ -469,8 +476,8 @@ def _deal_chunks(run, r):
     ranks = run.accelerator.num_processes
     chunks = []
     has_pull = settings.kl_weight + settings.norm_hinge > 0
-    # The first of an edit's times is pulled to the base, which makes its chunks slower: dealt by
-    # themselves, they do not meet on one rank.
+    # The first of an edit's times is pulled to the base, which makes its chunks slower: they are
+    # dealt out before the others, so that each rank gets equally many.
     for picks, is_pulled in (([0], has_pull), (range(1, settings.train_timesteps), False)):
         for number, group in enumerate(r):
             copies = group.isfinite().nonzero().flatten().tolist()
@@ -487,7 +494,7 @@ def _deal_chunks(run, r):
 
 @dataclass
 class Pairs:
-    """B noised edits of one group."""
+    """B edits of one group and the noise for each."""
 
     copy: Tensor  # (B,) which of its edits
     x_0: Tensor  # (B, N, C) clean latents
@@ -497,21 +504,22 @@ class Pairs:
 
 
 def draw_pairs(run: Run, group: Group, chunk: Chunk, r: Tensor, epoch: int) -> Pairs:
-    """The tensors of a chunk, on this rank's device; r (K,) is its group's."""
+    """The tensors of a chunk, on this rank's device. r: (K,), of its group alone."""
     T = run.settings.train_timesteps
     noise = []
     t = []
     for copy, pick in chunk.pairs:
         draws = seeded(run.settings.seed, "train", epoch, chunk.number, copy)
-        # Only times of the rollout: elsewhere the model may be asked what it never sees in use.
+        # Only times of the rollout: others the model never meets in use.
         order = torch.randperm(len(group.sigmas), generator=draws)
-        # For all of the edit's times, of which others may be in another chunk.
+        # For all T times of the edit, as others of them may be in another chunk.
         noises = torch.randn(T, *group.x_0.shape[1:], generator=draws)  # (T, N, C)
         noise.append(noises[pick])
         t.append(group.sigmas[order[pick]])
-    # Rounded as `velocity` rounds them: x_t is to lie where the transformer believes it to be.
+    # Rounded as `velocity` rounds them, so that x_t is as noisy as the transformer is told.
     told = torch.stack(t).to(run.editor.transformer.dtype).float()
     copies = torch.tensor([copy for copy, _ in chunk.pairs])
+    # In the order of Pairs.
     tensors = (copies, group.x_0[copies], torch.stack(noise), told, r[copies].float())
     return Pairs(*send_to_device(tensors, run.accelerator.device))
 
@@ -527,14 +535,13 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict, is_pulled: bool) -> Measured
     x_t = (1 - t) * pairs.x_0 + t * pairs.noise  # (B, N, C)
     v = velocity(editor, x_t, pairs.t, cond)  # (B, N, C), the new policy's
     v_old = v.detach()
-    if not old_is_new(editor):  # else the forward would give the same bits
+    if not old_is_new(editor):  # where it is, a forward would give these bits
         with torch.no_grad(), policy(editor, "old"):
             v_old = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
     loss = settings.advantage_clip * nft_loss(
         v, v_old, x_t, pairs.x_0, pairs.t, pairs.r, settings.nft_beta
     )  # (B,)
-    drift_old = (v - v_old).square().mean((1, 2))  # (B,)
-    measured = {"copy": pairs.copy, "t": pairs.t, "drift_old": drift_old}
+    measured = {"copy": pairs.copy, "t": pairs.t, "drift_old": (v - v_old).square().mean((1, 2))}
     if is_pulled:
         with torch.no_grad(), policy(editor, "base"):
             v_base = velocity(editor, x_t, pairs.t, cond)  # (B, N, C)
@@ -544,7 +551,7 @@ def pair_losses(run: Run, pairs: Pairs, cond: dict, is_pulled: bool) -> Measured
         norm_ratio = v.flatten(1).norm(dim=1) / v_base.flatten(1).norm(dim=1)  # (B,)
         excess = (norm_ratio - 1).relu().square()  # (B,)
         pull = settings.kl_weight * drift + settings.norm_hinge * excess
-        # This time stands for all of its edit's, any of which it might have been.
+        # One of the edit's T times, by lot: T times as strong it stands for all.
         loss = loss + settings.train_timesteps * pull
         measured |= {"drift_base": drift, "norm_ratio": norm_ratio}
     return measured | {"loss": loss}
@@ -559,16 +566,16 @@ def old_is_new(editor: Editor) -> bool:
 def mean_gradient(
     run: Run, groups: list[Group | None], r: Tensor, epoch: int
 ) -> tuple[Measured, float]:
-    """Leaves in new's parameters the mean gradient over all kept pairs of all ranks, clipped.
+    """Puts into new's .grad the mean gradient over all kept pairs of all ranks, clipped.
 
-    groups, r (G, K): of all ranks. Returns what was measured of the P trained pairs, name -> (P,)
-    or, of the pull to the base, fewer; and the gradient's norm, NaN for P = 0.
+    groups, r (G, K): of all ranks. Returns what was measured of the P trained pairs, and the norm
+    of the gradient before it is clipped: NaN for P = 0.
     """
     chunks = _deal_chunks(run, r)
     if not chunks:
         return {}, math.nan
     total = r.isfinite().sum().item() * run.settings.train_timesteps  # P
-    trained = list(lora_parameters(run.editor, "new").values())
+    trained = lora_parameters(run.editor, "new").values()
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     parts = []
@@ -586,11 +593,11 @@ def mean_gradient(
 
     parts = gather_object(send_to_device(parts, "cpu"))
     measured = {}
-    for name in parts[0]:  # of a chunk that is pulled to the base, if any is: it has all names
+    for name in parts[0]:  # of the first chunk: pulled to the base if any is, it has all names
         measured[name] = torch.cat([part[name] for part in parts if name in part])
     grads = [parameter.grad for parameter in trained]
-    message = run.accelerator.reduce(parameters_to_vector(grads), "sum")  # one for the whole step
-    vector_to_parameters(message, grads)
+    total_grad = run.accelerator.reduce(parameters_to_vector(grads), "sum")  # one message a step
+    vector_to_parameters(total_grad, grads)  # back into each .grad
     return measured, clip_grad_norm_(trained, GRAD_CLIP).item()
 
 
@@ -613,11 +620,11 @@ def _all_or_nothing(run):
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(run: Run, name: str) -> Rows:
+def evaluate(run: Run, name: str) -> Results:
     """One policy's held-out edits, the same noises for every policy: a dict for each row, in order.
 
-    `row` (its number), `judge`, for the toy's rows also `oracle` and `success`, NaN where unknown;
-    the first SHOWN_ROWS have their picture as `image`.
+    `row`: its number; `judge`, `oracle`, `success`: scores, NaN where unknown, as of the last two
+    are all but the toy's; `image`: the edit of the first SHOWN_ROWS, None of the others.
     """
     settings = run.settings
     jobs = draw(
@@ -630,16 +637,16 @@ def evaluate(run: Run, name: str) -> Rows:
         guidance=settings.eval_guidance,
         evaluation=True,
     )
-    _await_scores(run, jobs, 1)
+    _await_scores(run, jobs, 1)  # and every verdict is there
     results = []
     for job in jobs:
         edit = job.group.images[0] if job.group else None
         result = {"row": job.number, "judge": job.verdict.result().score.item()}
         result["image"] = edit if job.number < SHOWN_ROWS else None
-        truth = oracle(job.row, edit) if edit else None  # None, too, for rows not of the toy
+        truth = oracle(job.row, edit) if edit else None  # also of rows that are not the toy's
         result["oracle"], result["success"] = truth or (math.nan, math.nan)
         results.append(result)
-    by_row = {result["row"]: result for result in gather_object(results)}  # each row once
+    by_row = {result["row"]: result for result in gather_object(results)}  # of padding, one
     return list(by_row.values())
 
 
@@ -649,16 +656,16 @@ def _held_out_record(base, results, name):
     for key in ("judge", "oracle", "success"):
         if any(math.isfinite(result[key]) for result in results):
             gain = paired_gain(base, results, key)
-            place = f"heldout/{name}/{key}"
-            record[place] = gain.pop("now")  # first, and the rest below it
-            record |= {f"{place}/{part}": value for part, value in gain.items()}
+            prefix = f"heldout/{name}/{key}"
+            record[prefix] = gain.pop("now")
+            record |= {f"{prefix}/{part}": value for part, value in gain.items()}
     return record
 
 
 def _show_edits(run, base, now, epoch):
-    """A picture for samples/ and the trackers, of a few held-out rows and both policies' edits.
+    """A picture for samples/ and the trackers: a few held-out rows, edited by both policies.
 
-    Of each row the source, base's edit, now's, and the target where it is known.
+    Its columns are the source, base's edit, now's, and the target where there is one.
     """
     pictures = []
     captions = []
@@ -676,7 +683,7 @@ def _show_edits(run, base, now, epoch):
     pixels = np.array(grid)[None]  # (1, height, width, 3)
     for tracker in run.accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        if hasattr(tracker, "log_images"):  # accelerate gives some of them pictures
+        if hasattr(tracker, "log_images"):  # accelerate has it for some of them
             tracker.log_images({"heldout/edits": pixels}, epoch, **layout)
 
 
@@ -684,7 +691,7 @@ def _show_edits(run, base, now, epoch):
 
 
 @contextmanager
-def timed(record: dict, phase: str, device: torch.device) -> Iterator[None]:
+def _timed(record, phase, device):
     """Adds the seconds of a phase to the record, and on a GPU its peak memory in GB."""
     begun = time.time()
     on_gpu = device.type == "cuda"
@@ -698,10 +705,10 @@ def timed(record: dict, phase: str, device: torch.device) -> Iterator[None]:
 
 
 def epoch_record(scores: Scores, reasons: list[str], measured: Measured, norm: float) -> dict:
-    """What scores and update of an epoch say, as flat numbers; what nothing is known of is NaN."""
+    """An epoch's numbers by slash names, flat; NaN where nothing is known."""
     score = scores.score  # (G, K)
     centred = score - score.nanmean(1, keepdim=True)
-    values = {
+    values = {  # tensors, whose mean is meant
         "reward/mean": score,
         "reward/spread": centred.square().nanmean().sqrt(),
         "judge/mass": scores.mass,
@@ -726,11 +733,11 @@ def epoch_record(scores: Scores, reasons: list[str], measured: Measured, norm: f
     }
     names = [f"judge/failed/{cause}" for cause in scores.causes if cause]
     names += [f"groups/{reason}" for reason in reasons if reason]
-    return record | Counter(names)
+    return record | Counter(names)  # name -> how often
 
 
 def reward_by_task(drawn: Rows, score: Tensor) -> dict:
-    """Entries of a record: the mean score (G, K) of the rows of each task that they name."""
+    """Entries of a record: the mean score of each task that rows name. score: (G, K)."""
     tasks = np.array([row.get("task", "") for row in drawn])
     named = sorted(set(tasks) - {""})
     return {f"reward/task/{task}": score[tasks == task].nanmean().item() for task in named}
@@ -755,12 +762,12 @@ def _epoch_line(record):
 def _save_checkpoint(run, state):
     """Writes checkpoint-{epoch}, whole or not at all; then only the newest few and the best stay.
 
-    new lies on top, as diffusers reads it, old and ema in folders of their own.
+    new lies in the folder itself, where diffusers reads it, old and ema in folders of their own.
     """
     folder = run.out / f"checkpoint-{state['epoch']}"
     with whole_folder(folder) as part:
         for name in run.editor.policies:
-            save_lora(run.editor, part / name.removeprefix("new"), name)  # new: part itself
+            save_lora(run.editor, part / name.removeprefix("new"), name)
         torch.save(run.optimizer.state_dict()["state"], part / "optimizer.pt")
         write_json(part / "state.json", state)
     run.saved = dict(state)
@@ -781,20 +788,20 @@ def _load_checkpoint(run, state):
             raise BadInput(f"{folder}: {'; '.join(changes)}; give what it was, or --force true")
         for name in run.editor.policies:
             load_lora(run.editor, folder / name.removeprefix("new"), name)
-        # Into what a new optimizer knows already, its learning rate: --force may have changed it.
+        # AdamW's moments; its learning rate stays today's, as --force may have changed it.
         moments = torch.load(folder / "optimizer.pt", "cpu")
         run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": moments})
     for change in changes:
         run.accelerator.print(f"resuming although {change}")
     run.saved = stored
-    state |= stored | {"settings": state["settings"]}  # which stay those of today
+    state |= stored | {"settings": state["settings"]}  # but today's settings
 
 
 def fresh_state(run: Run) -> dict:
     """The state of a run before its first epoch."""
     return {
         "epoch": 0,  # finished so far
-        "logged": 0,  # epochs that are evaluated, as far as that is due, and logged
+        "logged": 0,  # epochs evaluated, where that is due, and logged
         "record": {},  # of the last finished epoch
         "bad_steps": 0,  # in a row
         "silent_epochs": 0,  # in a row
@@ -808,7 +815,7 @@ def fresh_state(run: Run) -> dict:
 def _open_records(run, state):
     """The run's folder and its trackers as they were after the last epoch that is logged."""
     with run.together():
-        if run.is_main:
+        if run.accelerator.is_main_process:
             write_json(run.out / "config.json", state["settings"])
             keep_json_lines(run.out / "log.jsonl", "epoch", state["logged"])
         start_trackers(
@@ -826,17 +833,23 @@ def _set_up(argv, scratch):
     """
     settings = parse_settings(Settings, argv, __doc__.splitlines()[0])
     is_toy = not settings.base
-    if is_toy:
+    if is_toy:  # once more, with other defaults
         settings = parse_settings(Settings, argv, **TOY)
     if not settings.data:
         raise BadInput("--data is missing; name a folder with train.jsonl and test.jsonl")
     if settings.dry_run:
         settings = replace(
-            settings, out=scratch, epochs=1, eval_rows=1, resume="never", report_to="none"
+            settings,
+            out=scratch,
+            epochs=1,
+            eval_rows=1,
+            bad_rows="stop",
+            resume="never",
+            report_to="none",
         )
-    log = Path(settings.out) / "log.jsonl"
-    check_names(log.parent, ["config.json", "log.jsonl"], ["samples"])
-    holds_run = log.exists() or numbered_folders(log.parent, "checkpoint")
+    out = Path(settings.out)
+    check_names(out, ["config.json", "log.jsonl"], ["samples"])
+    holds_run = numbered_folders(out, "checkpoint") or Path(out, "log.jsonl").exists()
     if holds_run and settings.resume == "never":
         raise BadInput(f"{settings.out}: holds a run already; give --resume auto or another --out")
     accelerator = start_processes(settings.out, settings.report_to)
@@ -903,28 +916,27 @@ def _fit_machine(run):
     settings = run.settings
     transformer = editor.transformer
     on_gpu = run.accelerator.device.type == "cuda"
-    idle = []
     if settings.offload and on_gpu:
+        # All on the transformer's GPU but itself; a judge may have a GPU of its own.
         parts = [*editor.pipe.components.values(), getattr(run.judge, "model", None)]
-        # A judge on a GPU of its own may stay there.
         idle = [part for part in parts if getattr(part, "device", None) == transformer.device]
         idle.remove(transformer)
-    editor.idle = idle
+        editor.idle = idle
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         if on_gpu and not settings.shard:
-            # A margin, for AdamW's moments and rows of other sizes.
+            # 5 % are left for AdamW's moments and larger rows.
             torch.cuda.set_per_process_memory_fraction(0.95)
-            _try_update(run, idle)
+            _try_update(run)
             torch.cuda.set_per_process_memory_fraction(1.0)
     if settings.compile and on_gpu:
         compile_blocks(editor)
-    if not settings.shard:  # where all ranks do each forward, or none
+    if not settings.shard:  # of a sharded base no rank may leave a forward alone
         heed_stop(transformer, run.stop)
 
 
-def _try_update(run, idle):
-    """Finds out by trial what updates must do to fit into memory, and says it."""
+def _try_update(run):
+    """Finds out by trial what updates must do to fit into memory, does it, and says it."""
     editor = run.editor
     row = max(run.rows["train"], key=lambda row: len(row["images"]))
     group = rollout(editor, load_sources(row), row["prompt"], [seeded(0)], steps=1)
@@ -934,7 +946,7 @@ def _try_update(run, idle):
         with parked(editor):
             velocity(editor, x_t, group.sigmas.expand(batch), group.cond).sum().backward()
 
-    batch, recomputed = fit_memory(editor, idle, run.settings.train_batch, trial)
+    batch, recomputed = fit_memory(editor, run.settings.train_batch, trial)
     run.optimizer.zero_grad()
     batch = min(gather_object([batch]))  # so that all ranks cut the same chunks
     run.settings = replace(run.settings, train_batch=batch)
@@ -948,7 +960,7 @@ def _try_update(run, idle):
 def close_epoch(run: Run, state: dict, base: Rows):
     """Evaluates, logs and saves a finished epoch, as far as that is due.
 
-    Its record is in the state: a run that is stopped in between makes up for it.
+    Its record is in the state, so that a run stopped before this is done does it when resumed.
     """
     settings = run.settings
     epoch = state["epoch"]
@@ -956,15 +968,15 @@ def close_epoch(run: Run, state: dict, base: Rows):
     is_last = epoch == settings.epochs
     results = {}
     if is_last or epoch % settings.eval_every == 0:
-        # What the user will keep; the others only at the end.
+        # new is what the user will keep; the others only at the end.
         for name in run.editor.policies if is_last else ["new"]:
             results[name] = evaluate(run, name)
             record |= _held_out_record(base, results[name], name)
-    known = {key: value for key, value in record.items() if math.isfinite(value)}  # JSON has no NaN
+    known = {key: value for key, value in record.items() if math.isfinite(value)}  # no NaN
     score = known.get("heldout/new/judge", -1.0)
     is_best = score > state["best"]
     with run.together():
-        if run.is_main:
+        if run.accelerator.is_main_process:
             if results:
                 _show_edits(run, base, results["new"], epoch)
             append_json_line(run.out / "log.jsonl", known)
@@ -973,14 +985,14 @@ def close_epoch(run: Run, state: dict, base: Rows):
         state["logged"] = epoch
         if is_best:
             state |= {"best": score, "best_epoch": epoch}
-        # A rank that waits inside a forward cannot save: with a sharded base it has done so.
+        # A rank that hangs in a sharded forward could not save: there every epoch is saved.
         is_due = any([is_best, settings.shard, epoch % settings.save_every == 0])
-        if run.is_main and is_due:
+        if run.accelerator.is_main_process and is_due:
             _save_checkpoint(run, state)
 
 
 def refuse_hopeless(run: Run, state: dict, record: dict, measured: Measured, drawn: Rows):
-    """BadInput after three steps in a row that did harm, or many epochs without a kept group."""
+    """BadInput after three bad steps in a row (see bad-steps.json), or HOPELESS epochs in a row."""
     exploded = EXPLODED * run.settings.advantage_clip
     is_bad = (
         record["steps/skipped"]
@@ -1000,7 +1012,7 @@ def refuse_hopeless(run: Run, state: dict, record: dict, measured: Measured, dra
         )
     if state["silent_epochs"] >= HOPELESS:
         kinds = ("groups/", "judge/failed/")
-        counts = {key: record[key] for key in record if key.startswith(kinds)}
+        counts = {name: record[name] for name in record if name.startswith(kinds)}
         raise BadInput(
             f"nothing was kept for {HOPELESS} epochs in a row (of the last one: {counts}): all "
             "rows are solved, or the judge tells no edits apart; see to --judge, --filter and "
@@ -1025,11 +1037,11 @@ def run_epochs(run: Run, state: dict):
 
         # ---------------- rollout: the old policy draws K edits of each row
         # Rows and noises are functions of the epoch's number, so that a resumed run goes on
-        # as if it had never stopped, and N ranks draw what one would.
+        # as if it had never stopped, and many ranks draw what one would.
         rows = run.rows["train"]
         numbers = rows_of_epoch(settings.groups, len(rows), settings.seed, epoch)
         drawn = [rows[number] for number in numbers]  # G
-        with timed(record, "rollout", device):
+        with _timed(record, "rollout", device):
             jobs = draw(
                 run,
                 "old",
@@ -1042,15 +1054,15 @@ def run_epochs(run: Run, state: dict):
             )
 
         # ---------------- reward: every rank learns all scores, and gets all edits' latents
-        with timed(record, "reward", device):
+        with _timed(record, "reward", device):
             scores = _await_scores(run, jobs, settings.group_size)
             mine = [job.group.for_training() if job.group else None for job in jobs]
             groups = gather_object(mine)  # G
 
-        # ---------------- filter: what says nothing goes, the rest becomes optimality
+        # ---------------- filter: silent groups are dropped, other scores become optimality
         r, reasons = group_advantages(scores.score, settings, least_spread)  # r: (G, K)
         if settings.normalise_aspects:
-            # Other advantages of the edits that are left.
+            # Of the edits that are left, by their aspects.
             joined = _join_standardised(scores.terms, run.judge.weights)
             joined = joined.masked_fill(r.isnan(), torch.nan)
             r, _ = group_advantages(joined, replace(settings, filter="none"))
@@ -1058,13 +1070,13 @@ def run_epochs(run: Run, state: dict):
             r = torch.linspace(0, 1, settings.group_size).expand_as(r)
 
         # ---------------- update: one step towards good edits, away from bad ones
-        with timed(record, "update", device):
+        with _timed(record, "update", device):
             measured, norm = mean_gradient(run, groups, r, epoch)
         record |= epoch_record(scores, reasons, measured, norm)
         record |= reward_by_task(drawn, scores.score)
 
-        # ---------------- the step; the old policy follows, at first at once, later ever more
-        # slowly: fresh data while the policy moves fast, a steady anchor once it is good
+        # ---------------- the step; old follows: at once in the first epochs, later more slowly,
+        # for fresh data while the policy moves fast, and a steady anchor once it is good
         record["old_decay"] = min(settings.decay_rate * (epoch + 1), settings.decay_max)
         if epoch < settings.decay_start:
             record["old_decay"] = 0.0
@@ -1072,19 +1084,19 @@ def run_epochs(run: Run, state: dict):
             if math.isfinite(norm):
                 run.optimizer.step()
             soft_update(run.editor, record["old_decay"])
-            if settings.ema_decay:  # at first an average of few epochs, or it would lag
+            if settings.ema_decay:  # of few epochs at first, or its beginning would weigh too long
                 ema_decay = min(settings.ema_decay, (1 + epoch) / (10 + epoch))
                 soft_update(run.editor, ema_decay, "ema")
             state |= {"epoch": epoch + 1, "record": record}
 
-        # ---------------- records; then what cannot learn says so
+        # ---------------- records; a run that cannot learn ends
         close_epoch(run, state, base)
         with run.together():
             refuse_hopeless(run, state, record, measured, drawn)
 
 
 def train(run: Run):
-    """A run to its end, or to a stop. Every way out keeps the last finished epoch."""
+    """A run to its end, or to a stop. Whatever is raised, the last finished epoch is saved."""
     state = fresh_state(run)
     fault = None
     with closing(run.judge):
@@ -1093,15 +1105,17 @@ def train(run: Run):
             _open_records(run, state)
             run_epochs(run, state)
         except Stopped as stopped:
-            fault = stopped.__cause__  # None: a signal, or another rank tells of it
+            fault = stopped.__cause__  # None: a signal, or another rank reports the error
         finally:
-            if run.is_main and state["epoch"] and state != run.saved:
+            if run.accelerator.is_main_process and state["epoch"] and state != run.saved:
                 _save_checkpoint(run, state)
-    run.accelerator.wait_for_everyone()  # a rank that leaves early breaks the others' messages
+    run.accelerator.wait_for_everyone()  # one that leaves early would break the others' messages
     run.accelerator.end_training()
-    if run.is_main and state["logged"] < run.settings.epochs:
-        done = f"stopped after epoch {state['epoch']} of {run.settings.epochs}"
-        say(f"{done}, evaluated and logged up to {state['logged']}; go on with --resume auto")
+    if run.accelerator.is_main_process and state["logged"] < run.settings.epochs:
+        say(
+            f"stopped after epoch {state['epoch']} of {run.settings.epochs}, evaluated and logged "
+            f"up to {state['logged']}; go on with --resume auto"
+        )
     if fault:
         raise fault
 
@@ -1109,7 +1123,7 @@ def train(run: Run):
 def main(argv: list[str] | None = None):
     with TemporaryDirectory() as scratch:
         settings, accelerator = _set_up(argv, scratch)
-        stop = catch_signals()  # not before: until here there is nothing to end well
+        stop = catch_signals()  # not before: until here there is nothing to save
         with locked(settings.out, accelerator.is_main_process):
             train(_load_all(settings, accelerator, stop))
 

@@ -172,7 +172,7 @@ def make_run(pipe, settings, meter, folder):
         settings, OnDevice(device), Event(), rows, editor, RuleJudge(), optimizer, saved={}
     )
     if device == GPU and settings.gradient_checkpointing and math.isfinite(meter.limit):
-        train_nft._try_update(run, editor.idle)
+        train_nft._try_update(run)
         meter.switch("loading")
         meter.figures.clear()
     return run

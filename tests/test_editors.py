@@ -535,7 +535,7 @@ def test_recomputing_blocks_keeps_the_gradient_of_editors_that_cache_keys(load, 
         if len(gradients) < 2 + len(classes):
             raise torch.OutOfMemoryError
 
-    assert sample.fit_memory(editor, [], 1, trial) == (1, classes)
+    assert sample.fit_memory(editor, 1, trial) == (1, classes)
     for some in gradients[1:]:
         for gradient, wanted in zip(some, gradients[0], strict=True):
             assert torch.equal(gradient, wanted)

@@ -125,8 +125,9 @@ EDITS = {
             ),
             Patch(
                 "sample.py",
-                'parameter.requires_grad_(name == "new")',
-                'parameter.requires_grad_(name == "new" and "lora_B" in key)',
+                "            layer.cast_input_dtype_enabled = False\n",
+                "            layer.cast_input_dtype_enabled = False\n"
+                "            layer.frozen_peft_weight_names = {'new': ['lora_A']}\n",
             ),
         ),
     ),

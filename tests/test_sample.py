@@ -603,7 +603,8 @@ def test_an_update_saves_as_little_memory_as_fits_and_the_gradient_stays(lora_ed
 
     idle = [lora_editor.pipe.vae]
     parked, pairs, again = ATTEMPTS[failures]
-    assert sample.fit_memory(lora_editor, idle, 5, trial) == (pairs, CLASSES[:again])
+    lora_editor.idle = idle
+    assert sample.fit_memory(lora_editor, 5, trial) == (pairs, CLASSES[:again])
     assert made == ATTEMPTS[: failures + 1]
     assert lora_editor.idle == idle[:parked]
     calls.clear()
@@ -616,7 +617,7 @@ def test_a_base_that_no_saving_makes_room_for_is_refused_at_the_start(lora_edito
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError, match="no update fits"):
-        sample.fit_memory(lora_editor, [], 5, trial)
+        sample.fit_memory(lora_editor, 5, trial)
 
 
 def test_a_trial_that_fails_otherwise_is_not_taken_for_a_lack_of_memory(lora_editor):
@@ -624,7 +625,7 @@ def test_a_trial_that_fails_otherwise_is_not_taken_for_a_lack_of_memory(lora_edi
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        sample.fit_memory(lora_editor, [], 5, trial)
+        sample.fit_memory(lora_editor, 5, trial)
 
 
 def test_a_machine_that_cannot_compile_says_so_once_and_goes_on(lora_editor, monkeypatch, capsys):

@@ -636,11 +636,13 @@ def test_what_updates_do_to_fit_into_memory_is_tried_and_said(small, monkeypatch
     run, group = small(train_batch=5)
     tried = []
 
-    def fit(editor, idle, batch, trial):
+    def fit(editor, batch, trial):
+        idle = editor.idle
+        editor.idle = []  # nothing can be parked here
         trial(batch)
+        editor.idle = idle
         parameters = lora_parameters(editor, "new").values()
         assert all(parameter.grad is not None for parameter in parameters)
-        editor.idle = idle
         return 2, ["FluxTransformerBlock"]
 
     def noted(editor, x_t, t, cond):
@@ -649,7 +651,8 @@ def test_what_updates_do_to_fit_into_memory_is_tried_and_said(small, monkeypatch
 
     monkeypatch.setattr(train_nft, "fit_memory", fit)
     monkeypatch.setattr(train_nft, "velocity", noted)
-    train_nft._try_update(run, [run.editor.pipe.vae])
+    run.editor.idle = [run.editor.pipe.vae]
+    train_nft._try_update(run)
     assert tried == [((5, *group.x_0.shape[1:]), (5,))]
     assert run.settings.train_batch == 2
     assert all(p.grad is None for p in lora_parameters(run.editor, "new").values())
@@ -814,6 +817,15 @@ def test_a_dry_run_makes_one_step_and_says_what_it_took_and_saves_nothing(
     assert re.search(r"seconds/rollout \d.*  seconds/update \d", said)
     assert [path.name for path in (tmp_path / "dry").iterdir()] == ["log.jsonl"]
     assert (tmp_path / "dry" / "log.jsonl").read_text() == "of another run\n"
+
+
+def test_a_dry_run_names_a_row_that_cannot_be_drawn(run, monkeypatch):
+    def refuse(*args, **how):
+        raise BadInput("this row is not for me")
+
+    monkeypatch.setattr(train_nft, "rollout", refuse)
+    with pytest.raises(BadInput, match="this row is not for me"):
+        run("dry", dry_run=True, bad_rows="skip")  # skipped, there would be nothing to measure
 
 
 def test_a_bar_counts_what_its_loop_does(run, monkeypatch):
