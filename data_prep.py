@@ -26,7 +26,6 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import operator
 import os
 import random
@@ -56,6 +55,12 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
+from torch.multiprocessing import (
+    ProcessExitedException,
+    ProcessRaisedException,
+    parent_process,
+    spawn,
+)
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -1473,37 +1478,18 @@ OBJECTS = ["", *THINGS]  # by number; 0 is an empty cell
 TASKS = ("recolour", "remove", "add", "replace", "background")
 
 
-class Scene(NamedTuple):
-    """A picture in five numbers: its background, and the object in each cell."""
-
-    background: int
-    top_left: int
-    top_right: int
-    bottom_left: int
-    bottom_right: int
-
-
 class Change(NamedTuple):
     """What an instruction asks for: `new` in place of `old`, both objects or both backgrounds."""
 
     task: str
-    place: int | None  # in the scene, 0 for its background; None: wherever the old object is
+    places: Iterable[int]  # where in a scene `old` may be
     old: int
     new: int
 
 
-class Example(NamedTuple):
-    """An edit: the scene before, the scene after, and the instruction between them."""
-
-    source: Scene
-    target: Scene
-    task: str
-    text: str
-
-
 @functools.cache
 def _cell_templates():
-    """Every picture a cell can show: (80, 3, 16, 16) in [0, 1], an object on a background each."""
+    """Every picture a cell can show, object on background: (80, 3 x 16 x 16) in [0, 1]."""
     templates = []
     for background, thing in itertools.product(BACKGROUNDS.values(), OBJECTS):
         # drawn eight times too large, then averaged: smooth edges
@@ -1515,9 +1501,9 @@ def _cell_templates():
         elif shape == "square":
             draw.rectangle((16, 16, 111, 111), COLOURS[colour])
         elif shape == "triangle":
-            draw.polygon([(64, 12), (116, 110), (12, 110)], COLOURS[colour])
+            draw.polygon((64, 12, 116, 110, 12, 110), COLOURS[colour])
         templates.append(_to_tensor(big.resize((CELL, CELL), Image.Resampling.BOX)))
-    return torch.stack(templates)
+    return torch.stack(templates).flatten(1)
 
 
 def _shown_in(scenes):
@@ -1528,20 +1514,18 @@ def _shown_in(scenes):
 
 def _render(scenes):
     """Pictures of scenes: int (B, 5) -> float (B, 3, 32, 32) in [0, 1]."""
-    cells = _cell_templates()[_shown_in(scenes)]  # (B, 4, 3, 16, 16)
-    grid = cells.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5)  # (B, 3, row, 16, column, 16)
-    return grid.reshape(-1, 3, SIZE, SIZE)
+    cells = _cell_templates()[_shown_in(scenes)]  # (B, 4, 3 x 16 x 16)
+    return F.fold(cells.mT, SIZE, CELL, stride=CELL)
 
 
 def _squares(pictures, side):
     """Cuts pictures into squares, row by row: (B, 3, H, W) -> (B x squares, 3, side, side)."""
-    grid = pictures.unfold(2, side, side).unfold(3, side, side)  # (B, 3, row, column, side, side)
-    return grid.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    return F.unfold(pictures, side, stride=side).mT.reshape(-1, 3, side, side)
 
 
 def to_pil(picture: Tensor) -> Image.Image:
     """float (3, H, W) in [0, 1] -> PIL.Image."""
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+    return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def _to_tensor(image):
@@ -1554,16 +1538,17 @@ def _instructions():
     """What each instruction that there is asks for, sorted by their texts."""
     changes = {}
     things = list(enumerate(THINGS, 1))
+    cells = range(1, 5)
     for (old, thing), (new, other) in itertools.permutations(things, 2):
-        changes[f"replace the {thing} with a {other}"] = Change("replace", None, old, new)
+        changes[f"replace the {thing} with a {other}"] = Change("replace", cells, old, new)
         colour, shape = other.split()
         if thing.endswith(shape):
-            changes[f"make the {thing} {colour}"] = Change("recolour", None, old, new)
+            changes[f"make the {thing} {colour}"] = Change("recolour", cells, old, new)
     for (number, thing), (place, cell) in itertools.product(things, enumerate(CELLS, 1)):
-        changes[f"add a {thing} at the {cell}"] = Change("add", place, 0, number)
-        changes[f"remove the {thing} at the {cell}"] = Change("remove", place, number, 0)
+        changes[f"add a {thing} at the {cell}"] = Change("add", [place], 0, number)
+        changes[f"remove the {thing} at the {cell}"] = Change("remove", [place], number, 0)
     for (old, colour), (new, other) in itertools.permutations(enumerate(BACKGROUNDS), 2):
-        changes[f"change the {colour} background to {other}"] = Change("background", 0, old, new)
+        changes[f"change the {colour} background to {other}"] = Change("background", [0], old, new)
     return dict(sorted(changes.items()))
 
 
@@ -1583,61 +1568,65 @@ def _is_test_scene(scene):
 
 def _apply_change(scene, change):
     """The scene after a change; None where it does not apply (no such object, cell taken)."""
-    place = change.place
-    if place is None and change.old in scene[1:]:
-        place = scene.index(change.old, 1)
-    if place is None or scene[place] != change.old:
-        return None
-    if place > 0 and change.new > 0 and change.new in scene[1:]:
-        return None  # an object stands in a scene only once: its name is enough to point at it
-    after = list(scene)
-    after[place] = change.new
-    return Scene(*after)
+    for place in change.places:
+        # an object stands in a scene only once: its name is enough to point at it
+        is_there = place > 0 and change.new > 0 and change.new in scene[1:]
+        if scene[place] == change.old and not is_there:
+            return scene[:place] + [change.new] + scene[place + 1 :]
+    return None
 
 
-def _toy_examples(number, split, *key):
-    """Seeded examples of one split; tasks take turns, the objects of a scene are distinct."""
+def _toy_rows(number, split, *key):
+    """Seeded rows without pictures, of one split; tasks take turns, a scene's objects differ."""
     is_test = split == "test"
     # a generator of Python's own: its draws, too, are named and the same on every machine
     rng = random.Random(seeded("toy", split, *key).initial_seed())
-    examples = []
-    while len(examples) < number:
-        task = TASKS[len(examples) % len(TASKS)]
+    rows = []
+    while len(rows) < number:
+        task = TASKS[len(rows) % len(TASKS)]
         filled = rng.choice((1, 2, 2, 3, 3))  # of the four cells
         cells = rng.sample(range(1, len(OBJECTS)), filled) + (4 - filled) * [0]
         rng.shuffle(cells)
-        source = Scene(rng.randrange(len(BACKGROUNDS)), *cells)
+        source = [rng.randrange(len(BACKGROUNDS)), *cells]
         text = rng.choice(_texts(task, is_test))
         target = _apply_change(source, _instructions()[text])
         if target is None or _is_test_scene(source) != is_test:
             continue
         # training sees no test scene, neither as a source nor as a target
         if is_test or not _is_test_scene(target):
-            examples.append(Example(source, target, task, text))
-    return examples
+            rows.append(
+                {
+                    "id": f"{split}-{len(rows):04}",
+                    "prompt": text,
+                    "task": task,
+                    "source_scene": source,
+                    "target_scene": target,
+                }
+            )
+    return rows
 
 
-def scenes_of(examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """(source scenes, target scenes) of examples, int (n, 5) each."""
-    sources = torch.tensor([example.source for example in examples])
-    return sources, torch.tensor([example.target for example in examples])
+def scenes_of(rows: list[dict]) -> tuple[Tensor, Tensor]:
+    """(source scenes, target scenes) of toy rows, int (n, 5) each."""
+    sources = torch.tensor([row["source_scene"] for row in rows])
+    return sources, torch.tensor([row["target_scene"] for row in rows])
 
 
 @functools.cache
 def _likeness():
-    """0.3 each for the colour and the shape that two objects have in common: (16, 16)."""
-    words = [set(name.split()) for name in OBJECTS]
-    likeness = torch.zeros(len(words), len(words))
-    for (i, one), (j, other) in itertools.product(enumerate(words), repeat=2):
-        likeness[i, j] = 0.3 * len(one & other)
+    """1 for the same object, 0.3 for another of the same colour or shape, else 0: (16, 16)."""
+    likeness = torch.eye(len(OBJECTS))
+    for (i, one), (j, other) in itertools.permutations(enumerate(OBJECTS), 2):
+        if set(one.split()) & set(other.split()):
+            likeness[i, j] = 0.3
     return likeness
 
 
 def _cell_distances(pictures):
     """Mean squared error of each cell to each of the 80 templates: (B, 3, 32, 32) -> (B, 4, 80)."""
     cells = _squares(pictures, CELL).flatten(1)  # (4 B, 768)
-    distances = torch.cdist(cells, _cell_templates().flatten(1))  # (4 B, 80)
-    return (distances.square() / cells.shape[1]).unflatten(0, (-1, 4))
+    distances = torch.cdist(cells, _cell_templates()).square() / cells.shape[1]
+    return distances.unflatten(0, (-1, 4))
 
 
 def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -1652,14 +1641,14 @@ def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[T
     seen = (-distances / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))
     _, old_things = sources.split((1, 4), 1)  # (B, 4)
     new_ground, new_things = targets.split((1, 4), 1)  # (B, 1), (B, 4)
-
-    # an object's credit: 1 if it is the wanted one, 0 if it is the old one, else its likeness
-    credit = _likeness()[new_things].scatter(2, old_things[..., None], 0.0)  # (B, 4, 16)
-    credit = credit.scatter(2, new_things[..., None], 1.0)
-    things = (seen.sum(2) * credit).sum(2)  # (B, 4)
     is_kept = old_things == new_things  # (B, 4), all True where the background should change
-    done = things.where(~is_kept, 1.0).prod(1)  # of one object at most
-    kept = things.where(is_kept, 0.0).sum(1) / is_kept.sum(1)
+
+    # an object's credit is its likeness to the wanted one, but 0 if it is one that should have gone
+    credit = _likeness()[new_things]  # (B, 4, 16)
+    credit = credit.scatter(2, old_things[..., None], is_kept[..., None].float())
+    things = (seen.sum(2) * credit).sum(2)  # (B, 4)
+    done = things.masked_fill(is_kept, 1.0).prod(1)  # of one object at most
+    kept = things.masked_fill(~is_kept, torch.nan).nanmean(1)
     is_wanted = F.one_hot(new_ground, len(BACKGROUNDS))  # (B, 1, 5), the same in every cell
     ground = (seen.sum(3) * is_wanted).sum(2).mean(1)
 
@@ -1674,8 +1663,7 @@ def oracle(row: dict, image: Image.Image) -> tuple[float, bool] | None:
     if "target_scene" not in row:
         return None
     picture = _to_tensor(image.convert("RGB").resize((SIZE, SIZE)))
-    scenes = [torch.tensor([row[key]]) for key in ("source_scene", "target_scene")]
-    score, success = oracle_scores(picture[None], *scenes)
+    score, success = oracle_scores(picture[None], *scenes_of([row]))
     return score.item(), success.item()
 
 
@@ -1692,9 +1680,7 @@ class ToySettings(CheckedSettings):
     seed: int = setting(0, "Seed of rows, pictures and models.", at_least=0)
     train_rows: int = setting(480, "Rows of train.jsonl.", **COUNT)
     test_rows: int = setting(240, "Rows of test.jsonl: other scenes, other instructions.", **COUNT)
-    pool: int = setting(
-        8000, "Examples that the two models are trained on.", at_least=128, at_most=1e6
-    )
+    pool: int = setting(8000, "Rows that the two models are trained on.", at_least=128, at_most=1e6)
     vae_steps: int = setting(360, "Training steps of the autoencoder.", **COUNT)
     editor_steps: int = setting(900, "Training steps of the editor.", **COUNT)
     wrong_share: float = setting(
@@ -1706,65 +1692,42 @@ class ToySettings(CheckedSettings):
 def build_toy(settings: ToySettings) -> None:
     """The toy in settings.out: rows, pictures, editor, judge. One made with the same values stays.
 
-    BadInput where the folder holds something else, or only a part of a toy, and is left as it is.
+    One made with others, or that has lost a file, is built anew. BadInput for a folder that is no
+    toy, which is left as it is.
     """
     folder = Path(settings.out)
-    if _is_built(folder, settings):
-        return
-    start = time.time()
+    if folder.exists():
+        try:
+            recipe = read_json(folder / "toy.json")
+            names = read_json(folder / "hashes.json")
+        except (OSError, BadInput):
+            raise BadInput(
+                f"{folder}: holds no toy.json that is whole; move the folder away, or name another "
+                "with --out"
+            ) from None
+        changes = changed(recipe, asdict(settings), "out")
+        changes += [f"{name} is gone" for name in names if not (folder / name).exists()]
+        if not changes:
+            return
+        say(f"toy: {folder} is built anew: {', '.join(changes)}")
     say(f"toy: building {folder} once: rows, a tiny editor, a tiny judge; minutes on two cores")
     with whole_folder(folder) as part:
         write_rows(part, settings)
         _train_models(part, settings)
         write_json(part / "toy.json", asdict(settings))
-    say(f"toy: built in {(time.time() - start) / 60:.1f} min")
-
-
-def _is_built(folder, settings):
-    """Whether a folder holds the toy of these settings; BadInput for a part of one, or no toy."""
-    is_empty = folder.is_dir() and not os.listdir(folder)
-    if is_empty or not folder.exists():
-        return False
-    fix = "move the folder away, or name another with --out"
-    try:
-        found = read_json(folder / "toy.json")
-    except (OSError, BadInput):
-        raise BadInput(f"{folder}: holds no toy.json that is whole; {fix}") from None
-    changes = changed(found, asdict(settings), "out")
-    if changes:
-        say(f"toy: {folder} is built anew: {', '.join(changes)}")
-        return False
-    for name in (
-        "train.jsonl",
-        "test.jsonl",
-        "editor/transformer/diffusion_pytorch_model.safetensors",
-        "judge/model.safetensors",
-    ):
-        if not (folder / name).is_file():
-            raise BadInput(f"{folder}: has lost {name}; {fix}")
-    return True
 
 
 def write_rows(folder: Path, settings: ToySettings) -> None:
     """train.jsonl and test.jsonl with source and target pictures."""
     (folder / "pictures").mkdir(parents=True)
     for split, number in (("train", settings.train_rows), ("test", settings.test_rows)):
-        rows = []
-        for i, example in enumerate(_toy_examples(number, split, settings.seed, "rows")):
-            name = f"{split}-{i:04}"
-            row = {
-                "id": name,
-                "prompt": example.text,
-                "image": f"pictures/{name}-source.png",
-                "target": f"pictures/{name}-target.png",
-                "task": example.task,
-                "source_scene": example.source,
-                "target_scene": example.target,
-            }
-            source, target = _render(torch.tensor([example.source, example.target]))
+        rows = _toy_rows(number, split, settings.seed, "rows")
+        for row in rows:
+            row["image"] = f"pictures/{row['id']}-source.png"
+            row["target"] = f"pictures/{row['id']}-target.png"
+            source, target = _render(torch.cat(scenes_of([row])))
             to_pil(source).save(folder / row["image"])
             to_pil(target).save(folder / row["target"])
-            rows.append(row)
         write_json_lines(folder / f"{split}.jsonl", rows)
 
 
@@ -1797,10 +1760,8 @@ def main(argv: list[str] | None = None) -> None:
 # ------------- how the toy's two models were grown: not needed to read the method
 
 TEXT_TOKENS = 10  # the longest instruction has eight words and an end token
-QUESTION_TOKENS = 23  # the longest instruction, two pictures of six tokens, three marks
+BATCH = 128  # edits that each model learns from in a step
 DIGITS = "012345"  # the judge's answers
-# the tiny judge knows a few dozen words: it is asked with the instruction alone
-TOY_JUDGE_PROMPT = "{prompt}"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}"
@@ -1810,43 +1771,32 @@ CHAT_TEMPLATE = (
 
 
 def _train_models(folder, settings):
-    """Trains the editor here and the judge in a process beside it, and writes both to `folder`."""
-    judge = multiprocessing.get_context("spawn").Process(
-        target=_build_judge, args=(folder / "judge", settings)
-    )
-    judge.start()
-    threads = torch.get_num_threads()
+    """Trains editor and judge beside each other and writes them to `folder`; ends with both."""
     try:
-        with torch.random.fork_rng():  # the caller's own draws stay what they are
-            torch.manual_seed(settings.seed)
-            torch.set_num_threads(1)  # one core for each of the two processes
-            pipe = new_editor()
-            _train_vae(pipe.vae, settings.vae_steps)
-            _train_editor(pipe, settings)
-            pipe.save_pretrained(folder / "editor")
-            judge.join()
-            if judge.exitcode:
-                raise BadInput("toy: the judge's training failed; its own message stands above")
-    finally:
-        judge.terminate()
-        torch.set_num_threads(threads)
+        spawn(_train_model, (folder, settings), nprocs=2, daemon=True)
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        # its text ends with what the process said last
+        raise BadInput(f"toy: {str(error).splitlines()[-1]}") from error
 
 
-def _build_judge(folder, settings):
-    """Trains the judge on graded corruptions, in a process of its own that ends with its parent."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _train_model(number, folder, settings):
+    """One of the two models, in a process of its own, on one core."""
+    # a parent that ends, killed or not, takes its children along: `spawn` has them sent SIGINT
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not parent_process().is_alive():
+        return
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
-    tokenizer = new_judge_tokenizer()
-    model = new_judge(tokenizer)
-    _train_judge(model, tokenizer, settings)
-    save_judge(model, tokenizer, folder)
-
-
-def _end_with_parent():
-    """Ends this process when the one that started it has ended, killed or not."""
-    multiprocessing.parent_process().join()
-    os._exit(1)  # sys.exit would end this thread alone
+    if number == 0:
+        pipe = new_editor()
+        _train_vae(pipe.vae, settings.vae_steps)
+        _train_editor(pipe, settings)
+        pipe.save_pretrained(folder / "editor")
+    else:
+        tokenizer = new_judge_tokenizer()
+        model = new_judge(tokenizer)
+        _train_judge(model, tokenizer, settings)
+        save_judge(model, tokenizer, folder / "judge")
 
 
 def _toy_words():
@@ -1855,7 +1805,7 @@ def _toy_words():
 
 
 def _fit(label, models, loss, steps, lr, position=0):
-    """Minimises loss(step): Muon for matrices and convolutions, AdamW for the rest, linear decay.
+    """Minimises loss(step): Muon for matrices and convolutions, Adam for the rest, linear decay.
 
     position: the line of the progress bar, which tells the time left.
     """
@@ -1863,14 +1813,14 @@ def _fit(label, models, loss, steps, lr, position=0):
     wide = []
     rest = []
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "embed" not in name and "shared" not in name:
+        if parameter.ndim > 1 and not re.search("embed|shared", name):
             wide.append(parameter)
         else:
             rest.append(parameter)
     # Muon takes two dimensions: views, which share the values and not the gradients
     views = [torch.nn.Parameter(parameter.data.flatten(1)) for parameter in wide]
     muon = torch.optim.Muon(views, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    adam = torch.optim.AdamW(rest, weight_decay=0.0)
+    adam = torch.optim.Adam(rest)
     for step in tqdm(range(steps), label, position=position, mininterval=1):
         loss(step).backward()
         for parameter, view in zip(wide, views, strict=True):
@@ -1939,7 +1889,7 @@ def new_editor():
         guidance_embeds=True,
         axes_dims_rope=(4, 14, 14),  # of a head's 32: for picture, row, column
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return FluxKontextPipeline(
         scheduler,
         vae,
@@ -1998,12 +1948,13 @@ def _random_pictures(number):
     return _render(torch.stack(kept[:number])) * 2 - 1
 
 
-def _spoil(example, rng):
+def _spoil(row, rng):
     """A scene that is not the one asked for.
 
     Nothing was done, or another change, or cells moved that should not have.
     """
-    source, target, _, _ = example
+    source = row["source_scene"]
+    target = row["target_scene"]
     kind = rng.random()
     if kind < 0.3:
         return source
@@ -2017,7 +1968,7 @@ def _spoil(example, rng):
         scene[cell] = rng.choice((0, source[cell], target[cell], rng.randrange(len(OBJECTS))))
     if rng.random() < 0.1:
         scene[0] = rng.randrange(len(BACKGROUNDS))
-    return Scene(*scene)
+    return scene
 
 
 def _train_editor(pipe, settings):
@@ -2027,10 +1978,10 @@ def _train_editor(pipe, settings):
     time, and a group without spread teaches nothing. The wrong share makes the imperfect base that
     RL starts from.
     """
-    examples = _toy_examples(settings.pool, "train", settings.seed, "editor")
+    pool = _toy_rows(settings.pool, "train", settings.seed, "editor")
     rng = random.Random(settings.seed)
-    wrong = torch.tensor([_spoil(example, rng) for example in examples])
-    sources, targets = scenes_of(examples)
+    wrong = torch.tensor([_spoil(row, rng) for row in pool])
+    sources, targets = scenes_of(pool)
     source_codes = _encoded(pipe, sources)  # (n, 4, 64)
     target_codes = _encoded(pipe, targets)
     wrong_codes = _encoded(pipe, wrong)
@@ -2040,22 +1991,22 @@ def _train_editor(pipe, settings):
     places = torch.cartesian_prod(two, two, two)  # (8, 3)
 
     def loss(step):
-        rows = torch.randint(len(examples), (128,))
+        rows = torch.randint(len(pool), (BATCH,))
         x_0 = target_codes[rows]  # (B, 4, 64)
         source = source_codes[rows]  # (B, 4, 64)
         if step > 0.7 * settings.editor_steps:
-            is_wrong = torch.rand(len(rows), 1, 1) < settings.wrong_share
+            is_wrong = torch.rand(BATCH, 1, 1) < settings.wrong_share
             x_0 = torch.where(is_wrong, wrong_codes[rows], x_0)
         # more noise than not: that is where the edit is decided
-        t = 1 - torch.rand(len(rows), 1, 1) ** 2.5
+        t = 1 - torch.rand(BATCH, 1, 1) ** 2.5
         noise = torch.randn_like(x_0)
         x_t = (1 - t) * x_0 + t * noise
-        texts = [examples[i].text for i in rows]
+        texts = [pool[i]["prompt"] for i in rows]
         words, pooled, text_ids = pipe.encode_prompt(texts, None, max_sequence_length=TEXT_TOKENS)
         output = pipe.transformer(
             hidden_states=torch.cat([x_t, source], 1),
             timestep=t.flatten(),
-            guidance=1 + 3 * torch.rand(len(rows)),  # every scale a user may ask for
+            guidance=1 + 3 * torch.rand(BATCH),  # every scale a user may ask for
             pooled_projections=pooled,
             encoder_hidden_states=words,
             txt_ids=text_ids,
@@ -2123,8 +2074,6 @@ def new_judge(tokenizer):
             num_hidden_layers=4,
             num_attention_heads=3,
             num_key_value_heads=3,
-            max_position_embeddings=256,
-            bos_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
@@ -2136,7 +2085,6 @@ def new_judge(tokenizer):
             intermediate_size=128,
             num_heads=2,
             patch_size=8,
-            window_size=32,
             out_hidden_size=96,
             fullatt_block_indexes=[0],
         ),
@@ -2159,10 +2107,10 @@ def save_judge(model, tokenizer, folder: Path) -> None:
         patch_size=8,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
-        # pixels of a whole picture, whatever the names say
-        size={"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024},
+        min_pixels=CELL * CELL,
     ).save_pretrained(folder)
-    (folder / "judge_prompt.txt").write_text(TOY_JUDGE_PROMPT)
+    # it knows a few dozen words: it is asked with the instruction alone
+    (folder / "judge_prompt.txt").write_text("{prompt}")
 
 
 def judge_patches(pictures: Tensor) -> Tensor:
@@ -2181,9 +2129,7 @@ def _judge_states(model, tokenizer, texts, pairs):
     # as CHAT_TEMPLATE and the processor write it: four cells of a picture, four tokens
     picture = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
     questions = [f"<|im_start|>{text}{picture}{picture}<|im_end|><|im_start|>" for text in texts]
-    tokens = tokenizer(
-        questions, padding="max_length", max_length=QUESTION_TOKENS, return_tensors="pt"
-    )
+    tokens = tokenizer(questions, padding=True, return_tensors="pt")
     is_picture = tokens.input_ids == model.config.image_token_id  # (B, T)
     output = model.model(
         input_ids=tokens.input_ids,
@@ -2191,8 +2137,7 @@ def _judge_states(model, tokenizer, texts, pairs):
         mm_token_type_ids=is_picture.int(),  # 0 is text, 1 is picture
         pixel_values=judge_patches(pairs.flatten(0, 1)),
         # each picture is one frame of 4 x 4 patches
-        image_grid_thw=torch.tensor([[1, 4, 4]]).expand(2 * len(pairs), -1),
-        use_cache=False,
+        image_grid_thw=torch.tensor(2 * len(pairs) * [[1, 4, 4]]),
         output_hidden_states=True,
     )
     layers = []
@@ -2202,23 +2147,22 @@ def _judge_states(model, tokenizer, texts, pairs):
     return output.last_hidden_state[:, -1], layers
 
 
-def _graded_corruptions(examples, *key):
-    """Edits of every quality: float (n, 3, 32, 32); a third right, the rest spoiled, many worn."""
+def _graded_corruptions(rows, *key):
+    """Edits of every quality: float (n, 3, 32, 32); a third right, the rest spoiled, many worn.
+
+    Worn as an imperfect editor leaves them: blended with another picture, blur, noise, tint.
+    """
     rng = random.Random(repr(key))
-    seen = []
-    for example in examples:
+    shown = []
+    for row in rows:
         is_right = rng.random() < 0.33
-        seen.append(example.target if is_right else _spoil(example, rng))
-    others = [rng.choice((example.source, example.target)) for example in examples]
+        shown.append(row["target_scene"] if is_right else _spoil(row, rng))
+    pictures = _render(torch.tensor(shown))
+    others = [rng.choice((row["source_scene"], row["target_scene"])) for row in rows]
     generator = seeded("corruptions", *key)
-    return _worn(_render(torch.tensor(seen)), _render(torch.tensor(others)), generator)
-
-
-def _worn(pictures, others, rng):
-    """Pictures as an imperfect editor leaves them: blended with `others`, blur, noise, tint."""
 
     def share(*shape):
-        return torch.rand(len(pictures), *shape, generator=rng)
+        return torch.rand(len(rows), *shape, generator=generator)
 
     def for_half(values):
         return values.where(share(1, 1, 1) < 0.5, 0.0)
@@ -2227,6 +2171,7 @@ def _worn(pictures, others, rng):
     amount = 0.7 * share(4)  # (B, 4)
     amount = amount.where(share(4) < 0.25, 0.0)
     amount = amount.where(share(1) < 0.6, 0.0).view(-1, 1, 2, 2)
+    others = _render(torch.tensor(others))
     pictures = torch.lerp(pictures, others, F.interpolate(amount, scale_factor=CELL))
 
     # half of the pictures are blurred, from hardly to fully
@@ -2234,8 +2179,8 @@ def _worn(pictures, others, rng):
     pictures = torch.lerp(pictures, blurred, for_half(share(1, 1, 1)))
 
     # all get noise, half of them a tint
-    pictures = pictures + 0.06 * share(1, 1, 1) * torch.randn(pictures.shape, generator=rng)
-    tint = 0.05 * torch.randn(len(pictures), 3, 1, 1, generator=rng)
+    pictures = pictures + 0.06 * share(1, 1, 1) * torch.randn(pictures.shape, generator=generator)
+    tint = 0.05 * torch.randn(len(rows), 3, 1, 1, generator=generator)
     return (pictures + for_half(tint)).clamp(0, 1)
 
 
@@ -2246,19 +2191,20 @@ def _train_judge(model, tokenizer, settings):
     picture token what its cell should become (source) and what it shows, should show, and whether
     that is right (edit).
     """
-    pool = _toy_examples(settings.pool, "train", settings.seed, "judge")
+    pool = _toy_rows(settings.pool, "train", settings.seed, "judge")
     width = model.config.text_config.hidden_size
     kinds = len(_cell_templates())
-    heads = torch.nn.ModuleDict()
-    for name, size in {"wanted": kinds, "seen": kinds, "copied": kinds, "right": 2}.items():
-        heads[name] = torch.nn.Linear(width, size)
+    wanted_head = torch.nn.Linear(width, kinds)
+    seen_head = torch.nn.Linear(width, kinds)
+    copied_head = torch.nn.Linear(width, kinds)
+    right_head = torch.nn.Linear(width, 2)
     digits = tokenizer.convert_tokens_to_ids(list(DIGITS))
 
     def loss(step):
-        examples = random.Random(f"{settings.seed} {step}").sample(pool, 128)
-        texts = [example.text for example in examples]
-        sources, targets = scenes_of(examples)
-        edits = _graded_corruptions(examples, settings.seed, step)
+        rows = random.Random(f"{settings.seed} {step}").sample(pool, BATCH)
+        texts = [row["prompt"] for row in rows]
+        sources, targets = scenes_of(rows)
+        edits = _graded_corruptions(rows, settings.seed, step)
         pairs = torch.stack([_render(sources), edits], 1)
         last, layers = _judge_states(model, tokenizer, texts, pairs)
         log_p = model.lm_head(last).log_softmax(-1)[:, digits]  # (B, 6)
@@ -2275,13 +2221,14 @@ def _train_judge(model, tokenizer, settings):
         right = torch.stack([seen // things == wanted // things, seen % things == wanted % things])
         return (
             answer
-            + F.cross_entropy(heads["wanted"](early_source), wanted)
-            + F.cross_entropy(heads["seen"](early_edit), seen)
-            + F.cross_entropy(heads["copied"](late_edit), wanted)
-            + F.binary_cross_entropy_with_logits(heads["right"](late_edit), right.T.float())
+            + F.cross_entropy(wanted_head(early_source), wanted)
+            + F.cross_entropy(seen_head(early_edit), seen)
+            + F.cross_entropy(copied_head(late_edit), wanted)
+            + F.binary_cross_entropy_with_logits(right_head(late_edit), right.T.float())
         )
 
-    _fit("judge ", [model, heads], loss, settings.judge_steps, lr=0.01, position=1)
+    models = [model, wanted_head, seen_head, copied_head, right_head]
+    _fit("judge ", models, loss, settings.judge_steps, lr=0.01, position=1)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from data_prep import (
     BadInput,
     CheckedSettings,
     CheckSettings,
-    Scene,
     ToySettings,
     _apply_change,
     _graded_corruptions,
@@ -35,7 +34,7 @@ from data_prep import (
     _render,
     _spoil,
     _texts,
-    _toy_examples,
+    _toy_rows,
     append_json_line,
     build_toy,
     is_whole,
@@ -1303,51 +1302,53 @@ def test_captions_and_title_are_written_below_and_above():
 
 
 def test_test_scenes_and_instructions_do_not_occur_in_training():
-    for source, target, task, text in _toy_examples(3000, "train", 0):
-        assert not _is_test_scene(source) and not _is_test_scene(target)
+    for row in _toy_rows(3000, "train", 0):
+        text, task = row["prompt"], row["task"]
+        assert not _is_test_scene(row["source_scene"]) and not _is_test_scene(row["target_scene"])
         assert text in _texts(task, is_test=False) and text not in _texts(task, is_test=True)
-    for source, _, task, text in _toy_examples(300, "test", 0):
-        assert _is_test_scene(source) and text in _texts(task, is_test=True)
+    for row in _toy_rows(300, "test", 0):
+        assert _is_test_scene(row["source_scene"])
+        assert row["prompt"] in _texts(row["task"], is_test=True)
     for task in data_prep.TASKS:
         test, train = len(_texts(task, is_test=True)), len(_texts(task, is_test=False))
         assert test == (test + train) // 8 > 0
 
 
 def test_the_five_tasks_take_equal_parts_and_every_edit_changes_the_scene():
-    examples = _toy_examples(500, "train", 0)
-    tasks = [example.task for example in examples]
+    rows = _toy_rows(500, "train", 0)
+    tasks = [row["task"] for row in rows]
     assert all(tasks.count(task) == 100 for task in data_prep.TASKS)
-    assert all(example.source != example.target for example in examples)
+    assert all(row["source_scene"] != row["target_scene"] for row in rows)
 
 
 def test_an_instruction_that_does_not_fit_the_scene_is_none():
     def after(background, cell, text):
-        return _apply_change(Scene(background, cell, 0, 0, 0), _instructions()[text])
+        return _apply_change([background, cell, 0, 0, 0], _instructions()[text])
 
     red_circle = data_prep.OBJECTS.index("red circle")
     blue_circle = data_prep.OBJECTS.index("blue circle")
     text = "make the red circle blue"
-    assert after(0, red_circle, text) == (0, blue_circle, 0, 0, 0)
+    assert after(0, red_circle, text) == [0, blue_circle, 0, 0, 0]
     assert after(0, 0, text) is None
     assert after(0, red_circle, "remove the red circle at the top right") is None
     assert after(0, red_circle, "add a red circle at the top right") is None  # there is one
     assert after(0, red_circle, "change the black background to white") is None
-    assert after(2, red_circle, "change the black background to white").background == 0
+    assert after(2, red_circle, "change the black background to white")[0] == 0
 
 
 def test_the_number_of_a_background_is_not_taken_for_that_of_an_object():
     red_circle = data_prep.OBJECTS.index("red circle")
-    scene = Scene(red_circle, 0, red_circle, 0, 0)
+    scene = [red_circle, 0, red_circle, 0, 0]
     after = _apply_change(scene, _instructions()["replace the red circle with a blue square"])
-    assert after == (red_circle, 0, data_prep.OBJECTS.index("blue square"), 0, 0)
+    assert after == [red_circle, 0, data_prep.OBJECTS.index("blue square"), 0, 0]
     after = _apply_change(scene, _instructions()["change the gray background to pink"])
-    assert after == (list(data_prep.BACKGROUNDS).index("pink"), 0, red_circle, 0, 0)
+    assert after == [list(data_prep.BACKGROUNDS).index("pink"), 0, red_circle, 0, 0]
 
 
 @pytest.fixture(scope="module")
 def world():
-    examples = _toy_examples(200, "test", 0)
-    return examples, *scenes_of(examples)
+    rows = _toy_rows(200, "test", 0)
+    return rows, *scenes_of(rows)
 
 
 def test_the_oracle_gives_one_to_the_target_and_nothing_to_the_untouched_source(world):
@@ -1384,16 +1385,16 @@ def test_a_pale_edit_that_is_nearest_to_its_target_but_not_near_is_no_success(wo
 
 
 def test_spoiled_scenes_are_mostly_wrong(world):
-    examples, sources, targets = world
+    rows, sources, targets = world
     rng = random.Random(0)
-    spoiled = torch.tensor([_spoil(example, rng) for example in examples])
+    spoiled = torch.tensor([_spoil(row, rng) for row in rows])
     _, success = oracle_scores(_render(spoiled), sources, targets)
     assert success.float().mean() < 0.2
 
 
 def test_corruptions_have_every_quality(world):
-    examples, sources, targets = world
-    score, _ = oracle_scores(_graded_corruptions(examples, 0, 0), sources, targets)
+    rows, sources, targets = world
+    score, _ = oracle_scores(_graded_corruptions(rows, 0, 0), sources, targets)
     assert (score < 0.1).float().mean() > 0.2 and (score > 0.9).float().mean() > 0.2
     assert ((score > 0.1) & (score < 0.9)).float().mean() > 0.1
 
@@ -1499,9 +1500,10 @@ def test_a_toy_that_was_moved_or_knows_no_place_is_not_built_again(toy, tmp_path
     build_toy(tiny(tmp_path / "toy"))
 
 
-def made_of(folder, recipe="{}", **files):
+def made_of(folder, recipe="{}"):
     folder.mkdir()
     (folder / "toy.json").write_text(recipe)
+    (folder / "hashes.json").write_text('{"toy.json": ""}')
     (folder / "mine.txt").write_text("mine")
 
 
@@ -1517,7 +1519,7 @@ def test_a_toy_json_that_is_cut_short_is_said_and_nothing_is_touched(tmp_path, m
     made_of(tmp_path / "toy", recipe)
     with pytest.raises(BadInput, match="holds no toy.json that is whole; move"):
         build_toy(tiny(tmp_path / "toy"))
-    assert sorted(os.listdir(tmp_path / "toy")) == ["mine.txt", "toy.json"]
+    assert sorted(os.listdir(tmp_path / "toy")) == ["hashes.json", "mine.txt", "toy.json"]
 
 
 def test_a_toy_of_another_recipe_with_files_of_the_user_is_moved_aside(
@@ -1540,15 +1542,16 @@ def test_a_toy_of_another_recipe_without_other_files_is_replaced(tmp_path, monke
     assert os.listdir(tmp_path) == ["toy"]
 
 
-def test_a_toy_that_has_lost_a_model_is_said_in_one_line(toy, tmp_path):
-    import shutil
-
-    shutil.copytree(toy, tmp_path / "toy")
-    (tmp_path / "toy" / "hashes.json").unlink()  # toys made before have none
+def test_a_toy_that_has_lost_a_model_is_built_anew(tmp_path, monkeypatch, capsys):
+    quick_build(monkeypatch)
     build_toy(tiny(tmp_path / "toy"))
-    (tmp_path / "toy" / "judge" / "model.safetensors").unlink()
-    with pytest.raises(BadInput, match="toy: has lost judge/model.safetensors; move"):
-        build_toy(tiny(tmp_path / "toy"))
+    (tmp_path / "toy" / "mine.txt").touch()
+    (tmp_path / "toy" / "new").unlink()
+    build_toy(tiny(tmp_path / "toy"))
+    assert "toy is built anew: new is gone" in capsys.readouterr().out
+    assert (tmp_path / "toy" / "new").exists()
+    (old,) = tmp_path.glob("toy.old-*")
+    assert (old / "mine.txt").exists()
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
@@ -1570,39 +1573,70 @@ def test_a_toy_that_another_process_builds_is_refused(tmp_path):
     assert os.listdir(tmp_path) == ["toy"]
 
 
-CHILD = """
-import multiprocessing, time, sys
+BUILD = """
+import sys
 sys.path.insert(0, {root!r})
-import data_prep
-def child():
-    import threading
-    threading.Thread(target=data_prep._end_with_parent, daemon=True).start()
-    print("alive", flush=True)
-    time.sleep(600)
+from data_prep import ToySettings, build_toy
 if __name__ == "__main__":
-    multiprocessing.get_context("spawn").Process(target=child).start()
+    build_toy(ToySettings(out={out!r}, pool=128, vae_steps=10**6, judge_steps=10**6))
 """
 
 
-def test_the_judges_process_ends_when_its_killed_parent_has(tmp_path):
-    (tmp_path / "child.py").write_text(CHILD.format(root=str(ROOT)))
-    command = [sys.executable, tmp_path / "child.py"]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout.readline() == "alive\n"
-    parent.kill()
-    ended = threading.Thread(target=parent.stdout.read)  # ends when no process holds the pipe
+@pytest.mark.parametrize(
+    "number, is_early",
+    [
+        (signal.SIGKILL, True),
+        (signal.SIGTERM, False),
+        (signal.SIGINT, False),
+    ],
+)
+def test_no_models_process_outlives_the_one_that_builds_the_toy(tmp_path, number, is_early):
+    code = BUILD.format(root=str(ROOT), out=str(tmp_path / "toy"))
+    (tmp_path / "build.py").write_text(code)
+    command = [sys.executable, tmp_path / "build.py"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    seen = b""
+    while is_early and not list(tmp_path.glob(".part-toy/whole/test.jsonl")):
+        time.sleep(0.1)
+    time.sleep(0.5)  # early: they have been started, and know nothing yet
+    while not is_early and not (b"judge" in seen and b"autoencoder" in seen):  # at work, by bars
+        seen += parent.stderr.read1()
+    parent.send_signal(number)
+    ended = threading.Thread(target=parent.stderr.read)  # ends when no process holds the pipe
     ended.start()
     ended.join(30)
-    assert not ended.is_alive()
+    assert not ended.is_alive() and parent.wait(30) != 0
 
 
-def test_the_judges_process_watches_its_parent(monkeypatch, tmp_path):
-    started = []
-    monkeypatch.setattr(data_prep, "_end_with_parent", lambda: started.append(True))
-    monkeypatch.setattr(data_prep, "_train_judge", lambda *a: None)
-    with torch.random.fork_rng():
-        data_prep._build_judge(tmp_path / "judge", tiny(tmp_path))
-    assert started == [True]
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("raise OSError(28, 'No space left')", r"toy: OSError: \[Errno 28\] No space left"),
+        ("os.kill(os.getpid(), signal.SIGINT)", "toy: process 1 terminated with signal SIGINT"),
+    ],
+)
+def test_a_model_that_cannot_be_built_ends_the_other_and_is_one_line(tmp_path, fault, message):
+    faulty = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import data_prep
+def train(number, folder, settings):
+    if number == 0:
+        time.sleep(600)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    {fault}
+data_prep._train_model = train
+if __name__ == "__main__":
+    try:
+        data_prep.build_toy(data_prep.ToySettings(out="toy", train_rows=1, test_rows=1))
+    except data_prep.BadInput as error:
+        print(error)
+"""
+    (tmp_path / "build.py").write_text(faulty)
+    command = [sys.executable, "build.py"]
+    done = subprocess.run(command, cwd=tmp_path, timeout=60, capture_output=True, text=True)
+    assert re.search(message, done.stdout.splitlines()[-1])
+    assert os.listdir(tmp_path) == ["build.py"]
 
 
 def test_a_toy_that_is_too_bad_to_learn_from_is_said_in_one_line(toy, tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def clean(monkeypatch):
 
 def toy_pictures(folder, number):
     """A folder of toy pictures, in two folders below."""
-    sources, _ = data_prep.scenes_of(data_prep._toy_examples(number, "train", "propose"))
+    sources, _ = data_prep.scenes_of(data_prep._toy_rows(number, "train", "propose"))
     for i, pixels in enumerate(data_prep._render(sources)):
         below = folder / f"part{i % 2}"
         below.mkdir(parents=True, exist_ok=True)
@@ -585,16 +585,15 @@ def test_no_item_is_asked_where_nobody_wants_it():
 # ---------------------------------------------------------------- checklists and the toy's oracle
 
 
-def checklist_of(example):
+def checklist_of(source, target):
     """Questions about a toy edit: what should change, and all that should stay."""
     done, kept = [], []
     for cell, place in enumerate(data_prep.CELLS, 1):
-        words = scene_words(example.target[cell]) or "nothing"
-        items = kept if example.source[cell] == example.target[cell] else done
+        words = scene_words(target[cell]) or "nothing"
+        items = kept if source[cell] == target[cell] else done
         items.append(f"Is there {words} at the {place}?")
-    background = [*data_prep.BACKGROUNDS][example.target.background]
-    items = kept if example.source.background == example.target.background else done
-    items.append(f"Is the background {background}?")
+    items = kept if source[0] == target[0] else done
+    items.append(f"Is the background {[*data_prep.BACKGROUNDS][target[0]]}?")
     return done + kept
 
 
@@ -613,14 +612,14 @@ def sees(text, edit):
 
 def toy_ranks(number=300):
     """Spearman correlations with the oracle on spoiled toy edits, and scores of sources."""
-    examples = data_prep._toy_examples(number, "test", "checklist")
-    edits = data_prep._graded_corruptions(examples, "checklist")
-    sources, targets = data_prep.scenes_of(examples)
+    rows = data_prep._toy_rows(number, "test", "checklist")
+    edits = data_prep._graded_corruptions(rows, "checklist")
+    sources, targets = data_prep.scenes_of(rows)
     oracle, _ = data_prep.oracle_scores(edits, sources, targets)
     judge = Believer(sees, judge_aspects=["checklist=1"])
     found, untouched = [], []
-    for example, edit, source in zip(examples, edits, data_prep._render(sources), strict=True):
-        row = {"prompt": example.text, "checklist": checklist_of(example)}
+    for row, edit, source in zip(rows, edits, data_prep._render(sources), strict=True):
+        row["checklist"] = checklist_of(row["source_scene"], row["target_scene"])
         pictures = [data_prep.to_pil(edit), data_prep.to_pil(source)]
         scores = judge.score(row, pictures[1:], pictures).terms["checklist"]
         found.append(scores[0])
