@@ -49,16 +49,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from html import escape
 from operator import itemgetter
 from pathlib import Path
-from string import Template
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from jinja2 import Template
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -1208,7 +1207,7 @@ def _pasted_rows(result, name):
     return [*(f"| {' | '.join(line)} |" for line in lines), rf"{' & '.join(latex)} \\"]
 
 
-# The report is one page without any library: rows are filtered by task, language and failure.
+# The report is one page that loads nothing: rows are filtered by task, language and failure.
 PAGE = """<!doctype html><meta charset="utf-8"><title>edit-nft: evaluation</title><style>
 body {font: 14px system-ui, sans-serif; margin: 1.5em; color: #222}
 pre {background: #f4f4f4; padding: .8em; overflow: auto}
@@ -1218,13 +1217,20 @@ figure {margin: 0; width: 260px} small {color: #666} details {white-space: pre-w
 img {width: 260px; height: 260px; object-fit: contain; background: #f4f4f4}
 .tiny {image-rendering: pixelated} figcaption {min-height: 2.5em}
 details:has(span:empty) {display: none}</style>
-<h1>edit-nft: evaluation</h1><pre>$summary</pre>
+<h1>edit-nft: evaluation</h1><pre>{{ summary }}</pre>
 <label>task <select id="task"><option value="">all</option></select></label>
 <label>language <select id="language"><option value="">all</option></select></label>
 <label>answered <select id="answered"><option value="">all</option></select></label>
 <label>order <select id="order"><option value="1">worst first</option>
 <option value="-1">best first</option></select></label>
-<span id="count"></span><main>$rows</main><script>
+<span id="count"></span><main>{% for row in rows %}
+<article data-task="{{ row.task }}" data-language="{{ row.language }}"
+ data-answered="{{ row.answered }}" data-score="{{ row[main] }}">
+<div><b>{{ row.prompt }}</b><p>{{ row.task }}</p><small>{{ row.row }}</small></div>
+{% for picture in row.pictures %}<figure><figcaption>{{ picture.caption }}</figcaption>
+<img alt="no edit" loading="lazy" src="{{ picture.link }}">
+<details><summary>the judge's words</summary><span>{{ picture.said }}</span></details></figure>
+{% endfor %}</article>{% endfor %}</main><script>
 for (const image of document.querySelectorAll("img"))
   image.onload = () => image.classList.toggle("tiny", image.naturalWidth <= 128);
 const rows = [...document.querySelectorAll("article")];
@@ -1245,13 +1251,6 @@ task.onchange = language.onchange = answered.onchange = order.onchange = () => {
 };
 order.onchange();</script>
 """
-ARTICLE = """<article data-task="{task}" data-language="{language}" data-answered="{answered}"
- data-score="{score}">
-<div><b>{prompt}</b><p>{task}</p><small>{row}</small></div>{figures}</article>
-"""
-FIGURE = """<figure><figcaption>{caption}</figcaption>
-<img alt="no edit" loading="lazy" src="{link}"><details><summary>the judge's words</summary>
-<span>{said}</span></details></figure>"""
 
 
 def write_report(job: Job, results: Rows, summary: str) -> None:
@@ -1259,29 +1258,23 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
     results: as score_calls returns them; the first one's judge orders the rows.
     """
     main = METRICS[job.settings.benchmark][0]
-    articles = ""
-    shown = {}  # of the first row of each task
+    rows = []
+    first = {}  # what is shown of the first row of each task
     for number, row in enumerate(job.each(_first_subject(results[0])["rows"], "report")):
-        edits = _shown(job, results, number)
-        shown.setdefault(row["task"], edits)
-        figures = "".join(FIGURE.format(**_escaped(edit)) for edit in edits)
-        texts = _escaped({"language": "", "score": row[main]} | row)
-        articles += ARTICLE.format(**texts, figures=figures)
-    page = Template(PAGE).substitute(summary=escape(summary), rows=articles)
+        shown = _shown(job, results, number)
+        first.setdefault(row["task"], shown)
+        rows.append(row | {"pictures": shown})
+    # autoescape: texts are shown and never taken for HTML
+    page = Template(PAGE, autoescape=True).render(summary=summary, rows=rows, main=main)
     with whole_file(job.out / "report.html") as part:
         part.write_text(page, encoding="utf-8")
     pictures = []
     captions = []
-    for edits in shown.values():
-        pictures.append([_picture_or_none(job.out / edit["link"]) for edit in edits])
-        captions.append([edit["caption"] for edit in edits])
+    for shown in first.values():
+        pictures.append([_picture_or_none(job.out / picture["link"]) for picture in shown])
+        captions.append([picture["caption"] for picture in shown])
     with whole_file(job.out / "grid.png") as part:
         picture_grid(pictures, captions, "the first row of each task").save(part)
-
-
-def _escaped(texts):
-    """Values of a dict as texts that are shown and never taken for HTML."""
-    return {name: escape(str(text)) for name, text in texts.items()}
 
 
 def _picture_or_none(path):
