@@ -109,7 +109,6 @@ METRICS = {  # of each benchmark: the main one, what it is made of, a judge's sc
     "heldout": ("judge",),
 }
 SCORES = {"imgedit": 3, "gedit": 2, "heldout": 1}  # how many an answer holds
-FLOOR = {"imgedit": 1.0, "gedit": 0.0, "heldout": 0.0}  # what counts in place of no score
 # what is seen without a judge, beside each benchmark's METRICS: of a toy's edits what the oracle
 # says, of all how much of the source they keep; lpips if it is installed
 SEEN = ("oracle", "success", "psnr", "ssim", "lpips")
@@ -160,7 +159,6 @@ class Settings(JudgeSettings):
                 raise BadInput(f"--baselines {name}: not a baseline; there are source and base")
 
 
-SAMPLING_FLAGS = ("steps", "seed", "guidance", "resolution")  # what a drawn edit depends on
 # One --out holds edits and calls for one value of each setting but these: mixed, they would look
 # like one model on one benchmark.
 HARMLESS = """out stage mode baselines masks repeats ask_again reply_tokens trust_remote_code judge
@@ -204,7 +202,7 @@ VALUE_END = r"(?=\s*(?:[,;.|(){}\n]|$)|\s+[-–—]\s)"  # else "4 objects" or "
 # of a line with one ": " the whole number behind it: (?!: ) lets no other stand before it
 OFFICIAL_LINE = r"(?m)^(?:(?!: ).)*: (\d{1,9})\s*$"
 # labels of what is no score of its own: taken for one, it would stand in for a missing one
-UNWANTED = re.compile(r"(?i)reason|overall|average|total|\bsum\b|final|expla|analysis|rationale")
+UNWANTED = r"(?i)reason|overall|average|total|\bsum\b|final|expla|analysis|rationale"
 EASTERN = str.maketrans("。、【】「」", ".,[][]")  # what NFKC leaves as it is
 
 
@@ -275,7 +273,7 @@ def _labelled_scores(text, start, top, labels=()):
         name = _plain_label(label)
         wanted = next((known for known in labels if known in name), "")
         # without known labels every label counts that is not plainly something else
-        if wanted or not (labels or UNWANTED.search(name)):
+        if wanted or not (labels or re.search(UNWANTED, name)):
             found[wanted or name] = float(number)
     # in the order of the prompt, or else of the answer
     return [found[name] for name in labels or found if name in found]
@@ -376,8 +374,8 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
     `repeats`, the main metric in each round of questions; METRICS are the means over the rounds.
 
     records: for each row, and for each round of questions about it, one record for each of its
-    CALLS, in their order. A record has `row`, `task`, `source`, and `reply` or `failure`; it may
-    have `repeat` (the number of its round), SEEN, ImgEdit's `labels`, GEdit's `language` and
+    CALLS, in their order. A record has `row`, `task`, `source`, `repeat` (the number of its round),
+    and `reply` or `failure`; it may have SEEN, ImgEdit's `labels`, GEdit's `language` and
     `intersection`. In a held-out set `scores` is [the judge's own score].
 
     strict: a metric without a value counts at the floor, ImgEdit's 1 or else 0. official: a row
@@ -392,7 +390,8 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
 def _scored_row(benchmark, calls, mode, digits):
     """A row of `score` from all of its calls."""
     main = METRICS[benchmark][0]
-    by_round = itertools.groupby(calls, lambda call: call.get("repeat"))
+    floor = 1.0 if benchmark == "imgedit" else 0.0  # what counts in place of no score
+    by_round = itertools.groupby(calls, itemgetter("repeat"))
     rounds = [_measured(benchmark, list(asked), mode) for _, asked in by_round]
     repeats = [found[main] for found in rounds]
     said = [record.get("reply") or record.get("failure", "") for record in calls]
@@ -402,7 +401,7 @@ def _scored_row(benchmark, calls, mode, digits):
     if is_answered or mode == "strict":
         for name in rounds[0]:
             values = [found[name] for found in rounds]
-            row[name] = _average(np.nan_to_num(values, nan=FLOOR[benchmark]), digits)
+            row[name] = _average(np.nan_to_num(values, nan=floor), digits)
     return row
 
 
@@ -698,18 +697,10 @@ class Job:
     settings: Settings
     accelerator: Accelerator
     stop: threading.Event  # set by a signal
+    out: Path  # the folder of edits, calls, scores and report
     rows: Rows  # as load_benchmark tells
+    mine: Rows  # this process's share of them
     prompts: dict[str, str]  # of the judge, by task or by call
-
-    @property
-    def out(self) -> Path:
-        """The folder of edits, calls, scores and report."""
-        return Path(self.settings.out)
-
-    @property
-    def mine(self) -> Rows:
-        """This process's share of the rows: every n-th where there are n."""
-        return self.rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     @property
     def device(self) -> torch.device:
@@ -754,14 +745,14 @@ def _find_edit(job, row, subject):
 
 
 def _weights_hash(place):
-    """A hash of the names, sizes and first megabytes of a model's or LoRA's files, as all of them
-    would take minutes; of a hub id, that of its name."""
-    known = []
+    """A hash of the first megabyte of each file of a model or LoRA, as all of them would take
+    minutes; of a hub id, that of its name."""
+    known = b""
     # `place` itself first: it may be a file, of which rglob finds nothing
     for file in [Path(place), *sorted(Path(place).rglob("*"))]:
         if file.is_file():
             with open(file, "rb") as stored:
-                known.append([file.name, file.stat().st_size, stored.read(2**20).hex()])
+                known += stored.read(2**20)
     return _hash_of(known or place)
 
 
@@ -790,7 +781,7 @@ def draw_edits(job: Job) -> None:
     for subject in filter(DRAWN.get, _subjects_of(settings)):
         if not settings.base:
             raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
-        made_from = [getattr(settings, name) for name in SAMPLING_FLAGS]
+        made_from = [settings.steps, settings.seed, settings.guidance, settings.resolution]
         made_from.append(_weights_hash(settings.base))
         if subject == "trained":
             made_from.append(_weights_hash(settings.lora))
@@ -848,9 +839,8 @@ def _find_calls(job, rows):
             for repeat, name in itertools.product(range(job.settings.repeats), names):
                 call = row | {"subject": subject, "edit": str(path or "")}
                 call |= {"call": name, "repeat": repeat}
-                # a first answer counts, whether or not there are to be others
-                asked = f"{name} again {repeat}" if repeat else name
-                call["key"] = _hash_of([asked, _question(job, call), row["hash"], edit_hash])
+                asked = [name, repeat, _question(job, call)]
+                call["key"] = _hash_of([asked, row["hash"], edit_hash])
                 calls.append(call)
     return calls
 
@@ -900,16 +890,18 @@ def judge_edits(job: Job) -> None:
     name = re.sub(r"[^\w.]+", "-", judge.name).strip("-")
     label = f"{name}-{_hash_of([judge.name, asked])}"
     answers = _read_answers(job, label)  # of every process: their number may have changed
-    todo = [call for call in _find_calls(job, job.mine) if _is_asked(settings, call, answers)]
+    calls = _find_calls(job, job.mine)
+    todo = [call for call in calls if _is_asked(settings, _record(call, answers))]
     file = job.out / f"calls-{label}-{job.accelerator.process_index}.jsonl"
     # So many at each server; several are named with commas. Threads do, as a call only waits.
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
     call_of = {pool.submit(_answer, job, judge, call): call for call in todo}
     try:
         # not job.each: after a stop, too, what is finished is kept
-        is_silent = not job.accelerator.is_main_process
         failures = []
-        for future in tqdm(as_completed(call_of), "judge", len(todo), disable=is_silent):
+        finished = as_completed(call_of)
+        is_main = job.accelerator.is_main_process
+        for future in tqdm(finished, "judge", len(todo), disable=not is_main):
             record = future.result()
             if job.stop.is_set() and "failure" in record:
                 continue  # given up because of the stop, no failure of the judge
@@ -926,20 +918,25 @@ def judge_edits(job: Job) -> None:
         judge.close()
 
 
-def _is_asked(settings, call, answers):
+def _record(call, answers):
+    """A call with its answer, or with `failure` where it has none."""
+    unanswered = {"failure": "not judged" if call["edit"] else "no edit"}
+    # `call` last: an old record may tell another place of the same edit
+    return answers.get(call["key"], unanswered) | call
+
+
+def _is_asked(settings, record):
     """Whether a call is to be made: there is an edit, and no answer, or none that counts."""
-    answer = answers.get(call["key"], {"failure": "not judged"})
-    is_unread = settings.ask_again == "unread" and not _scores_in(settings.benchmark, answer)
-    return call["edit"] and (is_unread or "failure" in answer)
+    is_unread = settings.ask_again == "unread" and not _scores_in(settings.benchmark, record)
+    return record["edit"] and (is_unread or "failure" in record)
 
 
 def _answer(job, judge, call):
     """What a call adds to its record: its answer, or the cause of its failure, and what a server
     says of either: `model`, `finish_reason` and `usage` in tokens."""
-    if job.stop.is_set():
-        return {"failure": "stopped"}
     facts = {}
     try:
+        judge.check_stop()
         shown = list(map(load_image, [*call["shown"], call["edit"]]))
         if job.settings.benchmark == "heldout":
             scores = judge.score(call, shown[:-1], shown[-1:])
@@ -1068,7 +1065,8 @@ def score_calls(job: Job) -> Rows:
     # of calls-LABEL-PROCESS.jsonl the LABELs
     labels = {re.sub(r"^calls-|-\d+$", "", file.stem) for file in job.out.glob("calls-*-*.jsonl")}
     for label in sorted(labels):
-        records = _answered(calls, _read_answers(job, label))
+        answers = _read_answers(job, label)
+        records = [_record(call, answers) for call in calls]
         if not all("failure" in record for record in records):
             result = _result(job, label, records)
             file = job.out / f"scores-{label}-{settings.mode}-{result['metadata']}.json"
@@ -1083,16 +1081,6 @@ def score_calls(job: Job) -> Rows:
         if file not in results:
             file.unlink()
     return list(results.values())
-
-
-def _answered(calls, answers):
-    """The records of all calls under one judge, with `failure` where there is no answer."""
-    records = []
-    for call in calls:
-        unanswered = {"failure": "not judged" if call["edit"] else "no edit"}
-        # `call` last: an old record may tell another place of the same edit
-        records.append(answers.get(call["key"], unanswered) | call)
-    return records
 
 
 def _result(job, label, records):
@@ -1338,10 +1326,10 @@ def seeds(runs: list[str]) -> None:
         for group, table in subjects[0]["groups"].items():
             for name in _metrics_in(table):
                 tables = [subject["groups"][group] for subject in subjects]
-                # a run may have no value of a metric; None becomes NaN
-                macros = [table.get(name, {"macro": [None]})["macro"] for table in tables]
+                # a run may have no value of a metric
+                macros = [table[name]["macro"] for table in tables if name in table]
                 means = np.array([mean for mean, *_ in macros], float)
-                spread = f"standard deviation {means.std(ddof=1):.3f} over {len(runs)} runs"
+                spread = f"standard deviation {means.std(ddof=1):.3f} over {len(means)} runs"
                 print(_line(f"{group} {name}", [f"{means.mean():.3f}, {spread}"]))
 
 
@@ -1569,7 +1557,9 @@ def _begin(settings):
 
 def _run_stages(settings, accelerator, stop):
     """Draws, judges and adds up. Raises Stopped on all processes when one has to stop."""
-    job = Job(settings, accelerator, stop, *from_main(accelerator, stop, _begin, settings))
+    rows, prompts = from_main(accelerator, stop, _begin, settings)
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    job = Job(settings, accelerator, stop, Path(settings.out), rows, mine, prompts)
     for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
         with together(accelerator, stop):  # all processes wait here for the slowest
             if settings.stage in ("all", stage):

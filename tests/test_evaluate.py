@@ -220,6 +220,7 @@ def imgedit_record(row, task, *marks, source=None, **more):
         "task": task,
         "source": source or row,
         "call": "edit",
+        "repeat": 0,
         "reply": reply,
         **more,
     }
@@ -233,6 +234,7 @@ def gedit_records(row, task, sc, pq, source=None, language="en", intersection=Fa
             "task": task,
             "source": source or row,
             "call": call,
+            "repeat": 0,
             "reply": reply,
             "language": language,
             "intersection": intersection,
@@ -1522,7 +1524,7 @@ def test_a_verdict_says_how_much_of_the_source_is_kept(imgedit, edits, tmp_path,
 def test_the_parts_of_imgedits_score_stand_in_the_order_of_the_prompts_labels():
     labels = ["prompt compliance", "visual seamlessness", "detail fidelity"]
     reply = "Detail Fidelity: 3\nPrompt Compliance: 4\nVisual Seamlessness: 5"
-    record = {"row": "a", "task": "add", "source": "a", "reply": reply, "labels": labels}
+    record = imgedit_record("a", "add", labels=labels) | {"reply": reply}
     (row,) = score("imgedit", [record])["rows"]
     assert (row["adherence"], row["quality"], row["preservation"]) == (4, 5, 3)
 
@@ -1677,7 +1679,7 @@ def test_edits_are_drawn_by_one_thread_whatever_the_number_of_cores(
 
 def test_several_processes_have_the_weights_where_one_has_them():
     accelerator = types.SimpleNamespace(device=torch.device("cpu", 0))  # as accelerate calls it
-    job = evaluate.Job(evaluate.Settings(), accelerator, threading.Event(), [], {})
+    job = evaluate.Job(evaluate.Settings(), accelerator, threading.Event(), Path(), [], [], {})
     weights = torch.zeros(3)
     assert weights.to(job.device).data_ptr() == weights.data_ptr()
 
