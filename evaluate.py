@@ -97,6 +97,7 @@ from reward_mllm import (
     TOY,
     JudgeFailure,
     JudgeSettings,
+    _pixels_of,
     load_judge,
     plain_terms,
     requirement_of,
@@ -154,9 +155,8 @@ class Settings(JudgeSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.baselines:
-            if name not in ("source", "base"):
-                raise BadInput(f"--baselines {name}: not a baseline; there are source and base")
+        if not {"source", "base"}.issuperset(self.baselines):
+            raise BadInput(f"--baselines {' '.join(self.baselines)}: there are source and base")
 
 
 # One --out holds edits and calls for one value of each setting but these: mixed, they would look
@@ -194,16 +194,15 @@ def _read_json(file, fix):
 
 # A labelled score is a start, LABEL, SEPARATOR, value and VALUE_END: "2) Detail Fidelity: 4.5,".
 LINE_START = r"(?m:^)"
-PHRASE_START = r"(?m:^|[,;{(|.])"  # a line's or after punctuation, for several scores in one line
+PHRASE_START = r"(?m:^|[,;{(|.。、])"  # or after punctuation, for several scores in one line
 LABEL = r"\W*?(?:\d+[.)]\s*)?([^\W\d][\w &/()'’-]{1,60}?)"  # bullets, perhaps "2)", then words
 SEPARATOR = r"(?:\s*[:=|]+|\s+[-–—]|\s+is\b)\s*"
 NUMBER = r"(\d+(?:\.\d+)?)(?!\.?\d)"  # whole: not the 4.5 of 4.56
-VALUE_END = r"(?=\s*(?:[,;.|(){}\n]|$)|\s+[-–—]\s)"  # else "4 objects" or "3-4" would be scores
+VALUE_END = r"(?=\s*(?:[,;.|(){}。、\n]|$)|\s+[-–—]\s)"  # else "4 objects" or "3-4" would be scores
 # of a line with one ": " the whole number behind it: (?!: ) lets no other stand before it
 OFFICIAL_LINE = r"(?m)^(?:(?!: ).)*: (\d{1,9})\s*$"
 # labels of what is no score of its own: taken for one, it would stand in for a missing one
 UNWANTED = r"(?i)reason|overall|average|total|\bsum\b|final|expla|analysis|rationale"
-EASTERN = str.maketrans("。、【】「」", ".,[][]")  # what NFKC leaves as it is
 
 
 def _final_answer(reply):
@@ -211,7 +210,7 @@ def _final_answer(reply):
     text = reply.rpartition("</think>")[2]
     if "<think" in text:
         return ""
-    text = unicodedata.normalize("NFKC", text).translate(EASTERN)  # full-width digits, colons ...
+    text = unicodedata.normalize("NFKC", text)  # full-width digits, colons ...
     text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text)
     return re.sub(r"</?answer>|<\|(?:begin|end)_of_box\|>", "\n", text)
 
@@ -264,7 +263,7 @@ def _labelled_scores(text, start, top, labels=()):
     # 4, 4/5, 4 out of 5, 4 points; a "4/10" on a scale to 5 is no value
     value = NUMBER + rf"\s*(?:/\s*{top}(?!\d)|(?:out )?of {top}(?!\d))?\s*(?:points?|stars?|分)?"
     text = re.sub(r"[*`\"“”]", "", text)  # emphasis and quotes
-    text = re.sub(rf"([:=|]\s*)\[\s*({value})\s*\]", r"\1\2", text)  # label: [4]
+    text = re.sub(rf"([:=|]\s*)[\[【「]\s*({value})\s*[\]】」]", r"\1\2", text)  # label: [4]
     text += "\n" + _columns_as_lines(text)
     # a value alone on the line below its label
     text = re.sub(rf"(?m)^([^\n\d:=|]{{2,60}}?)\s*\n\s*({value})\s*$", r"\1: \2", text)
@@ -301,7 +300,7 @@ def parse_gedit(reply: str, mode: str = "strict") -> list[float] | None:
     text = _final_answer(reply)
     found = _listed_scores(text)
     if found:
-        scores = list(map(_score_of_ten, found[-1].split(",")))  # the judge's last word
+        scores = list(map(_score_of_ten, re.split("[,、]", found[-1])))  # the judge's last word
     else:
         scores = _labelled_scores(text, PHRASE_START, 10)
     return _if_valid(scores, 2, 0, 10)
@@ -310,12 +309,13 @@ def parse_gedit(reply: str, mode: str = "strict") -> list[float] | None:
 def _listed_scores(text):
     """What stands in brackets after `score`, or alone, be it JSON or only nearly so, because of
     quotes in the reasoning or an end cut off."""
-    brackets = r"\s*[:=]\s*[\"']?[\[({]([^\])}]*)[\])}]"
+    brackets = r"\s*[:=]\s*[\"']?[\[({【「]([^\])}】」]*)[\])}】」]"
     return (
         # the key of an object; in a text within JSON there would be a backslash before the quote
         re.findall(r"(?i)(?<!\\)[\"']scores?[\"']" + brackets, text)
         or re.findall(r"(?i)scores?[\"']?" + brackets, text)  # score: [8, 7], scores = (8, 7) ...
-        or re.findall(r"^\s*\[?((?:[\d./\s]+,)+[\d./\s]+)\]?\s*$", text)  # nothing but 8, 7
+        # nothing but 8, 7
+        or re.findall(r"^\s*[\[【「]?((?:[\d./\s]+[,、])+[\d./\s]+)[\]】」]?\s*$", text)
     )
 
 
@@ -992,11 +992,10 @@ def _seen(job, call):
     return seen
 
 
-def _pixels(picture, size, mode):
-    """A picture's numbers in [0, 1], (H, W) in mode L and (H, W, 3) in RGB, at the size (W, H)."""
-    picture = picture.convert(mode).resize(size, Image.Resampling.LANCZOS)
-    # float64, as SSIM's variances are small differences
-    return torch.from_numpy(np.array(picture) / 255)
+def _luminance(picture, size):
+    """A picture's luminance (H, W) in [0, 1], at the size (W, H)."""
+    # the three channels are alike; float64, as SSIM's variances are small differences
+    return _pixels_of(picture.convert("L"), size).double().mean(2)
 
 
 def _ssim(source, edit, mask=None):
@@ -1006,8 +1005,8 @@ def _ssim(source, edit, mask=None):
     SSIM of Wang et al. (2004) in 7 x 7 windows with the sample covariance, as scikit-image's
     default.
     """
-    x = _pixels(source, edit.size, "L")
-    y = _pixels(edit, edit.size, "L")
+    x = _luminance(source, edit.size)
+    y = _luminance(edit, edit.size)
     moments = torch.stack([x, y, x * x + y * y, x * y])
     # of each window; (H - 6, W - 6) each
     mean_x, mean_y, squares, product = F.avg_pool2d(moments, 7, stride=1)
@@ -1021,7 +1020,7 @@ def _ssim(source, edit, mask=None):
     ssim *= (2 * covariance + 9e-4) / (variances + 9e-4)
     if mask:
         # by the middle pixel of each window
-        ssim = ssim[_pixels(mask, edit.size, "L")[3:-3, 3:-3] < 0.5]
+        ssim = ssim[_luminance(mask, edit.size)[3:-3, 3:-3] < 0.5]
     return ssim.mean().item()
 
 
@@ -1037,11 +1036,11 @@ def _lpips(source, edit, mask=None):
     """Perceptual distance of two pictures by AlexNet (Zhang et al. 2018), 0 where they are equal,
     at the edit's size; what is white in the mask is taken from the source, so that it is equal."""
     network = _lpips_network()
-    before = _pixels(source, edit.size, "RGB")  # (H, W, 3)
-    after = _pixels(edit, edit.size, "RGB")
+    before = _pixels_of(source, edit.size)  # (H, W, 3)
+    after = _pixels_of(edit, edit.size)
     if mask:
-        after = after.where(_pixels(mask, edit.size, "RGB") < 0.5, before)
-    pair = torch.stack([before, after]).float().permute(0, 3, 1, 2)  # (2, 3, H, W)
+        after = after.where(_pixels_of(mask, edit.size) < 0.5, before)
+    pair = torch.stack([before, after]).permute(0, 3, 1, 2)  # (2, 3, H, W)
     return network(*pair.split(1), normalize=True).item()
 
 
@@ -1514,20 +1513,22 @@ class CurvesSettings(CheckedSettings):
 def curves(words: list[str]) -> None:
     """Draws what runs logged, by epoch: their mean as a line, from lowest to highest as a band."""
     settings = parse_settings(CurvesSettings, ["--runs", *words], curves.__doc__)
-    # with a list for faults, a last line that a crash cut short is passed over
-    logs = [read_json_lines(Path(run, "log.jsonl"), faults=[]) for run in settings.runs]
+    records = []
+    for run in settings.runs:
+        # with a list for faults, a last line that a crash cut short is passed over
+        records += read_json_lines(Path(run, "log.jsonl"), faults=[])
     with _figure(settings.out) as figure:
         panels = figure.subplots(math.ceil(len(CURVES) / 4), 4).flat
         for axes, name in zip(panels, CURVES, strict=False):
-            values = defaultdict(list)  # epoch -> what the runs that have come so far logged
-            for _, record in itertools.chain(*logs):
+            by_epoch = defaultdict(list)  # what the runs that have come so far logged
+            for _, record in records:
                 if name in record:
-                    values[record["epoch"]].append(record[name])
-            epochs = sorted(values)
-            means = [np.mean(values[epoch]) for epoch in epochs]
-            lowest = [min(values[epoch]) for epoch in epochs]
-            highest = [max(values[epoch]) for epoch in epochs]
-            axes.plot(epochs, means, marker=".")
+                    by_epoch[record["epoch"]].append(record[name])
+            epochs = sorted(by_epoch)
+            values = [by_epoch[epoch] for epoch in epochs]
+            axes.plot(epochs, list(map(np.mean, values)), marker=".")
+            lowest = list(map(min, values))
+            highest = list(map(max, values))
             axes.fill_between(epochs, lowest, highest, alpha=0.3)
             axes.set_title(name)
 
