@@ -109,11 +109,11 @@ METRICS = {  # of each benchmark: the main one, what it is made of, a judge's sc
     "gedit": ("O", "SC", "PQ", "success", "overediting", "naturalness", "artifacts"),
     "heldout": ("judge",),
 }
-SCORES = {"imgedit": 3, "gedit": 2, "heldout": 1}  # how many an answer holds
+# of each benchmark the questions on an edit, and how many scores the answer holds
+CALLS = {"imgedit": {"edit": 3}, "gedit": {"SC": 2, "PQ": 2}, "heldout": {"judge": 1}}
 # what is seen without a judge, beside each benchmark's METRICS: of a toy's edits what the oracle
 # says, of all how much of the source they keep; lpips if it is installed
 SEEN = ("oracle", "success", "psnr", "ssim", "lpips")
-CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of pictures, ours first
 MADE_FROM = "made from"  # the key of the PNG text with the hash of what an edit was drawn from
 DRAWN = {"trained": "new", "base": "base"}  # subjects that we draw: the editor's policy for each
@@ -417,8 +417,10 @@ def _scores_in(benchmark, record, mode="strict"):
 
 def _measured(benchmark, calls, mode):
     """{metric: its value in one round of calls about a row}, NaN where there is none."""
-    unread = [math.nan] * SCORES[benchmark]
-    scores = [_scores_in(benchmark, call, mode) or unread for call in calls]
+    scores = []
+    for call in calls:
+        unread = [math.nan] * CALLS[benchmark][call["call"]]
+        scores.append(_scores_in(benchmark, call, mode) or unread)
     values = [_average(scores[0])]
     if benchmark == "gedit":
         sc, pq = map(min, scores)
@@ -444,8 +446,10 @@ def _grouped(rows, metrics, digits=UNROUNDED):
         groups[name].append(row)
         if row.get("intersection"):
             groups[f"{name} intersection"].append(row)
-    metrics = (*metrics, *SEEN)
-    return {name: tabulate(members, metrics, digits) for name, members in groups.items()}
+    tables = {}
+    for name, members in groups.items():
+        tables[name] = tabulate(members, (*metrics, *SEEN), digits)
+    return tables
 
 
 def tabulate(rows: Rows, metrics: tuple, digits: int = UNROUNDED) -> dict:
@@ -605,7 +609,7 @@ def _read_gedit(folder, settings):
                 "task": entry["task_type"],
                 "files": [f"fullset/{name}", f"fullset/{place}", name, place, short],
                 "language": entry["instruction_language"],
-                "intersection": bool(entry.get("Intersection_exist")),
+                "intersection": entry.get("Intersection_exist"),
             }
         )
     return rows, prompts
@@ -664,7 +668,8 @@ def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
     the judge sees them), `task`, `source` (a hash, the same for all rows on one picture), `files`
     (where its edit may lie in a subject's folder, without ending; the first is ours), `hash` (of
     prompt and pictures), ImgEdit's `labels` and GEdit's `language`.
-    BadInput when a file or picture is missing or not as the benchmark has it.
+    BadInput when a file or picture is missing or not as the benchmark has it, and when --edits or
+    --masks holds nothing for any row.
     """
     folder = Path(settings.bench).resolve()
     rows, prompts = READERS[settings.benchmark](folder, settings)
@@ -684,6 +689,13 @@ def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
             hashes.append(_hash_of(path.read_bytes()))
         row["source"] = hashes[0]
         row["hash"] = _hash_of([row["row"], row["prompt"], hashes])
+    for folder in filter(None, (settings.edits, settings.masks)):
+        # a wrong folder would read as a bad editor
+        if not any(_find_picture(folder, row["files"]) for row in rows):
+            raise BadInput(
+                f"{folder}: has nothing for any row, no {rows[0]['files'][0]}.png; name a folder "
+                "in the benchmark's layout"
+            )
     return rows, prompts
 
 
@@ -722,7 +734,7 @@ def _subjects_of(settings):
     it is base, so that the missing --base is told."""
     made_by = {"edits": settings.edits, "trained": settings.lora, "base": settings.base}
     given = [name for name in made_by if made_by[name]]
-    names = [*given[:1], *sorted(settings.baselines)] or ["base"]
+    names = [*given[:1], *settings.baselines] or ["base"]
     return list(dict.fromkeys(names))  # base may be both
 
 
@@ -804,7 +816,7 @@ def draw_edits(job: Job) -> None:
             info = PngInfo()
             info.add_text(MADE_FROM, recipe)
             with whole_file(path) as part:
-                group.images[0].save(part, "PNG", pnginfo=info)
+                group.images[0].save(part, pnginfo=info)
 
 
 def _editor_of(job):
@@ -837,8 +849,12 @@ def _find_calls(job, rows):
             edit_hash = path and _hash_of(path.read_bytes())
             names = CALLS[job.settings.benchmark]
             for repeat, name in itertools.product(range(job.settings.repeats), names):
-                call = row | {"subject": subject, "edit": str(path or "")}
-                call |= {"call": name, "repeat": repeat}
+                call = row | {
+                    "subject": subject,
+                    "edit": str(path or ""),
+                    "call": name,
+                    "repeat": repeat,
+                }
                 asked = [name, repeat, _question(job, call)]
                 call["key"] = _hash_of([asked, row["hash"], edit_hash])
                 calls.append(call)
@@ -1060,17 +1076,27 @@ def score_calls(job: Job) -> Rows:
     # once for each edit, by the first call on it; `score` makes a row of that one
     for first in job.each(calls[::calls_per_row], "seen without a judge"):
         first.update(_seen(job, first))
+    metadata = _hash_of([row["hash"] for row in job.rows])
     results = {}
     # of calls-LABEL-PROCESS.jsonl the LABELs
     labels = {re.sub(r"^calls-|-\d+$", "", file.stem) for file in job.out.glob("calls-*-*.jsonl")}
     for label in sorted(labels):
         answers = _read_answers(job, label)
         records = [_record(call, answers) for call in calls]
-        if not all("failure" in record for record in records):
-            result = _result(job, label, records)
-            file = job.out / f"scores-{label}-{settings.mode}-{result['metadata']}.json"
-            write_json(file, result)
-            results[file] = result
+        if all("failure" in record for record in records):
+            continue
+        subjects = {}
+        for subject, of_subject in itertools.groupby(records, itemgetter("subject")):
+            subjects[subject] = score(settings.benchmark, of_subject, settings.mode)
+        file = job.out / f"scores-{label}-{settings.mode}-{metadata}.json"
+        results[file] = {
+            "benchmark": settings.benchmark,
+            "judge": label,
+            "mode": settings.mode,
+            "metadata": metadata,
+            "subjects": subjects,
+        }
+        write_json(file, results[file])
     if not results:
         raise BadInput(
             f"{job.out}: holds no judge's answer on these edits; run --stage judge, or see in "
@@ -1080,21 +1106,6 @@ def score_calls(job: Job) -> Rows:
         if file not in results:
             file.unlink()
     return list(results.values())
-
-
-def _result(job, label, records):
-    """What all calls amount to under one judge."""
-    settings = job.settings
-    subjects = {}
-    for subject, calls in itertools.groupby(records, itemgetter("subject")):
-        subjects[subject] = score(settings.benchmark, calls, settings.mode)
-    return {
-        "benchmark": settings.benchmark,
-        "judge": label,
-        "mode": settings.mode,
-        "metadata": _hash_of([row["hash"] for row in job.rows]),
-        "subjects": subjects,
-    }
 
 
 def _interval_text(mean, form=".3f"):
@@ -1428,7 +1439,8 @@ def agree(words: list[str]) -> None:
     """Prints how far the judge orders edits as people do."""  # also what --help says
     settings = parse_settings(AgreeSettings, ["--table", *words], agree.__doc__, judge=TOY)
     judge = None
-    pairs = []  # as rows of a table; those of one record are resampled together
+    outcomes = []  # of all pairs
+    sources = []  # the record of each; those of one are resampled together
     scores = []
     labels = []
     for number, row in enumerate(read_ratings(settings.table, settings.columns), 1):
@@ -1437,13 +1449,15 @@ def agree(words: list[str]) -> None:
         found = judge.score(row, row["image"], row["edits"]).score.tolist()
         scores += found
         labels += row["labels"]
-        for outcome in _ordered_pairs(found, row["labels"]):
-            pairs.append({"task": "all", "source": number, "answered": True, "right": outcome})
+        ordered = _ordered_pairs(found, row["labels"])
+        outcomes += ordered
+        sources += [number] * len(ordered)
     if judge is None:
         raise BadInput(f"agree {settings.table}: holds no records; name a table of rated edits")
     judge.close()
-    right = _interval_text(tabulate(pairs, ("right",))["right"]["micro"], ".1%")
-    ties = sum(pair["right"] == 0.5 for pair in pairs) / max(len(pairs), 1)
+    _, draws = bootstrap(outcomes, ["all"] * len(outcomes), sources)
+    right = _interval_text(_interval(outcomes, draws), ".1%")
+    ties = outcomes.count(0.5) / max(len(outcomes), 1)
     scores, labels = torch.tensor([scores, labels])  # (all edits,) each
     known = ~scores.isnan()
     order = spearman(scores[known], labels[known])
@@ -1545,15 +1559,7 @@ def _begin(settings):
         if changes:
             raise BadInput(f"{settings.out}: {'; '.join(changes)}; give another --out")
     write_json(file, asdict(settings))
-    rows, prompts = load_benchmark(settings)
-    for folder in filter(None, (settings.edits, settings.masks)):
-        # a wrong folder would read as a bad editor
-        if not any(_find_picture(folder, row["files"]) for row in rows):
-            raise BadInput(
-                f"{folder}: has nothing for any row, no {rows[0]['files'][0]}.png; name a folder "
-                "in the benchmark's layout"
-            )
-    return rows, prompts
+    return load_benchmark(settings)
 
 
 def _run_stages(settings, accelerator, stop):
