@@ -102,7 +102,7 @@ from reward_mllm import (
     plain_terms,
     requirement_of,
 )
-from sample import add_policies, load_editor, policy, rollout
+from sample import load_to_draw, policy, rollout
 
 METRICS = {  # of each benchmark: the main one, what it is made of, a judge's scores in their order
     "imgedit": ("score", "adherence", "quality", "preservation"),
@@ -228,9 +228,7 @@ def _plain_label(label):
     return label.strip().lower().replace("_", " ").replace("&", "and")
 
 
-def parse_imgedit(
-    reply: str, mode: str = "strict", labels: list | tuple = ()
-) -> list[float] | None:
+def parse_imgedit(reply: str, mode: str = "strict", labels: list = ()) -> list[float] | None:
     """The list of scores in an answer of ImgEdit's judge; None where it cannot be read.
 
     strict: exactly three, from 1 to 5, differently labelled; with `labels` (of labels_of) under
@@ -802,7 +800,7 @@ def draw_edits(job: Job) -> None:
             recipe = _hash_of([made_from, row["hash"]])
             if _is_current(path, recipe):
                 continue
-            editor = editor or _editor_of(job)
+            editor = editor or load_to_draw(settings, job.device)
             with policy(editor, DRAWN[subject]):
                 group = rollout(
                     editor,
@@ -817,22 +815,6 @@ def draw_edits(job: Job) -> None:
             info.add_text(MADE_FROM, recipe)
             with whole_file(path) as part:
                 group.images[0].save(part, pnginfo=info)
-
-
-def _editor_of(job):
-    """The editor, with the LoRA if there is one."""
-    settings = job.settings
-    editor = load_editor(
-        settings.base,
-        job.device,
-        # few CPUs are fast in bfloat16
-        torch.bfloat16 if job.device.type == "cuda" else torch.float32,
-        settings.resolution,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    if settings.lora:
-        add_policies(editor, averages=(), start=settings.lora)
-    return editor
 
 
 # ---------------------------------------------------------------- judge: the calls
@@ -911,18 +893,18 @@ def judge_edits(job: Job) -> None:
     file = job.out / f"calls-{label}-{job.accelerator.process_index}.jsonl"
     # So many at each server; several are named with commas. Threads do, as a call only waits.
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
-    call_of = {pool.submit(_answer, job, judge, call): call for call in todo}
+    futures = [pool.submit(_answer, job, judge, call) for call in todo]
     try:
         # not job.each: after a stop, too, what is finished is kept
         failures = []
-        finished = as_completed(call_of)
+        finished = as_completed(futures)
         is_main = job.accelerator.is_main_process
         for future in tqdm(finished, "judge", len(todo), disable=not is_main):
             record = future.result()
             if job.stop.is_set() and "failure" in record:
                 continue  # given up because of the stop, no failure of the judge
             date = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            append_json_line(file, call_of[future] | record | {"time": time.time(), "date": date})
+            append_json_line(file, record | {"time": time.time(), "date": date})
             failures.append(record.get("failure"))
             if len(failures) == 8 and all(failures):
                 raise BadInput(
@@ -948,28 +930,29 @@ def _is_asked(settings, record):
 
 
 def _answer(job, judge, call):
-    """What a call adds to its record: its answer, or the cause of its failure, and what a server
-    says of either: `model`, `finish_reason` and `usage` in tokens."""
-    facts = {}
+    """The record of a call: its answer, or the cause of its failure, and what a server says of
+    either: `model`, `finish_reason` and `usage` in tokens."""
+    record = call
     try:
         judge.check_stop()
         shown = list(map(load_image, [*call["shown"], call["edit"]]))
         if job.settings.benchmark == "heldout":
             scores = judge.score(call, shown[:-1], shown[-1:])
-            (facts,) = scores.facts or [{}]  # of the one edit, where a server was asked
+            for facts in scores.facts:  # of the one edit, where a server was asked
+                record = call | facts
             if scores.score.isnan():
                 raise JudgeFailure("".join(scores.causes) or "no score")
-            return facts | {"scores": scores.score.tolist(), "reply": "".join(scores.words)}
+            return record | {"scores": scores.score.tolist(), "reply": "".join(scores.words)}
         if job.settings.benchmark == "gedit":
             shown = _as_gedit_shows(shown)
         if call["call"] == "PQ":  # VIEScore judges quality without the source
             shown = shown[-1:]
         question = _question(job, call)
         reply = judge.reply(question, shown, job.settings.reply_tokens, call["repeat"])
-        facts = reply.facts
-        return facts | {"reply": reply.said()}
+        record = call | reply.facts
+        return record | {"reply": reply.said()}
     except (JudgeFailure, BadInput) as failure:
-        return facts | {"failure": str(failure)}
+        return record | {"failure": str(failure)}
 
 
 def _as_gedit_shows(pictures):

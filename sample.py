@@ -1056,17 +1056,32 @@ class Settings(CheckedSettings):
             raise BadInput(f"--out {self.out}: not a picture's name; end it in .png")
 
 
+def load_to_draw(settings, device: torch.device) -> Editor:
+    """The editor of --base, with --lora, if there is one, as its policy `new`.
+
+    settings: this script's, or others with the same names. BadInput as load_editor and read_lora.
+    """
+    # few CPUs are fast in bfloat16
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    editor = load_editor(
+        settings.base,
+        device,
+        dtype,
+        settings.resolution,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if settings.lora:
+        add_policies(editor, averages=(), start=settings.lora)
+    return editor
+
+
 def _draw(args, images):
     """The grid of the edits: a row of pictures for each policy."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    editor = load_editor(
-        args.base, device, dtype, args.resolution, trust_remote_code=args.trust_remote_code
-    )
-    names = ["base"]
-    if args.lora:
-        add_policies(editor, averages=(), start=args.lora)
-        names = ["base", "new"] if args.compare else ["new"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    editor = load_to_draw(args, device)
+    names = ["new"] if args.lora else ["base"]
+    if args.compare:
+        names = ["base", "new"]
     seeds = range(args.seed, args.seed + args.num)
     rows = []
     captions = []
