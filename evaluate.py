@@ -444,10 +444,7 @@ def _grouped(rows, metrics, digits=UNROUNDED):
         groups[name].append(row)
         if row.get("intersection"):
             groups[f"{name} intersection"].append(row)
-    tables = {}
-    for name, members in groups.items():
-        tables[name] = tabulate(members, (*metrics, *SEEN), digits)
-    return tables
+    return {name: tabulate(members, (*metrics, *SEEN), digits) for name, members in groups.items()}
 
 
 def tabulate(rows: Rows, metrics: tuple, digits: int = UNROUNDED) -> dict:
@@ -784,15 +781,19 @@ def draw_edits(job: Job) -> None:
     """
     settings = job.settings
     editor = None
-    if job.device.type == "cpu":
-        # Several processes have fewer threads each, which add up in another order: a grey level
-        # may then differ from what one process draws.
-        torch.set_num_threads(1)
+    # Several processes on a CPU have fewer threads each, which add up in another order: a grey
+    # level may then differ from what one process draws.
+    torch.set_num_threads(1)
     for subject in filter(DRAWN.get, _subjects_of(settings)):
         if not settings.base:
             raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
-        made_from = [settings.steps, settings.seed, settings.guidance, settings.resolution]
-        made_from.append(_weights_hash(settings.base))
+        made_from = [
+            _weights_hash(settings.base),
+            settings.steps,
+            settings.seed,
+            settings.guidance,
+            settings.resolution,
+        ]
         if subject == "trained":
             made_from.append(_weights_hash(settings.lora))
         for row in job.each(job.mine, f"{subject} edits"):
@@ -837,8 +838,7 @@ def _find_calls(job, rows):
                     "call": name,
                     "repeat": repeat,
                 }
-                asked = [name, repeat, _question(job, call)]
-                call["key"] = _hash_of([asked, row["hash"], edit_hash])
+                call["key"] = _hash_of([name, repeat, _question(job, call), row["hash"], edit_hash])
                 calls.append(call)
     return calls
 
@@ -1068,9 +1068,10 @@ def score_calls(job: Job) -> Rows:
         records = [_record(call, answers) for call in calls]
         if all("failure" in record for record in records):
             continue
-        subjects = {}
-        for subject, of_subject in itertools.groupby(records, itemgetter("subject")):
-            subjects[subject] = score(settings.benchmark, of_subject, settings.mode)
+        subjects = {
+            subject: score(settings.benchmark, of_subject, settings.mode)
+            for subject, of_subject in itertools.groupby(records, itemgetter("subject"))
+        }
         file = job.out / f"scores-{label}-{settings.mode}-{metadata}.json"
         results[file] = {
             "benchmark": settings.benchmark,
@@ -1238,7 +1239,7 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
     """Writes report.html, small pictures beside it, and grid.png: the first row of each task.
     results: as score_calls returns them; the first one's judge orders the rows.
     """
-    main = METRICS[job.settings.benchmark][0]
+    main = METRICS[job.settings.benchmark][0]  # orders the rows
     rows = []
     first = {}  # what is shown of the first row of each task
     for number, row in enumerate(job.each(_first_subject(results[0])["rows"], "report")):
@@ -1341,7 +1342,7 @@ def _shared_results(runs):
         results = [run[file] for run in found]
         first = results[0]
         print(f"judge and prompts {first['judge']}, {first['mode']} reading")
-        yield first["benchmark"], [_first_subject(result) for result in results]
+        yield first["benchmark"], list(map(_first_subject, results))
 
 
 def _first_subject(result):
@@ -1524,9 +1525,7 @@ def curves(words: list[str]) -> None:
             epochs = sorted(by_epoch)
             values = [by_epoch[epoch] for epoch in epochs]
             axes.plot(epochs, list(map(np.mean, values)), marker=".")
-            lowest = list(map(min, values))
-            highest = list(map(max, values))
-            axes.fill_between(epochs, lowest, highest, alpha=0.3)
+            axes.fill_between(epochs, list(map(min, values)), list(map(max, values)), alpha=0.3)
             axes.set_title(name)
 
 
