@@ -272,7 +272,7 @@ def load_editor(
 
 def _load_pipeline(base, device, dtype, trust_remote_code):
     """The pipeline in a folder or of a hub id as diffusers loads it; BadInput if it cannot."""
-    fix = "name a whole model folder or a hub id owner/name"
+    fix = "name a whole model folder or a hub id; pip install torchvision if its processor needs it"
     if base == TOY:
         fix = "run python data_prep.py toy first"
     try:
@@ -291,8 +291,6 @@ def _load_pipeline(base, device, dtype, trust_remote_code):
     except (BadInput, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what a damaged folder makes four libraries raise has no end
-        if not is_torchvision_available():
-            fix += ", or pip install torchvision if its processor needs it"
         raise BadInput(f"{base}: not a diffusers model ({one_line(error)}); {fix}") from error
 
 
@@ -455,8 +453,7 @@ def _activate(editor, name):
     """
     for layer in editor.lora_layers:
         layer._disable_adapters = name == "base"
-        if name != "base":
-            layer._active_adapter = [name]
+        layer._active_adapter = [name]
     editor.active = name
 
 
@@ -781,7 +778,7 @@ def _sources_keep_their_size(editor, images):
             return size
         return (*size_by_ratio[ratio], *size[2:])  # some return a third value, which stays
 
-    with patch.object(module, name, size_function, create=original is None):
+    with patch.object(module, name, size_function, create=True):
         yield
 
 
@@ -1009,8 +1006,10 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
         ignored_modules=adapters,
     )
     fsdp2_prepare_model(accelerator, editor.transformer)
-    sharded = [part for part in editor.transformer.parameters() if hasattr(part, "to_local")]
-    local = sum(part.to_local().numel() for part in sharded)
+    local = 0
+    for part in editor.transformer.parameters():
+        if hasattr(part, "to_local"):  # it is sharded
+            local += part.to_local().numel()
     accelerator.print(f"{local:,} of the base's numbers are on this rank")
     editor.pipe.to(accelerator.device)
 
@@ -1052,7 +1051,7 @@ class Settings(CheckedSettings):
             raise BadInput(
                 "--compare has nothing to compare with the base; add --lora RUN/checkpoint-N"
             )
-        if Path(self.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        if not self.out.endswith(".png"):
             raise BadInput(f"--out {self.out}: not a picture's name; end it in .png")
 
 
