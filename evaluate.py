@@ -709,13 +709,6 @@ class Job:
     mine: Rows  # this process's share of them
     prompts: dict[str, str]  # of the judge, by task or by call
 
-    @property
-    def device(self) -> torch.device:
-        """Where editor and local judge work. Several processes have the CPU as "cpu:0", which would
-        copy weights to places where a sum is rounded otherwise: not what one process draws."""
-        device = self.accelerator.device
-        return torch.device("cpu") if device.type == "cpu" else device
-
     def each(self, work, name: str) -> Iterator:
         """One after the other, with a progress bar of one process; Stopped once a signal came."""
         for part in tqdm(work, name, disable=not self.accelerator.is_main_process):
@@ -801,7 +794,7 @@ def draw_edits(job: Job) -> None:
             recipe = _hash_of([made_from, row["hash"]])
             if _is_current(path, recipe):
                 continue
-            editor = editor or load_to_draw(settings, job.device)
+            editor = editor or load_to_draw(settings)
             with policy(editor, DRAWN[subject]):
                 group = rollout(
                     editor,
@@ -876,7 +869,7 @@ def judge_edits(job: Job) -> None:
     BadInput when the judge cannot be loaded.
     """
     settings = job.settings
-    judge = load_judge(settings, job.device, stop=job.stop)
+    judge = load_judge(settings, stop=job.stop)
     run = Path(settings.lora).parent / "config.json"  # of RUN/checkpoint-N
     if run.is_file() and _read_json(run, "take a run's own folder").get("judge") == settings.judge:
         say_once(

@@ -1677,11 +1677,13 @@ def test_edits_are_drawn_by_one_thread_whatever_the_number_of_cores(
     assert set(threads) == {1}
 
 
-def test_several_processes_have_the_weights_where_one_has_them():
-    accelerator = types.SimpleNamespace(device=torch.device("cpu", 0))  # as accelerate calls it
-    job = evaluate.Job(evaluate.Settings(), accelerator, threading.Event(), Path(), [], [], {})
+def test_several_processes_have_the_weights_where_one_has_them(monkeypatch):
+    """A device of another name, as accelerate's cpu:0, would be another place."""
+    devices = []
+    monkeypatch.setattr("sample.load_editor", lambda base, device, *rest: devices.append(device))
+    evaluate.load_to_draw(evaluate.Settings())
     weights = torch.zeros(3)
-    assert weights.to(job.device).data_ptr() == weights.data_ptr()
+    assert [weights.to(device).data_ptr() for device in devices] == [weights.data_ptr()]
 
 
 # ---------------------------------------------------------------- a stop
