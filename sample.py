@@ -512,7 +512,7 @@ def save_lora(editor: Editor, folder: str | Path, name: str = "new") -> None:
     for key, weight in lora_parameters(editor, name).items():
         exact = weight.double() * _strength(editor, name, key)
         rounded = exact.float()  # loses nothing where alpha / rank is a power of two
-        is_same = torch.equal(rounded.double(), exact)
+        is_same = (rounded == exact).all()
         full[f"transformer.{key}"] = rounded if is_same else exact
     config = editor.transformer.peft_config[name]
     settings = json.dumps({key: getattr(config, key) for key in LORA_CONFIG})
