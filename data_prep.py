@@ -930,15 +930,13 @@ def faults_of(row: dict, skip: bool, is_told: bool = True) -> Iterator[None]:
 
 
 def faultless(
-    rows: list[dict], fault_of: Callable[[dict], str], skip: bool, is_told: bool = True
+    rows: list[dict], check: Callable[[dict], None], skip: bool, is_told: bool = True
 ) -> list[dict]:
-    """The rows of which `fault_of` says nothing; as `faults_of` for the others, if any are left."""
+    """The rows that `check` lets pass; as `faults_of` for the others, if any are left."""
     kept = []
     for row in rows:
         with faults_of(row, skip, is_told):  # where skipped, the block ends at the fault
-            fault = fault_of(row)
-            if fault:
-                raise BadInput(fault)
+            check(row)
             kept.append(row)
     if not kept:
         raise BadInput(f"{rows[0]['where']} and all other rows have faults; none is left")

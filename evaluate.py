@@ -49,16 +49,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from html import escape
 from operator import itemgetter
 from pathlib import Path
-from string import Template
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from jinja2 import Template
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -98,23 +97,23 @@ from reward_mllm import (
     TOY,
     JudgeFailure,
     JudgeSettings,
+    _pixels_of,
     load_judge,
     plain_terms,
     requirement_of,
 )
-from sample import add_policies, load_editor, policy, rollout
+from sample import load_to_draw, policy, rollout
 
 METRICS = {  # of each benchmark: the main one, what it is made of, a judge's scores in their order
     "imgedit": ("score", "adherence", "quality", "preservation"),
     "gedit": ("O", "SC", "PQ", "success", "overediting", "naturalness", "artifacts"),
     "heldout": ("judge",),
 }
-SCORES = {"imgedit": 3, "gedit": 2, "heldout": 1}  # how many an answer holds
-FLOOR = {"imgedit": 1.0, "gedit": 0.0, "heldout": 0.0}  # what counts in place of no score
+# of each benchmark the questions on an edit, and how many scores the answer holds
+CALLS = {"imgedit": {"edit": 3}, "gedit": {"SC": 2, "PQ": 2}, "heldout": {"judge": 1}}
 # what is seen without a judge, beside each benchmark's METRICS: of a toy's edits what the oracle
 # says, of all how much of the source they keep; lpips if it is installed
 SEEN = ("oracle", "success", "psnr", "ssim", "lpips")
-CALLS = {"imgedit": ("edit",), "gedit": ("SC", "PQ"), "heldout": ("judge",)}  # questions on an edit
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of pictures, ours first
 MADE_FROM = "made from"  # the key of the PNG text with the hash of what an edit was drawn from
 DRAWN = {"trained": "new", "base": "base"}  # subjects that we draw: the editor's policy for each
@@ -156,12 +155,10 @@ class Settings(JudgeSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.baselines:
-            if name not in ("source", "base"):
-                raise BadInput(f"--baselines {name}: not a baseline; there are source and base")
+        if not {"source", "base"}.issuperset(self.baselines):
+            raise BadInput(f"--baselines {' '.join(self.baselines)}: there are source and base")
 
 
-SAMPLING_FLAGS = ("steps", "seed", "guidance", "resolution")  # what a drawn edit depends on
 # One --out holds edits and calls for one value of each setting but these: mixed, they would look
 # like one model on one benchmark.
 HARMLESS = """out stage mode baselines masks repeats ask_again reply_tokens trust_remote_code judge
@@ -197,16 +194,15 @@ def _read_json(file, fix):
 
 # A labelled score is a start, LABEL, SEPARATOR, value and VALUE_END: "2) Detail Fidelity: 4.5,".
 LINE_START = r"(?m:^)"
-PHRASE_START = r"(?m:^|[,;{(|.])"  # a line's or after punctuation, for several scores in one line
+PHRASE_START = r"(?m:^|[,;{(|.。、])"  # or after punctuation, for several scores in one line
 LABEL = r"\W*?(?:\d+[.)]\s*)?([^\W\d][\w &/()'’-]{1,60}?)"  # bullets, perhaps "2)", then words
 SEPARATOR = r"(?:\s*[:=|]+|\s+[-–—]|\s+is\b)\s*"
 NUMBER = r"(\d+(?:\.\d+)?)(?!\.?\d)"  # whole: not the 4.5 of 4.56
-VALUE_END = r"(?=\s*(?:[,;.|(){}\n]|$)|\s+[-–—]\s)"  # else "4 objects" or "3-4" would be scores
+VALUE_END = r"(?=\s*(?:[,;.|(){}。、\n]|$)|\s+[-–—]\s)"  # else "4 objects" or "3-4" would be scores
 # of a line with one ": " the whole number behind it: (?!: ) lets no other stand before it
 OFFICIAL_LINE = r"(?m)^(?:(?!: ).)*: (\d{1,9})\s*$"
 # labels of what is no score of its own: taken for one, it would stand in for a missing one
-UNWANTED = re.compile(r"(?i)reason|overall|average|total|\bsum\b|final|expla|analysis|rationale")
-EASTERN = str.maketrans("。、【】「」", ".,[][]")  # what NFKC leaves as it is
+UNWANTED = r"(?i)reason|overall|average|total|\bsum\b|final|expla|analysis|rationale"
 
 
 def _final_answer(reply):
@@ -214,7 +210,7 @@ def _final_answer(reply):
     text = reply.rpartition("</think>")[2]
     if "<think" in text:
         return ""
-    text = unicodedata.normalize("NFKC", text).translate(EASTERN)  # full-width digits, colons ...
+    text = unicodedata.normalize("NFKC", text)  # full-width digits, colons ...
     text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text)
     return re.sub(r"</?answer>|<\|(?:begin|end)_of_box\|>", "\n", text)
 
@@ -232,9 +228,7 @@ def _plain_label(label):
     return label.strip().lower().replace("_", " ").replace("&", "and")
 
 
-def parse_imgedit(
-    reply: str, mode: str = "strict", labels: list | tuple = ()
-) -> list[float] | None:
+def parse_imgedit(reply: str, mode: str = "strict", labels: list = ()) -> list[float] | None:
     """The list of scores in an answer of ImgEdit's judge; None where it cannot be read.
 
     strict: exactly three, from 1 to 5, differently labelled; with `labels` (of labels_of) under
@@ -267,7 +261,7 @@ def _labelled_scores(text, start, top, labels=()):
     # 4, 4/5, 4 out of 5, 4 points; a "4/10" on a scale to 5 is no value
     value = NUMBER + rf"\s*(?:/\s*{top}(?!\d)|(?:out )?of {top}(?!\d))?\s*(?:points?|stars?|分)?"
     text = re.sub(r"[*`\"“”]", "", text)  # emphasis and quotes
-    text = re.sub(rf"([:=|]\s*)\[\s*({value})\s*\]", r"\1\2", text)  # label: [4]
+    text = re.sub(rf"([:=|]\s*)[\[【「]\s*({value})\s*[\]】」]", r"\1\2", text)  # label: [4]
     text += "\n" + _columns_as_lines(text)
     # a value alone on the line below its label
     text = re.sub(rf"(?m)^([^\n\d:=|]{{2,60}}?)\s*\n\s*({value})\s*$", r"\1: \2", text)
@@ -276,7 +270,7 @@ def _labelled_scores(text, start, top, labels=()):
         name = _plain_label(label)
         wanted = next((known for known in labels if known in name), "")
         # without known labels every label counts that is not plainly something else
-        if wanted or not (labels or UNWANTED.search(name)):
+        if wanted or not (labels or re.search(UNWANTED, name)):
             found[wanted or name] = float(number)
     # in the order of the prompt, or else of the answer
     return [found[name] for name in labels or found if name in found]
@@ -304,7 +298,7 @@ def parse_gedit(reply: str, mode: str = "strict") -> list[float] | None:
     text = _final_answer(reply)
     found = _listed_scores(text)
     if found:
-        scores = list(map(_score_of_ten, found[-1].split(",")))  # the judge's last word
+        scores = list(map(_score_of_ten, re.split("[,、]", found[-1])))  # the judge's last word
     else:
         scores = _labelled_scores(text, PHRASE_START, 10)
     return _if_valid(scores, 2, 0, 10)
@@ -313,12 +307,13 @@ def parse_gedit(reply: str, mode: str = "strict") -> list[float] | None:
 def _listed_scores(text):
     """What stands in brackets after `score`, or alone, be it JSON or only nearly so, because of
     quotes in the reasoning or an end cut off."""
-    brackets = r"\s*[:=]\s*[\"']?[\[({]([^\])}]*)[\])}]"
+    brackets = r"\s*[:=]\s*[\"']?[\[({【「]([^\])}】」]*)[\])}】」]"
     return (
         # the key of an object; in a text within JSON there would be a backslash before the quote
         re.findall(r"(?i)(?<!\\)[\"']scores?[\"']" + brackets, text)
         or re.findall(r"(?i)scores?[\"']?" + brackets, text)  # score: [8, 7], scores = (8, 7) ...
-        or re.findall(r"^\s*\[?((?:[\d./\s]+,)+[\d./\s]+)\]?\s*$", text)  # nothing but 8, 7
+        # nothing but 8, 7
+        or re.findall(r"^\s*[\[【「]?((?:[\d./\s]+[,、])+[\d./\s]+)[\]】」]?\s*$", text)
     )
 
 
@@ -377,8 +372,8 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
     `repeats`, the main metric in each round of questions; METRICS are the means over the rounds.
 
     records: for each row, and for each round of questions about it, one record for each of its
-    CALLS, in their order. A record has `row`, `task`, `source`, and `reply` or `failure`; it may
-    have `repeat` (the number of its round), SEEN, ImgEdit's `labels`, GEdit's `language` and
+    CALLS, in their order. A record has `row`, `task`, `source`, `repeat` (the number of its round),
+    and `reply` or `failure`; it may have SEEN, ImgEdit's `labels`, GEdit's `language` and
     `intersection`. In a held-out set `scores` is [the judge's own score].
 
     strict: a metric without a value counts at the floor, ImgEdit's 1 or else 0. official: a row
@@ -393,7 +388,8 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
 def _scored_row(benchmark, calls, mode, digits):
     """A row of `score` from all of its calls."""
     main = METRICS[benchmark][0]
-    by_round = itertools.groupby(calls, lambda call: call.get("repeat"))
+    floor = 1.0 if benchmark == "imgedit" else 0.0  # what counts in place of no score
+    by_round = itertools.groupby(calls, itemgetter("repeat"))
     rounds = [_measured(benchmark, list(asked), mode) for _, asked in by_round]
     repeats = [found[main] for found in rounds]
     said = [record.get("reply") or record.get("failure", "") for record in calls]
@@ -403,7 +399,7 @@ def _scored_row(benchmark, calls, mode, digits):
     if is_answered or mode == "strict":
         for name in rounds[0]:
             values = [found[name] for found in rounds]
-            row[name] = _average(np.nan_to_num(values, nan=FLOOR[benchmark]), digits)
+            row[name] = _average(np.nan_to_num(values, nan=floor), digits)
     return row
 
 
@@ -419,8 +415,10 @@ def _scores_in(benchmark, record, mode="strict"):
 
 def _measured(benchmark, calls, mode):
     """{metric: its value in one round of calls about a row}, NaN where there is none."""
-    unread = [math.nan] * SCORES[benchmark]
-    scores = [_scores_in(benchmark, call, mode) or unread for call in calls]
+    scores = []
+    for call in calls:
+        unread = [math.nan] * CALLS[benchmark][call["call"]]
+        scores.append(_scores_in(benchmark, call, mode) or unread)
     values = [_average(scores[0])]
     if benchmark == "gedit":
         sc, pq = map(min, scores)
@@ -446,8 +444,7 @@ def _grouped(rows, metrics, digits=UNROUNDED):
         groups[name].append(row)
         if row.get("intersection"):
             groups[f"{name} intersection"].append(row)
-    metrics = (*metrics, *SEEN)
-    return {name: tabulate(members, metrics, digits) for name, members in groups.items()}
+    return {name: tabulate(members, (*metrics, *SEEN), digits) for name, members in groups.items()}
 
 
 def tabulate(rows: Rows, metrics: tuple, digits: int = UNROUNDED) -> dict:
@@ -607,7 +604,7 @@ def _read_gedit(folder, settings):
                 "task": entry["task_type"],
                 "files": [f"fullset/{name}", f"fullset/{place}", name, place, short],
                 "language": entry["instruction_language"],
-                "intersection": bool(entry.get("Intersection_exist")),
+                "intersection": entry.get("Intersection_exist"),
             }
         )
     return rows, prompts
@@ -666,7 +663,8 @@ def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
     the judge sees them), `task`, `source` (a hash, the same for all rows on one picture), `files`
     (where its edit may lie in a subject's folder, without ending; the first is ours), `hash` (of
     prompt and pictures), ImgEdit's `labels` and GEdit's `language`.
-    BadInput when a file or picture is missing or not as the benchmark has it.
+    BadInput when a file or picture is missing or not as the benchmark has it, and when --edits or
+    --masks holds nothing for any row.
     """
     folder = Path(settings.bench).resolve()
     rows, prompts = READERS[settings.benchmark](folder, settings)
@@ -686,6 +684,13 @@ def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
             hashes.append(_hash_of(path.read_bytes()))
         row["source"] = hashes[0]
         row["hash"] = _hash_of([row["row"], row["prompt"], hashes])
+    for folder in filter(None, (settings.edits, settings.masks)):
+        # a wrong folder would read as a bad editor
+        if not any(_find_picture(folder, row["files"]) for row in rows):
+            raise BadInput(
+                f"{folder}: has nothing for any row, no {rows[0]['files'][0]}.png; name a folder "
+                "in the benchmark's layout"
+            )
     return rows, prompts
 
 
@@ -699,25 +704,10 @@ class Job:
     settings: Settings
     accelerator: Accelerator
     stop: threading.Event  # set by a signal
+    out: Path  # the folder of edits, calls, scores and report
     rows: Rows  # as load_benchmark tells
+    mine: Rows  # this process's share of them
     prompts: dict[str, str]  # of the judge, by task or by call
-
-    @property
-    def out(self) -> Path:
-        """The folder of edits, calls, scores and report."""
-        return Path(self.settings.out)
-
-    @property
-    def mine(self) -> Rows:
-        """This process's share of the rows: every n-th where there are n."""
-        return self.rows[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    @property
-    def device(self) -> torch.device:
-        """Where editor and local judge work. Several processes have the CPU as "cpu:0", which would
-        copy weights to places where a sum is rounded otherwise: not what one process draws."""
-        device = self.accelerator.device
-        return torch.device("cpu") if device.type == "cpu" else device
 
     def each(self, work, name: str) -> Iterator:
         """One after the other, with a progress bar of one process; Stopped once a signal came."""
@@ -732,7 +722,7 @@ def _subjects_of(settings):
     it is base, so that the missing --base is told."""
     made_by = {"edits": settings.edits, "trained": settings.lora, "base": settings.base}
     given = [name for name in made_by if made_by[name]]
-    names = [*given[:1], *sorted(settings.baselines)] or ["base"]
+    names = [*given[:1], *settings.baselines] or ["base"]
     return list(dict.fromkeys(names))  # base may be both
 
 
@@ -755,14 +745,14 @@ def _find_edit(job, row, subject):
 
 
 def _weights_hash(place):
-    """A hash of the names, sizes and first megabytes of a model's or LoRA's files, as all of them
-    would take minutes; of a hub id, that of its name."""
-    known = []
+    """A hash of the first megabyte of each file of a model or LoRA, as all of them would take
+    minutes; of a hub id, that of its name."""
+    known = b""
     # `place` itself first: it may be a file, of which rglob finds nothing
     for file in [Path(place), *sorted(Path(place).rglob("*"))]:
         if file.is_file():
             with open(file, "rb") as stored:
-                known.append([file.name, file.stat().st_size, stored.read(2**20).hex()])
+                known += stored.read(2**20)
     return _hash_of(known or place)
 
 
@@ -784,15 +774,19 @@ def draw_edits(job: Job) -> None:
     """
     settings = job.settings
     editor = None
-    if job.device.type == "cpu":
-        # Several processes have fewer threads each, which add up in another order: a grey level
-        # may then differ from what one process draws.
-        torch.set_num_threads(1)
+    # Several processes on a CPU have fewer threads each, which add up in another order: a grey
+    # level may then differ from what one process draws.
+    torch.set_num_threads(1)
     for subject in filter(DRAWN.get, _subjects_of(settings)):
         if not settings.base:
             raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
-        made_from = [getattr(settings, name) for name in SAMPLING_FLAGS]
-        made_from.append(_weights_hash(settings.base))
+        made_from = [
+            _weights_hash(settings.base),
+            settings.steps,
+            settings.seed,
+            settings.guidance,
+            settings.resolution,
+        ]
         if subject == "trained":
             made_from.append(_weights_hash(settings.lora))
         for row in job.each(job.mine, f"{subject} edits"):
@@ -800,7 +794,7 @@ def draw_edits(job: Job) -> None:
             recipe = _hash_of([made_from, row["hash"]])
             if _is_current(path, recipe):
                 continue
-            editor = editor or _editor_of(job)
+            editor = editor or load_to_draw(settings)
             with policy(editor, DRAWN[subject]):
                 group = rollout(
                     editor,
@@ -814,23 +808,7 @@ def draw_edits(job: Job) -> None:
             info = PngInfo()
             info.add_text(MADE_FROM, recipe)
             with whole_file(path) as part:
-                group.images[0].save(part, "PNG", pnginfo=info)
-
-
-def _editor_of(job):
-    """The editor, with the LoRA if there is one."""
-    settings = job.settings
-    editor = load_editor(
-        settings.base,
-        job.device,
-        # few CPUs are fast in bfloat16
-        torch.bfloat16 if job.device.type == "cuda" else torch.float32,
-        settings.resolution,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    if settings.lora:
-        add_policies(editor, averages=(), start=settings.lora)
-    return editor
+                group.images[0].save(part, pnginfo=info)
 
 
 # ---------------------------------------------------------------- judge: the calls
@@ -847,11 +825,13 @@ def _find_calls(job, rows):
             edit_hash = path and _hash_of(path.read_bytes())
             names = CALLS[job.settings.benchmark]
             for repeat, name in itertools.product(range(job.settings.repeats), names):
-                call = row | {"subject": subject, "edit": str(path or "")}
-                call |= {"call": name, "repeat": repeat}
-                # a first answer counts, whether or not there are to be others
-                asked = f"{name} again {repeat}" if repeat else name
-                call["key"] = _hash_of([asked, _question(job, call), row["hash"], edit_hash])
+                call = row | {
+                    "subject": subject,
+                    "edit": str(path or ""),
+                    "call": name,
+                    "repeat": repeat,
+                }
+                call["key"] = _hash_of([name, repeat, _question(job, call), row["hash"], edit_hash])
                 calls.append(call)
     return calls
 
@@ -889,7 +869,7 @@ def judge_edits(job: Job) -> None:
     BadInput when the judge cannot be loaded.
     """
     settings = job.settings
-    judge = load_judge(settings, job.device, stop=job.stop)
+    judge = load_judge(settings, stop=job.stop)
     run = Path(settings.lora).parent / "config.json"  # of RUN/checkpoint-N
     if run.is_file() and _read_json(run, "take a run's own folder").get("judge") == settings.judge:
         say_once(
@@ -901,21 +881,23 @@ def judge_edits(job: Job) -> None:
     name = re.sub(r"[^\w.]+", "-", judge.name).strip("-")
     label = f"{name}-{_hash_of([judge.name, asked])}"
     answers = _read_answers(job, label)  # of every process: their number may have changed
-    todo = [call for call in _find_calls(job, job.mine) if _is_asked(settings, call, answers)]
+    calls = _find_calls(job, job.mine)
+    todo = [call for call in calls if _is_asked(settings, _record(call, answers))]
     file = job.out / f"calls-{label}-{job.accelerator.process_index}.jsonl"
     # So many at each server; several are named with commas. Threads do, as a call only waits.
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
-    call_of = {pool.submit(_answer, job, judge, call): call for call in todo}
+    futures = [pool.submit(_answer, job, judge, call) for call in todo]
     try:
         # not job.each: after a stop, too, what is finished is kept
-        is_silent = not job.accelerator.is_main_process
         failures = []
-        for future in tqdm(as_completed(call_of), "judge", len(todo), disable=is_silent):
+        finished = as_completed(futures)
+        is_main = job.accelerator.is_main_process
+        for future in tqdm(finished, "judge", len(todo), disable=not is_main):
             record = future.result()
             if job.stop.is_set() and "failure" in record:
                 continue  # given up because of the stop, no failure of the judge
             date = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            append_json_line(file, call_of[future] | record | {"time": time.time(), "date": date})
+            append_json_line(file, record | {"time": time.time(), "date": date})
             failures.append(record.get("failure"))
             if len(failures) == 8 and all(failures):
                 raise BadInput(
@@ -927,37 +909,43 @@ def judge_edits(job: Job) -> None:
         judge.close()
 
 
-def _is_asked(settings, call, answers):
+def _record(call, answers):
+    """A call with its answer, or with `failure` where it has none."""
+    unanswered = {"failure": "not judged" if call["edit"] else "no edit"}
+    # `call` last: an old record may tell another place of the same edit
+    return answers.get(call["key"], unanswered) | call
+
+
+def _is_asked(settings, record):
     """Whether a call is to be made: there is an edit, and no answer, or none that counts."""
-    answer = answers.get(call["key"], {"failure": "not judged"})
-    is_unread = settings.ask_again == "unread" and not _scores_in(settings.benchmark, answer)
-    return call["edit"] and (is_unread or "failure" in answer)
+    is_unread = settings.ask_again == "unread" and not _scores_in(settings.benchmark, record)
+    return record["edit"] and (is_unread or "failure" in record)
 
 
 def _answer(job, judge, call):
-    """What a call adds to its record: its answer, or the cause of its failure, and what a server
-    says of either: `model`, `finish_reason` and `usage` in tokens."""
-    if job.stop.is_set():
-        return {"failure": "stopped"}
-    facts = {}
+    """The record of a call: its answer, or the cause of its failure, and what a server says of
+    either: `model`, `finish_reason` and `usage` in tokens."""
+    record = call
     try:
+        judge.check_stop()
         shown = list(map(load_image, [*call["shown"], call["edit"]]))
         if job.settings.benchmark == "heldout":
             scores = judge.score(call, shown[:-1], shown[-1:])
-            (facts,) = scores.facts or [{}]  # of the one edit, where a server was asked
+            for facts in scores.facts:  # of the one edit, where a server was asked
+                record = call | facts
             if scores.score.isnan():
                 raise JudgeFailure("".join(scores.causes) or "no score")
-            return facts | {"scores": scores.score.tolist(), "reply": "".join(scores.words)}
+            return record | {"scores": scores.score.tolist(), "reply": "".join(scores.words)}
         if job.settings.benchmark == "gedit":
             shown = _as_gedit_shows(shown)
         if call["call"] == "PQ":  # VIEScore judges quality without the source
             shown = shown[-1:]
         question = _question(job, call)
         reply = judge.reply(question, shown, job.settings.reply_tokens, call["repeat"])
-        facts = reply.facts
-        return facts | {"reply": reply.said()}
+        record = call | reply.facts
+        return record | {"reply": reply.said()}
     except (JudgeFailure, BadInput) as failure:
-        return facts | {"failure": str(failure)}
+        return record | {"failure": str(failure)}
 
 
 def _as_gedit_shows(pictures):
@@ -996,11 +984,10 @@ def _seen(job, call):
     return seen
 
 
-def _pixels(picture, size, mode):
-    """A picture's numbers in [0, 1], (H, W) in mode L and (H, W, 3) in RGB, at the size (W, H)."""
-    picture = picture.convert(mode).resize(size, Image.Resampling.LANCZOS)
-    # float64, as SSIM's variances are small differences
-    return torch.from_numpy(np.array(picture) / 255)
+def _luminance(picture, size):
+    """A picture's luminance (H, W) in [0, 1], at the size (W, H)."""
+    # the three channels are alike; float64, as SSIM's variances are small differences
+    return _pixels_of(picture.convert("L"), size).double().mean(2)
 
 
 def _ssim(source, edit, mask=None):
@@ -1010,8 +997,8 @@ def _ssim(source, edit, mask=None):
     SSIM of Wang et al. (2004) in 7 x 7 windows with the sample covariance, as scikit-image's
     default.
     """
-    x = _pixels(source, edit.size, "L")
-    y = _pixels(edit, edit.size, "L")
+    x = _luminance(source, edit.size)
+    y = _luminance(edit, edit.size)
     moments = torch.stack([x, y, x * x + y * y, x * y])
     # of each window; (H - 6, W - 6) each
     mean_x, mean_y, squares, product = F.avg_pool2d(moments, 7, stride=1)
@@ -1025,7 +1012,7 @@ def _ssim(source, edit, mask=None):
     ssim *= (2 * covariance + 9e-4) / (variances + 9e-4)
     if mask:
         # by the middle pixel of each window
-        ssim = ssim[_pixels(mask, edit.size, "L")[3:-3, 3:-3] < 0.5]
+        ssim = ssim[_luminance(mask, edit.size)[3:-3, 3:-3] < 0.5]
     return ssim.mean().item()
 
 
@@ -1041,11 +1028,11 @@ def _lpips(source, edit, mask=None):
     """Perceptual distance of two pictures by AlexNet (Zhang et al. 2018), 0 where they are equal,
     at the edit's size; what is white in the mask is taken from the source, so that it is equal."""
     network = _lpips_network()
-    before = _pixels(source, edit.size, "RGB")  # (H, W, 3)
-    after = _pixels(edit, edit.size, "RGB")
+    before = _pixels_of(source, edit.size)  # (H, W, 3)
+    after = _pixels_of(edit, edit.size)
     if mask:
-        after = after.where(_pixels(mask, edit.size, "RGB") < 0.5, before)
-    pair = torch.stack([before, after]).float().permute(0, 3, 1, 2)  # (2, 3, H, W)
+        after = after.where(_pixels_of(mask, edit.size) < 0.5, before)
+    pair = torch.stack([before, after]).permute(0, 3, 1, 2)  # (2, 3, H, W)
     return network(*pair.split(1), normalize=True).item()
 
 
@@ -1065,16 +1052,28 @@ def score_calls(job: Job) -> Rows:
     # once for each edit, by the first call on it; `score` makes a row of that one
     for first in job.each(calls[::calls_per_row], "seen without a judge"):
         first.update(_seen(job, first))
+    metadata = _hash_of([row["hash"] for row in job.rows])
     results = {}
     # of calls-LABEL-PROCESS.jsonl the LABELs
     labels = {re.sub(r"^calls-|-\d+$", "", file.stem) for file in job.out.glob("calls-*-*.jsonl")}
     for label in sorted(labels):
-        records = _answered(calls, _read_answers(job, label))
-        if not all("failure" in record for record in records):
-            result = _result(job, label, records)
-            file = job.out / f"scores-{label}-{settings.mode}-{result['metadata']}.json"
-            write_json(file, result)
-            results[file] = result
+        answers = _read_answers(job, label)
+        records = [_record(call, answers) for call in calls]
+        if all("failure" in record for record in records):
+            continue
+        subjects = {
+            subject: score(settings.benchmark, of_subject, settings.mode)
+            for subject, of_subject in itertools.groupby(records, itemgetter("subject"))
+        }
+        file = job.out / f"scores-{label}-{settings.mode}-{metadata}.json"
+        results[file] = {
+            "benchmark": settings.benchmark,
+            "judge": label,
+            "mode": settings.mode,
+            "metadata": metadata,
+            "subjects": subjects,
+        }
+        write_json(file, results[file])
     if not results:
         raise BadInput(
             f"{job.out}: holds no judge's answer on these edits; run --stage judge, or see in "
@@ -1084,31 +1083,6 @@ def score_calls(job: Job) -> Rows:
         if file not in results:
             file.unlink()
     return list(results.values())
-
-
-def _answered(calls, answers):
-    """The records of all calls under one judge, with `failure` where there is no answer."""
-    records = []
-    for call in calls:
-        unanswered = {"failure": "not judged" if call["edit"] else "no edit"}
-        # `call` last: an old record may tell another place of the same edit
-        records.append(answers.get(call["key"], unanswered) | call)
-    return records
-
-
-def _result(job, label, records):
-    """What all calls amount to under one judge."""
-    settings = job.settings
-    subjects = {}
-    for subject, calls in itertools.groupby(records, itemgetter("subject")):
-        subjects[subject] = score(settings.benchmark, calls, settings.mode)
-    return {
-        "benchmark": settings.benchmark,
-        "judge": label,
-        "mode": settings.mode,
-        "metadata": _hash_of([row["hash"] for row in job.rows]),
-        "subjects": subjects,
-    }
 
 
 def _interval_text(mean, form=".3f"):
@@ -1208,7 +1182,7 @@ def _pasted_rows(result, name):
     return [*(f"| {' | '.join(line)} |" for line in lines), rf"{' & '.join(latex)} \\"]
 
 
-# The report is one page without any library: rows are filtered by task, language and failure.
+# The report is one page that loads nothing: rows are filtered by task, language and failure.
 PAGE = """<!doctype html><meta charset="utf-8"><title>edit-nft: evaluation</title><style>
 body {font: 14px system-ui, sans-serif; margin: 1.5em; color: #222}
 pre {background: #f4f4f4; padding: .8em; overflow: auto}
@@ -1218,13 +1192,20 @@ figure {margin: 0; width: 260px} small {color: #666} details {white-space: pre-w
 img {width: 260px; height: 260px; object-fit: contain; background: #f4f4f4}
 .tiny {image-rendering: pixelated} figcaption {min-height: 2.5em}
 details:has(span:empty) {display: none}</style>
-<h1>edit-nft: evaluation</h1><pre>$summary</pre>
+<h1>edit-nft: evaluation</h1><pre>{{ summary }}</pre>
 <label>task <select id="task"><option value="">all</option></select></label>
 <label>language <select id="language"><option value="">all</option></select></label>
 <label>answered <select id="answered"><option value="">all</option></select></label>
 <label>order <select id="order"><option value="1">worst first</option>
 <option value="-1">best first</option></select></label>
-<span id="count"></span><main>$rows</main><script>
+<span id="count"></span><main>{% for row in rows %}
+<article data-task="{{ row.task }}" data-language="{{ row.language }}"
+ data-answered="{{ row.answered }}" data-score="{{ row[main] }}">
+<div><b>{{ row.prompt }}</b><p>{{ row.task }}</p><small>{{ row.row }}</small></div>
+{% for picture in row.pictures %}<figure><figcaption>{{ picture.caption }}</figcaption>
+<img alt="no edit" loading="lazy" src="{{ picture.link }}">
+<details><summary>the judge's words</summary><span>{{ picture.said }}</span></details></figure>
+{% endfor %}</article>{% endfor %}</main><script>
 for (const image of document.querySelectorAll("img"))
   image.onload = () => image.classList.toggle("tiny", image.naturalWidth <= 128);
 const rows = [...document.querySelectorAll("article")];
@@ -1245,43 +1226,30 @@ task.onchange = language.onchange = answered.onchange = order.onchange = () => {
 };
 order.onchange();</script>
 """
-ARTICLE = """<article data-task="{task}" data-language="{language}" data-answered="{answered}"
- data-score="{score}">
-<div><b>{prompt}</b><p>{task}</p><small>{row}</small></div>{figures}</article>
-"""
-FIGURE = """<figure><figcaption>{caption}</figcaption>
-<img alt="no edit" loading="lazy" src="{link}"><details><summary>the judge's words</summary>
-<span>{said}</span></details></figure>"""
 
 
 def write_report(job: Job, results: Rows, summary: str) -> None:
     """Writes report.html, small pictures beside it, and grid.png: the first row of each task.
     results: as score_calls returns them; the first one's judge orders the rows.
     """
-    main = METRICS[job.settings.benchmark][0]
-    articles = ""
-    shown = {}  # of the first row of each task
+    main = METRICS[job.settings.benchmark][0]  # orders the rows
+    rows = []
+    first = {}  # what is shown of the first row of each task
     for number, row in enumerate(job.each(_first_subject(results[0])["rows"], "report")):
-        edits = _shown(job, results, number)
-        shown.setdefault(row["task"], edits)
-        figures = "".join(FIGURE.format(**_escaped(edit)) for edit in edits)
-        texts = _escaped({"language": "", "score": row[main]} | row)
-        articles += ARTICLE.format(**texts, figures=figures)
-    page = Template(PAGE).substitute(summary=escape(summary), rows=articles)
+        shown = _shown(job, results, number)
+        first.setdefault(row["task"], shown)
+        rows.append(row | {"pictures": shown})
+    # autoescape: texts are shown and never taken for HTML
+    page = Template(PAGE, autoescape=True).render(summary=summary, rows=rows, main=main)
     with whole_file(job.out / "report.html") as part:
         part.write_text(page, encoding="utf-8")
     pictures = []
     captions = []
-    for edits in shown.values():
-        pictures.append([_picture_or_none(job.out / edit["link"]) for edit in edits])
-        captions.append([edit["caption"] for edit in edits])
+    for shown in first.values():
+        pictures.append([_picture_or_none(job.out / picture["link"]) for picture in shown])
+        captions.append([picture["caption"] for picture in shown])
     with whole_file(job.out / "grid.png") as part:
         picture_grid(pictures, captions, "the first row of each task").save(part)
-
-
-def _escaped(texts):
-    """Values of a dict as texts that are shown and never taken for HTML."""
-    return {name: escape(str(text)) for name, text in texts.items()}
 
 
 def _picture_or_none(path):
@@ -1345,10 +1313,10 @@ def seeds(runs: list[str]) -> None:
         for group, table in subjects[0]["groups"].items():
             for name in _metrics_in(table):
                 tables = [subject["groups"][group] for subject in subjects]
-                # a run may have no value of a metric; None becomes NaN
-                macros = [table.get(name, {"macro": [None]})["macro"] for table in tables]
+                # a run may have no value of a metric
+                macros = [table[name]["macro"] for table in tables if name in table]
                 means = np.array([mean for mean, *_ in macros], float)
-                spread = f"standard deviation {means.std(ddof=1):.3f} over {len(runs)} runs"
+                spread = f"standard deviation {means.std(ddof=1):.3f} over {len(means)} runs"
                 print(_line(f"{group} {name}", [f"{means.mean():.3f}, {spread}"]))
 
 
@@ -1367,7 +1335,7 @@ def _shared_results(runs):
         results = [run[file] for run in found]
         first = results[0]
         print(f"judge and prompts {first['judge']}, {first['mode']} reading")
-        yield first["benchmark"], [_first_subject(result) for result in results]
+        yield first["benchmark"], list(map(_first_subject, results))
 
 
 def _first_subject(result):
@@ -1448,7 +1416,8 @@ def agree(words: list[str]) -> None:
     """Prints how far the judge orders edits as people do."""  # also what --help says
     settings = parse_settings(AgreeSettings, ["--table", *words], agree.__doc__, judge=TOY)
     judge = None
-    pairs = []  # as rows of a table; those of one record are resampled together
+    outcomes = []  # of all pairs
+    sources = []  # the record of each; those of one are resampled together
     scores = []
     labels = []
     for number, row in enumerate(read_ratings(settings.table, settings.columns), 1):
@@ -1457,13 +1426,15 @@ def agree(words: list[str]) -> None:
         found = judge.score(row, row["image"], row["edits"]).score.tolist()
         scores += found
         labels += row["labels"]
-        for outcome in _ordered_pairs(found, row["labels"]):
-            pairs.append({"task": "all", "source": number, "answered": True, "right": outcome})
+        ordered = _ordered_pairs(found, row["labels"])
+        outcomes += ordered
+        sources += [number] * len(ordered)
     if judge is None:
         raise BadInput(f"agree {settings.table}: holds no records; name a table of rated edits")
     judge.close()
-    right = _interval_text(tabulate(pairs, ("right",))["right"]["micro"], ".1%")
-    ties = sum(pair["right"] == 0.5 for pair in pairs) / max(len(pairs), 1)
+    _, draws = bootstrap(outcomes, ["all"] * len(outcomes), sources)
+    right = _interval_text(_interval(outcomes, draws), ".1%")
+    ties = outcomes.count(0.5) / max(len(outcomes), 1)
     scores, labels = torch.tensor([scores, labels])  # (all edits,) each
     known = ~scores.isnan()
     order = spearman(scores[known], labels[known])
@@ -1533,21 +1504,21 @@ class CurvesSettings(CheckedSettings):
 def curves(words: list[str]) -> None:
     """Draws what runs logged, by epoch: their mean as a line, from lowest to highest as a band."""
     settings = parse_settings(CurvesSettings, ["--runs", *words], curves.__doc__)
-    # with a list for faults, a last line that a crash cut short is passed over
-    logs = [read_json_lines(Path(run, "log.jsonl"), faults=[]) for run in settings.runs]
+    records = []
+    for run in settings.runs:
+        # with a list for faults, a last line that a crash cut short is passed over
+        records += read_json_lines(Path(run, "log.jsonl"), faults=[])
     with _figure(settings.out) as figure:
         panels = figure.subplots(math.ceil(len(CURVES) / 4), 4).flat
         for axes, name in zip(panels, CURVES, strict=False):
-            values = defaultdict(list)  # epoch -> what the runs that have come so far logged
-            for _, record in itertools.chain(*logs):
+            by_epoch = defaultdict(list)  # what the runs that have come so far logged
+            for _, record in records:
                 if name in record:
-                    values[record["epoch"]].append(record[name])
-            epochs = sorted(values)
-            means = [np.mean(values[epoch]) for epoch in epochs]
-            lowest = [min(values[epoch]) for epoch in epochs]
-            highest = [max(values[epoch]) for epoch in epochs]
-            axes.plot(epochs, means, marker=".")
-            axes.fill_between(epochs, lowest, highest, alpha=0.3)
+                    by_epoch[record["epoch"]].append(record[name])
+            epochs = sorted(by_epoch)
+            values = [by_epoch[epoch] for epoch in epochs]
+            axes.plot(epochs, list(map(np.mean, values)), marker=".")
+            axes.fill_between(epochs, list(map(min, values)), list(map(max, values)), alpha=0.3)
             axes.set_title(name)
 
 
@@ -1563,20 +1534,14 @@ def _begin(settings):
         if changes:
             raise BadInput(f"{settings.out}: {'; '.join(changes)}; give another --out")
     write_json(file, asdict(settings))
-    rows, prompts = load_benchmark(settings)
-    for folder in filter(None, (settings.edits, settings.masks)):
-        # a wrong folder would read as a bad editor
-        if not any(_find_picture(folder, row["files"]) for row in rows):
-            raise BadInput(
-                f"{folder}: has nothing for any row, no {rows[0]['files'][0]}.png; name a folder "
-                "in the benchmark's layout"
-            )
-    return rows, prompts
+    return load_benchmark(settings)
 
 
 def _run_stages(settings, accelerator, stop):
     """Draws, judges and adds up. Raises Stopped on all processes when one has to stop."""
-    job = Job(settings, accelerator, stop, *from_main(accelerator, stop, _begin, settings))
+    rows, prompts = from_main(accelerator, stop, _begin, settings)
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    job = Job(settings, accelerator, stop, Path(settings.out), rows, mine, prompts)
     for stage, work in (("sample", draw_edits), ("judge", judge_edits)):
         with together(accelerator, stop):  # all processes wait here for the slowest
             if settings.stage in ("all", stage):

@@ -238,7 +238,6 @@ def load_editor(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     resolution: int | None = None,
-    solver_order: int = 2,
     trust_remote_code: bool = False,
 ) -> Editor:
     """The editor in the folder, or of the hub id, `base`: frozen, in eval mode, with our solver.
@@ -257,7 +256,6 @@ def load_editor(
     if not argument:
         pipe.tokenizer_max_length = max_text
     pipe.scheduler = FlowDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.scheduler.solver_order = solver_order
     # A fixed list of times would forbid other numbers of steps.
     if pipe.config.get("sample_sigmas"):
         pipe.register_to_config(sample_sigmas=None)
@@ -272,7 +270,7 @@ def load_editor(
 
 def _load_pipeline(base, device, dtype, trust_remote_code):
     """The pipeline in a folder or of a hub id as diffusers loads it; BadInput if it cannot."""
-    fix = "name a whole model folder or a hub id owner/name"
+    fix = "name a whole model folder or a hub id; pip install torchvision if its processor needs it"
     if base == TOY:
         fix = "run python data_prep.py toy first"
     try:
@@ -291,8 +289,6 @@ def _load_pipeline(base, device, dtype, trust_remote_code):
     except (BadInput, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what a damaged folder makes four libraries raise has no end
-        if not is_torchvision_available():
-            fix += ", or pip install torchvision if its processor needs it"
         raise BadInput(f"{base}: not a diffusers model ({one_line(error)}); {fix}") from error
 
 
@@ -386,15 +382,14 @@ def add_policies(
     editor.policies = ("new", *averages)
     # peft warns of a second adapter, which here is meant.
     warnings.filterwarnings("ignore", "Already found a `peft_config`")
-    with torch.random.fork_rng(devices=[]):  # peft draws A, too
-        try:
-            for name in editor.policies:
-                editor.transformer.add_adapter(LoraConfig(**config), name)
-        except ValueError as error:
-            raise BadInput(
-                f"LoRA {start or targets}: its names match no module of {editor.kind} that can "
-                f"have one ({one_line(error)}); name layers, or a LoRA, of this model"
-            ) from error
+    try:
+        for name in editor.policies:
+            editor.transformer.add_adapter(LoraConfig(**config), name)
+    except ValueError as error:
+        raise BadInput(
+            f"LoRA {start or targets}: its names match no module of {editor.kind} that can have "
+            f"one ({one_line(error)}); name layers, or a LoRA, of this model"
+        ) from error
     _multiply_in_own_dtype(editor.transformer)
     for name in editor.policies:
         for key, parameter in lora_parameters(editor, name).items():
@@ -513,7 +508,7 @@ def save_lora(editor: Editor, folder: str | Path, name: str = "new") -> None:
     for key, weight in lora_parameters(editor, name).items():
         exact = weight.double() * _strength(editor, name, key)
         rounded = exact.float()  # loses nothing where alpha / rank is a power of two
-        is_same = torch.equal(rounded.double(), exact)
+        is_same = (rounded == exact).all()
         full[f"transformer.{key}"] = rounded if is_same else exact
     config = editor.transformer.peft_config[name]
     settings = json.dumps({key: getattr(config, key) for key in LORA_CONFIG})
@@ -564,9 +559,8 @@ def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata() or {}
         weights, alphas = _plain_names(tensors)
-        layers = {key.split(".lora_")[0] for key in weights}
         # Layers that the model has not: another program's names, which diffusers may know.
-        if pipe and layers - dict(pipe.transformer.named_modules()).keys():
+        if pipe and _layers_of(weights) - dict(pipe.transformer.named_modules()).keys():
             with suppress(Exception):  # what its converter raises on other names has no end
                 weights, alphas = _plain_names(pipe.lora_state_dict(tensors))
         config = _lora_config(file, metadata, weights, alphas)
@@ -582,8 +576,8 @@ def _lora_file(place):
     """The file of a LoRA: `place` itself, or what lies in that folder or under that hub id."""
     path = Path(place)
     if not path.exists():
-        files = [LORA_FILE, PEFT_FILE, PEFT_CONFIG]
-        path = Path(snapshot_download(str(place), allow_patterns=files))
+        names = [LORA_FILE, PEFT_FILE, PEFT_CONFIG]
+        path = Path(snapshot_download(str(place), allow_patterns=names))
     for name in (PEFT_FILE, LORA_FILE):
         if (path / name).is_file():
             return path / name
@@ -608,16 +602,21 @@ def _plain_names(tensors):
     return weights, alphas
 
 
+def _layers_of(weights):
+    """The names of the layers that a LoRA's weights are of."""
+    return {key.split(".lora_")[0] for key in weights}
+
+
 def _lora_config(file, metadata, weights, alphas):
     """The keywords of the LoraConfig that a file's LoRA was trained under.
 
     Where it says nothing, alpha is the rank, as in diffusers.
     """
-    layers = sorted({key.split(".lora_")[0] for key in weights})
+    layers = sorted(_layers_of(weights))
     # JSON in our metadata, in diffusers', or in PEFT's own file.
     settings = metadata.get("lora_config") or metadata.get("lora_adapter_metadata")
     if file.name == PEFT_FILE:
-        settings = Path(file.parent, PEFT_CONFIG).read_text()
+        settings = file.with_name(PEFT_CONFIG).read_text()
     if settings:
         config = json.loads(settings)
     else:
@@ -625,10 +624,12 @@ def _lora_config(file, metadata, weights, alphas):
         # regular expressions, which are these keys without their endings.
         ranks = {f"^{layer}.lora_B.": len(weights[f"{layer}.lora_A.weight"]) for layer in layers}
         config = get_peft_kwargs(ranks, alphas, weights)
-    # In diffusers' metadata each key begins with the name of the pipeline's part.
-    config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    known = {key: config[key] for key in LORA_CONFIG if key in config}
-    return known | {"target_modules": layers}
+    known = {"target_modules": layers}
+    for key, value in config.items():
+        key = key.removeprefix("transformer.")  # a part's name, in diffusers' metadata
+        if key in LORA_CONFIG:
+            known[key] = value
+    return known
 
 
 # ---------------------------------------------------------------- rollout
@@ -655,32 +656,27 @@ def rollout(
     images: list[Image.Image],
     prompt: str,
     generators: list[torch.Generator],
-    steps: int | None = None,
+    steps: int,
     guidance: float | None = None,
-    rollout_batch: int | None = None,
+    rollout_batch: int = 12,
     evaluation: bool = False,
 ) -> Group:
     """Draws K = len(generators) edits of one row with the active policy.
 
-    images: the row's source pictures. Copy j's noise comes from generators[j] alone. steps: None:
-    the family's for rollouts. guidance: embedded or true CFG, as the family has it; None: its value
-    for rollouts, or with `evaluation` for evaluation. rollout_batch: edits a pipeline call; None:
-    all. BadInput when the editor cannot take these pictures or this prompt, or cannot be trained as
-    it takes them.
+    images: the row's source pictures. Copy j's noise comes from generators[j] alone. guidance:
+    embedded or true CFG, as the family has it; None: its value for rollouts, or with `evaluation`
+    for evaluation. rollout_batch: edits in one pipeline call. BadInput when the editor cannot take
+    these pictures or this prompt, or cannot be trained as it takes them.
     """
-    fault = row_fault(editor, {"images": images, "prompt": prompt})
-    if fault:
-        raise BadInput(fault)
+    check_row(editor, {"images": images, "prompt": prompt})
     if guidance is None:
         guidance = editor.family.rollout_guidance
         if evaluation:
             guidance = editor.family.evaluation_guidance
-    steps = steps or editor.family.rollout_steps
     # Text and sources are encoded once a call: the fewer calls, the better.
-    batch = rollout_batch or len(generators)
     groups = []
-    for first in range(0, len(generators), batch):
-        some = generators[first : first + batch]  # those of one call
+    for first in range(0, len(generators), rollout_batch):
+        some = generators[first : first + rollout_batch]  # those of one call
         groups.append(_call_pipeline(editor, images, prompt, some, steps, guidance))
     edits = sum([group.images for group in groups], [])  # the calls' lists in one
     x_0 = torch.cat([group.x_0 for group in groups])  # (K, N, C)
@@ -697,8 +693,7 @@ def _call_pipeline(editor, images, prompt, generators, steps, guidance):
 
     def listen(module, args, kwargs):
         # With true CFG each step has a second call, the unconditional one: not for us.
-        finished_steps = pipe.scheduler.step_index or 0  # None before the first
-        if len(calls) == finished_steps:
+        if len(calls) == (pipe.scheduler.step_index or 0):  # None before the first step's end
             calls.append(kwargs)
 
     hook = pipe.transformer.register_forward_pre_hook(listen, with_kwargs=True)
@@ -776,7 +771,7 @@ def _sources_keep_their_size(editor, images):
             return size
         return (*size_by_ratio[ratio], *size[2:])  # some return a third value, which stays
 
-    with patch.object(module, name, size_function, create=original is None):
+    with patch.object(module, name, size_function, create=True):
         yield
 
 
@@ -800,10 +795,11 @@ def _conditioning(editor, arguments, x_0):
     # again. Where there is a mode alone, tokens attend to each other by it: it stays.
     if "kv_cache" in arguments:
         dropped += ["kv_cache", "kv_cache_mode"]
-    cond = {name: value for name, value in arguments.items() if name not in dropped}
-    for name, value in cond.items():
-        if _has_batch(name, value):
-            cond[name] = value[:1].clone()  # a slice alone would keep all copies in memory
+    cond = {}
+    for name, value in arguments.items():
+        if name not in dropped:
+            # A slice alone would keep all copies in memory.
+            cond[name] = value[:1].clone() if _has_batch(name, value) else value
     return cond
 
 
@@ -843,8 +839,8 @@ def _edit_tokens(editor, N):
 # ---------------------------------------------------------------- checks
 
 
-def row_fault(editor: Editor, row: dict) -> str:
-    """Why this editor cannot take a row, found without drawing; "" if it can.
+def check_row(editor: Editor, row: dict) -> None:
+    """BadInput for a row that this editor cannot take, found without drawing.
 
     row: its `images`, of which only the number counts, and its `prompt`; a prompt that the pipeline
     will cut is no fault but a note.
@@ -852,22 +848,21 @@ def row_fault(editor: Editor, row: dict) -> str:
     family = editor.family
     pictures = len(row["images"])
     if pictures > 1 and not family.several:
-        return (
+        raise BadInput(
             f"a row has {pictures} pictures and {editor.kind} takes one; remove the row or take "
             "another editor"
         )
     prompt = row["prompt"]
     tokens = _text_tokens(editor.pipe, prompt) + family.template_tokens
     if tokens <= editor.max_text or family.long_text == "whole":
-        return ""
+        return
     fault = (
         f"a prompt has more than the {editor.max_text} tokens that {editor.kind} takes: "
         f"{prompt[:60]!r}..."
     )
     if family.long_text == "fail":
-        return f"{fault}; shorten it"
+        raise BadInput(f"{fault}; shorten it")
     note(f"{fault}; the rest is cut")
-    return ""
 
 
 def _text_tokens(pipe, prompt):
@@ -1003,8 +998,10 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
         ignored_modules=adapters,
     )
     fsdp2_prepare_model(accelerator, editor.transformer)
-    sharded = [part for part in editor.transformer.parameters() if hasattr(part, "to_local")]
-    local = sum(part.to_local().numel() for part in sharded)
+    local = 0
+    for part in editor.transformer.parameters():
+        if hasattr(part, "to_local"):  # it is sharded
+            local += part.to_local().numel()
     accelerator.print(f"{local:,} of the base's numbers are on this rank")
     editor.pipe.to(accelerator.device)
 
@@ -1038,29 +1035,43 @@ class Settings(CheckedSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.image:
-            raise BadInput("--image is missing; name the source picture")
-        if not self.prompt.strip():
-            raise BadInput("--prompt is empty; say what to change")
+        if not self.image or not self.prompt.strip():
+            raise BadInput("--image or --prompt is missing; name a picture and say what to change")
         if self.compare and not self.lora:
             raise BadInput(
                 "--compare has nothing to compare with the base; add --lora RUN/checkpoint-N"
             )
-        if Path(self.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        if not self.out.endswith(".png"):
             raise BadInput(f"--out {self.out}: not a picture's name; end it in .png")
+
+
+def load_to_draw(settings) -> Editor:
+    """The editor of --base on the GPU, if there is one, with --lora as its policy `new`.
+
+    settings: this script's, or others with the same names. BadInput as load_editor and read_lora.
+    """
+    on_gpu = torch.cuda.is_available()
+    editor = load_editor(
+        settings.base,
+        # To the "cpu:0" of several processes weights would be copied, to places where a sum is
+        # rounded otherwise; "cuda" is each process's own.
+        "cuda" if on_gpu else "cpu",
+        # few CPUs are fast in bfloat16
+        torch.bfloat16 if on_gpu else torch.float32,
+        settings.resolution,
+        settings.trust_remote_code,
+    )
+    if settings.lora:
+        add_policies(editor, averages=(), start=settings.lora)
+    return editor
 
 
 def _draw(args, images):
     """The grid of the edits: a row of pictures for each policy."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    editor = load_editor(
-        args.base, device, dtype, args.resolution, trust_remote_code=args.trust_remote_code
-    )
-    names = ["base"]
-    if args.lora:
-        add_policies(editor, averages=(), start=args.lora)
-        names = ["base", "new"] if args.compare else ["new"]
+    editor = load_to_draw(args)
+    names = ["new"] if args.lora else ["base"]
+    if args.compare:
+        names = ["base", "new"]
     seeds = range(args.seed, args.seed + args.num)
     rows = []
     captions = []
@@ -1085,7 +1096,7 @@ def _draw(args, images):
 def main(argv: list[str] | None = None) -> None:
     """The command: draws the edits of one picture and writes them as one grid."""
     args = parse_settings(Settings, argv, description=__doc__.splitlines()[0])
-    images = [load_image(path) for path in args.image]
+    images = list(map(load_image, args.image))
     if args.lora:
         read_lora(args.lora)  # a bad name fails here, before minutes of loading
     with whole_file(args.out) as temporary:

@@ -96,6 +96,7 @@ from sample import (
     Group,
     add_policies,
     check_editor,
+    check_row,
     compile_blocks,
     fit_memory,
     load_editor,
@@ -104,7 +105,6 @@ from sample import (
     parked,
     policy,
     rollout,
-    row_fault,
     save_lora,
     shard_base,
     soft_update,
@@ -874,9 +874,9 @@ def _load_all(settings, accelerator, stop):
         "cpu" if settings.shard else accelerator.device,
         dtype,
         settings.resolution,
-        solver_order=settings.solver_order,
-        trust_remote_code=settings.trust_remote_code,
+        settings.trust_remote_code,
     )
+    editor.pipe.scheduler.solver_order = settings.solver_order
     steps = settings.rollout_steps or editor.family.rollout_steps
     settings = replace(settings, rollout_steps=steps)
     if settings.train_timesteps > steps:
@@ -886,7 +886,7 @@ def _load_all(settings, accelerator, stop):
     rows["test"] = rows["test"][: settings.eval_rows]
     for split in rows:
         rows[split] = faultless(
-            rows[split], partial(row_fault, editor), skip, accelerator.is_main_process
+            rows[split], partial(check_row, editor), skip, accelerator.is_main_process
         )
     add_policies(
         editor,
