@@ -174,23 +174,24 @@ def seeded(*key) -> torch.Generator:
 # ---------------------------------------------------------------- settings
 
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
-LARGEST = 2**63  # what no number of a setting reaches
+LARGEST = 2**63 - 1  # what no number of a setting goes beyond, nor below its negative
 
 
 def setting(default: Any, help: str, **limits: float) -> Field:
     """A field of a settings dataclass: default, help, and the LIMITS of its number or numbers."""
-    help = help.replace("%", "%%")  # argparse fills in %(default)s
     if limits:
-        help = f"{help} ({_in_words(limits)})"
-    options = {"help": help, "metadata": {"limits": limits}}
+        words = [_in_words(name, limit) for name, limit in limits.items()]
+        help += f" ({' and '.join(words)})"
+    # argparse fills in %(default)s
+    options = {"help": help.replace("%", "%%"), "metadata": {"limits": limits}}
     if isinstance(default, list):
         return HfArg(default_factory=default.copy, **options)
     return HfArg(default=default, **options)
 
 
-def _in_words(limits):
-    """Limits in words: at least 0 and at most 1."""
-    return " and ".join(f"{name} {limit:g}".replace("_", " ") for name, limit in limits.items())
+def _in_words(name, limit):
+    """A limit in words: at most 1."""
+    return f"{name} {limit:g}".replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,10 @@ def _check_value(field, value):
     if isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
         raise BadInput(f"--{field.name} {value!r}: holds NUL, or is not utf-8; write or rename it")
     if type(value) in (int, float):
-        limits = field.metadata["limits"]
-        fits = [LIMITS[name](value, limit) for name, limit in limits.items()]
-        if not all(fits) or not abs(value) < LARGEST:  # "not <" holds for nan, too
-            wanted = _in_words(limits) or "between -2^63 and 2^63"
-            raise BadInput(f"--{field.name} {value}: give a number {wanted}")
+        limits = {"at_least": -LARGEST, "at_most": LARGEST} | field.metadata["limits"]
+        for name, limit in limits.items():
+            if not LIMITS[name](value, limit):  # no limit holds nan
+                raise BadInput(f"--{field.name} {value}: give a number {_in_words(name, limit)}")
 
 
 class SettingsParser(HfArgumentParser):
