@@ -292,7 +292,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     An error leaves what was there, and nothing else. BadInput for one of the disk or the folder.
     """
     path = Path(path)
-    check_names(path.parent, [path.name], [])
+    check_names(Path.is_file, path)
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # of this process and thread alone; Pillow reads the ending
@@ -317,11 +317,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder).resolve()
     room = folder.with_name(f".part-{folder.name}")  # after a kill the next call clears it
     part = room / "whole"
-    check_names(folder.parent, [], [folder.name])
-    if Path.cwd().is_relative_to(folder):
-        raise BadInput(f"{folder}: is the folder you work in; name another")
-    if room.exists() and not (room / ".lock").is_file():
-        raise BadInput(f"{room}: is in the way; move it elsewhere")
+    check_names(Path.is_dir, folder)
+    check_names(lambda path: (path / ".lock").is_file(), room)
     with disk_faults(folder), locked(room):
         try:
             shutil.rmtree(part, ignore_errors=True)
@@ -373,12 +370,10 @@ def locked(folder: str | Path, is_needed: bool = True) -> Iterator[None]:
     if not is_needed:
         yield
         return
-    folder = Path(folder)
-    lock = FileLock(folder / ".lock", blocking=False)
+    lock = FileLock(Path(folder, ".lock"), blocking=False)
     with disk_faults(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            held = lock.acquire()
+            held = lock.acquire()  # makes the folder, too
         except Timeout:
             raise BadInput(
                 f"{folder}: another run is at work there, maybe one that a killed launcher left; "
@@ -394,7 +389,7 @@ def newest_whole(folder: Path, name: str) -> Path | None:
     Names on stderr the damaged ones that it passes over; BadInput when all of them are.
     """
     folders = numbered_folders(folder, name)
-    for path in folders.values():
+    for path in folders:
         if is_whole(path):
             return path
         say(f"{path}: damaged; going back to the one before", sys.stderr)
@@ -403,18 +398,18 @@ def newest_whole(folder: Path, name: str) -> Path | None:
     return None
 
 
-def numbered_folders(folder: Path, name: str) -> dict[int, Path]:
-    """{number: path} of the folders NAME-<digits>, highest first; other names are not ours.
+def numbered_folders(folder: Path, name: str) -> list[Path]:
+    """The folders NAME-<digits>, highest number first; other names are not ours.
 
     BadInput for a file with such a name: it would be in the way.
     """
-    found = {}
+    numbers = {}
     for path in folder.glob(f"{name}-*"):
         digits = path.name.removeprefix(f"{name}-")
         if digits.isdecimal():
-            check_names(folder, [], [path.name])
-            found[int(digits)] = path
-    return dict(sorted(found.items(), reverse=True))
+            numbers[path] = int(digits)
+    check_names(Path.is_dir, *numbers)
+    return sorted(numbers, key=numbers.get, reverse=True)
 
 
 def prune_folders(newest: Path, keep: int, best: int) -> None:
@@ -422,28 +417,22 @@ def prune_folders(newest: Path, keep: int, best: int) -> None:
 
     Those with higher numbers stay: they are not what `newest` follows. What a kill left goes.
     """
-    folder = newest.parent
-    name, last = newest.name.split("-")
-    folders = numbered_folders(folder, name)
-    numbers = [number for number in folders if number <= int(last)]
-    with disk_faults(folder):
-        for number in numbers[keep:]:
-            if number != best:
-                # a kill amid the removal must not leave a half of it under its name
-                folders[number].rename(folder / f".part-{name}-{number}-old")
-        for path in folder.glob(f".part-{name}-[0-9]*"):
-            shutil.rmtree(path, ignore_errors=True)
+    name = newest.name.partition("-")[0]
+    folders = numbered_folders(newest.parent, name)
+    older = folders[folders.index(newest) :][keep:]
+    for path in [*older, *newest.parent.glob(f".part-{name}-[0-9]*")]:
+        if path.name != f"{name}-{best}":
+            shutil.rmtree(path, ignore_errors=True)  # a half that a kill leaves is not whole
 
 
-def check_names(folder: str | Path, files: list[str], folders: list[str]) -> None:
-    """BadInput where one of these is to be written in a folder and something else has its name."""
-    for names, is_right, fault in (
-        (files, os.path.isfile, "is no plain file"),
-        (folders, os.path.isdir, "is a file"),
-    ):
-        for path in [Path(folder, name) for name in names]:
-            if os.path.exists(path) and not is_right(path):
-                raise BadInput(f"{path}: {fault}; move it, or name another")
+def check_names(is_ours: Callable[[Path], bool], *paths: Path) -> None:
+    """BadInput where something else has the name of what is to be written.
+
+    is_ours: Path.is_file for what is to be a file, Path.is_dir for a folder.
+    """
+    for path in paths:
+        if os.path.exists(path) and not is_ours(path):
+            raise BadInput(f"{path}: something else is in the way; move it, or name another")
 
 
 # ---------------------------------------------------------------- JSON lines

@@ -835,7 +835,8 @@ def _set_up(argv, scratch):
             settings, out=scratch, epochs=1, eval_rows=1, resume="never", report_to="none"
         )
     log = Path(settings.out) / "log.jsonl"
-    check_names(log.parent, ["config.json", "log.jsonl"], ["samples"])
+    check_names(Path.is_file, log.with_name("config.json"), log)
+    check_names(Path.is_dir, log.with_name("samples"))
     holds_run = log.exists() or numbered_folders(log.parent, "checkpoint")
     if holds_run and settings.resume == "never":
         raise BadInput(f"{settings.out}: holds a run already; give --resume auto or another --out")

@@ -28,7 +28,7 @@ the judge fails on an edit          counted by cause in the log; the edit is    
 ... on more than --max_failed       the causes, as soon as it is certain        all finished epochs
 a full or unwritable disk: log,     "FILE: cannot be written (...)"             all finished epochs,
   grid, checkpoint                                                                old files whole
-a file where a folder goes          "is a file; move it", before the models     everything
+a file where a folder goes          "is in the way; move it", before the models everything
 a second run in one --out           "another run is at work there"              the first goes on
 an older run in --out               "holds a run already; give --resume auto"   everything
 newest checkpoint damaged           "checkpoint-N: damaged; going back to the   the one before, and
@@ -535,7 +535,7 @@ def test_a_folder_where_a_file_goes_is_known_before_models_are_loaded(
 ):
     (tmp_path / "run" / name).mkdir(parents=True)
     monkeypatch.setattr(train_nft, "load_editor", lambda *args, **kwargs: pytest.fail("loaded"))
-    with pytest.raises(BadInput, match=f"{name}: is no plain file; move it"):
+    with pytest.raises(BadInput, match=f"{name}: something else is in the way; move it"):
         run()
 
 

@@ -1147,7 +1147,7 @@ WRONG = [
     ("add --lora", ["--compare"]),
     ("end it in .png", ["--out", "out"]),
     ("end it in .png", ["--out", "out.psd"]),
-    ("is no plain file", ["--out", "folder.png"]),
+    ("is in the way", ["--out", "folder.png"]),
     ("cannot be written", ["--out", "in.png/out.png"]),
     ("empty: not a LoRA", ["--lora", "empty"]),
     ("no/such/lora: not a LoRA", ["--lora", "no/such/lora"]),
