@@ -121,9 +121,7 @@ class _Lasting:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Prints a line, above all progress bars; file: None is stdout."""
-    tqdm.write(text, file)
+say = tqdm.write  # say(text, file): prints a line, above all progress bars; without file on stdout
 
 
 def say_once(text: str, file: TextIO | None = None) -> None:
@@ -449,15 +447,10 @@ def _noted(faults):
         faults.append(str(fault))
 
 
-def _check_plain(path, kind, fix):
-    """BadInput unless there is a plain file, or a link to one: a pipe or a device could hang."""
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: no such {kind}; {fix}")
-
-
-def _read_plain(path, kind, fix):
+def _read_plain(path, fix):
     """The content of a plain file; BadInput where there is none or it cannot be read."""
-    _check_plain(path, kind, fix)
+    if not os.path.isfile(path):  # a pipe or a device could hang
+        raise BadInput(f"{path}: no such file; {fix}")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -470,7 +463,7 @@ def read_json_lines(path: str | Path, faults: list | None = None) -> list[tuple[
     utf-8 with or without BOM; empty lines are passed over. The first line that is no JSON object
     raises BadInput; with a list as `faults` it is left out and the message appended.
     """
-    lines = _read_plain(path, "file", "name another").split(b"\n")
+    lines = _read_plain(path, "name another").split(b"\n")
     objects = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -514,12 +507,10 @@ def write_json_lines(path: str | Path, objects: Iterable[dict]) -> None:
 
 
 def keep_json_lines(path: str | Path, key: str, last: int) -> None:
-    """Leaves of a JSON lines file, if there is one, the objects whose `key` is a number <= last."""
+    """Leaves of a JSON lines file, if there is one, the objects whose `key` is at most `last`."""
     if os.path.exists(path):
-        kept = []
-        for _, value in read_json_lines(path, faults=[]):
-            if isinstance(value.get(key), int) and value[key] <= last:
-                kept.append(value)
+        lines = read_json_lines(path, faults=[])
+        kept = [value for _, value in lines if value.get(key) in range(last + 1)]
         write_json_lines(path, kept)
 
 
@@ -533,20 +524,14 @@ def append_json_line(path: str | Path, value: dict) -> None:
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as file:
-            size = _cut_half_line(file)
+            size = file.tell()
+            file.seek(max(size - 1, 0))
+            if file.read() not in (b"", b"\n"):  # the last byte
+                file.seek(0)
+                size = file.truncate(file.read().rfind(b"\n") + 1)
             if file.write(line) < len(line):  # a full disk took a part
                 file.truncate(size)
                 raise OSError("no space for a whole line")
-
-
-def _cut_half_line(file):
-    """Cuts off what stands behind the last whole line of a file; its size."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - 1, 0))
-    if file.read() in (b"", b"\n"):  # the last byte
-        return size
-    file.seek(0)
-    return file.truncate(file.read().rfind(b"\n") + 1)
 
 
 # ---------------------------------------------------------------- several processes
@@ -614,16 +599,16 @@ def together(accelerator: Accelerator, stop: threading.Event) -> Iterator[None]:
         stop.set()
     except Exception as error:  # whatever it is, the others must learn of it
         fault = error
-    is_over = fault is not None or stop.is_set()
-    over = torch.tensor([float(is_over)], device=accelerator.device)
+    if fault or stop.is_set():
+        accelerator.set_trigger()
     try:
-        over = accelerator.reduce(over, "sum")
+        is_over = accelerator.check_trigger()  # in any process
     except RuntimeError as error:
         raise BadInput(
             f"another process is gone ({one_line(error)[:80]} ...); see what it said, and go on "
             "with all of them"
         ) from error
-    if over > 0:
+    if is_over:
         told = gather_object([repr(fault)])
         if repr(fault) in told[: accelerator.process_index]:
             fault = None  # a process before this one says the same
@@ -687,22 +672,19 @@ MIN_SIDE = 16  # pixels; a shorter side is a fault of a dataset
 
 @contextmanager
 def _opened(picture):
-    """A picture's file, opened but not decoded; all that Pillow raises in the block is BadInput."""
-    if not isinstance(picture, io.IOBase):
-        _check_plain(picture, "picture", "correct the path in the row, or add the file")
+    """A picture's file, opened but not decoded; whatever is raised in the block is BadInput."""
     try:
+        # a pipe or a device could hang
+        if not isinstance(picture, io.IOBase) and not os.path.isfile(picture):
+            raise ValueError("no such file")
         with Image.open(picture) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadInput(
-                    f"{picture}: {image.width} x {image.height} pixels, above {MAX_PIXELS:,}; "
-                    "make it smaller"
-                )
+                raise ValueError(f"{image.width} x {image.height} pixels, above {MAX_PIXELS:,}")
             yield image
-    except BadInput:
-        raise
-    except Exception as error:  # its readers let anything through that a broken file causes
+    except Exception as error:  # Pillow lets anything through that a broken file causes
         raise BadInput(
-            f"{picture}: not a readable picture ({one_line(error)}); replace it or remove its row"
+            f"{picture}: not a readable picture ({one_line(error)}); "
+            "correct the path, replace it or remove its row"
         ) from None
 
 
@@ -714,7 +696,7 @@ def load_image(path: str | Path | io.IOBase) -> Image.Image:
     with _opened(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
-            raise BadInput(f"{path}: holds floats of no known range; save it with 8 bits")
+            raise ValueError("holds floats of no known range; save it with 8 bits")
         if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them at 255
             values = np.asarray(image).clip(0, 65535) / 257
             image = Image.fromarray(values.round().astype(np.uint8))
@@ -725,13 +707,11 @@ def load_image(path: str | Path | io.IOBase) -> Image.Image:
 
 
 def _check_header(path):
-    """BadInput for a picture whose header alone shows that it is unfit for a dataset."""
+    """A picture's format; BadInput where the header alone shows that no dataset can use it."""
     with _opened(path) as image:
         if min(image.size) < MIN_SIDE:
-            raise BadInput(
-                f"{path}: {image.width} x {image.height} pixels, below {MIN_SIDE}; "
-                "replace it or remove its row"
-            )
+            raise ValueError(f"{image.width} x {image.height} pixels, below {MIN_SIDE}")
+        return image.format.lower()
 
 
 # ---------------------------------------------------------------- tables of others
@@ -740,23 +720,20 @@ def _check_header(path):
 TABLES = (".parquet", ".arrow")  # what is looked for in a folder; other kinds are named
 
 
-def table_files(path: str | Path) -> list[Path]:
-    """A table's file itself, or by name all TABLES below a folder."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in TABLES)
-
-
-def read_records(path: str | Path) -> Iterator[dict]:
-    """The records of a table, or of all TABLES below a folder: {column: value}.
+def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """(place, record) of a table, or of all TABLES below a folder, by name: "FILE row 1", columns.
 
     Parquet and arrow (streams, as `datasets` writes them) a few at a time, JSON lines, a JSON list,
     csv (all is text). BadInput for a broken file.
     """
-    for file in table_files(path):
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in TABLES)
+    for file in files:
         try:
-            yield from _records_in(file)
+            for number, record in enumerate(_records_in(file), 1):
+                yield f"{file.relative_to(folder_of(path))} row {number}", record
         except ImportError:
             raise BadInput(f"{file}: reading it needs pyarrow; pip install pyarrow") from None
         except BadInput:
@@ -766,10 +743,25 @@ def read_records(path: str | Path) -> Iterator[dict]:
             raise BadInput(f"{file}: not a readable table ({reason}); get it again") from None
 
 
+def folder_of(table: str | Path) -> Path:
+    """Where the paths of a table's pictures begin: a folder itself, or that of a file."""
+    return Path(table) if os.path.isdir(table) else Path(table).parent
+
+
 def _records_in(file):
     """The records of one file, by its ending."""
     if file.suffix in TABLES:
-        for batch in _record_batches(file):
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+
+        # few at a time, as each may hold pictures
+        if file.suffix == ".parquet":
+            batches = ParquetFile(file).iter_batches(16)
+        else:
+            # mapped, not read: the whole table takes no memory
+            mapped = pyarrow.memory_map(str(file))
+            batches = pyarrow.ipc.open_stream(mapped).read_all().to_batches(16)
+        for batch in batches:
             yield from batch.to_pylist()
     elif file.suffix == ".csv":
         with open(file, encoding="utf-8-sig", newline="") as text:
@@ -778,17 +770,6 @@ def _records_in(file):
         yield from map(dict, json.loads(file.read_bytes()))  # dict: an error for what is no object
     else:
         yield from (record for _, record in read_json_lines(file))
-
-
-def _record_batches(file):
-    """The records of a parquet or arrow file as pyarrow's batches of 16: each may hold pictures."""
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    if file.suffix == ".parquet":
-        return ParquetFile(file).iter_batches(16)
-    # mapped, not read: the whole table takes no memory
-    return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all().to_batches(16)
 
 
 class PictureFile(io.BytesIO):
@@ -810,13 +791,8 @@ def picture_file(cell: Any, folder: str | Path, where: str) -> PictureFile:
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if not isinstance(cell, bytes):
-        cell = _read_plain(inside(folder, cell, where), "picture", f"{where} names it")
+        cell = _read_plain(inside(folder, cell, where), f"{where} names it")
     return PictureFile(cell, where)
-
-
-def picture_in(cell: Any, folder: str | Path, where: str) -> Image.Image:
-    """The picture in a cell of a table, as `load_image` gives it; arguments as of picture_file."""
-    return load_image(picture_file(cell, folder, where))
 
 
 # ---------------------------------------------------------------- rows
@@ -847,32 +823,21 @@ def read_rows(folder: str | Path, split: str, faults: list | None = None) -> lis
         wanted = f"{split}.jsonl nor {split}_metadata.jsonl"
         raise BadInput(f"{folder}: holds neither {wanted}; name a dataset folder")
     rows = []
-    places = {}
+    known = {}
     for number, row in read_json_lines(file, faults):
         row["id"] = str(row.get("id", f"{split}-{number}"))
         with _noted(faults):
-            checked = _checked(row, f"{file}:{number}", folder)
-            _refuse_repeat(row, places, checked["where"], f"line {number}")
-            rows.append(checked)
+            rows.append(_checked(row, f"{file}:{number}", folder, known))
     if not rows and not faults:  # where all are faulty, the faults say it
         raise BadInput(f"{file}: holds no rows; add some")
     return rows
 
 
-def _refuse_repeat(row, places, where, place):
-    """BadInput for a row whose id or content came before.
+def _checked(row, where, folder, known):
+    """A row with `where`, `images` and absolute paths; BadInput for what it lacks or misspells.
 
-    places: {id or content: the first place with it}, to which the row's own are added.
+    known: {id or content: where it first stood} of the rows before; this one's are added.
     """
-    for value in (row["id"], row | {"id": None}):
-        first = places.setdefault(json.dumps(value, sort_keys=True), place)
-        if first != place:
-            words = f"repeats the id or the content of {first}"
-            raise BadInput(f"{where}: {words}; remove or change one")
-
-
-def _checked(row, where, folder):
-    """A row with `where`, `images` and absolute paths; BadInput for what it lacks or misspells."""
     for key in row.keys() - set(KEYS):
         meant = difflib.get_close_matches(key, KEYS, 1, 0.8)
         if meant and meant[0] not in row:
@@ -887,6 +852,11 @@ def _checked(row, where, folder):
     paths = {"images": [inside(folder, name, where) for name in _as_list(row["image"])]}
     for key in row.keys() & {"target", "mask"}:
         paths[key] = inside(folder, row[key], where)
+    for value in (row["id"], row | {"id": None}):
+        first = known.setdefault(json.dumps(value, sort_keys=True), where)
+        if first != where:
+            words = f"repeats the id or the content of {first}"
+            raise BadInput(f"{where}: {words}; remove or change one")
     return row | paths | {"where": where}
 
 
@@ -901,7 +871,7 @@ def inside(folder: str | Path, name: str, where: str) -> str:
 
 
 @contextmanager
-def faults_of(row: dict, skip: bool, is_told: bool = True) -> Iterator[None]:
+def faults_of(row: dict, skip: bool, tell: Callable = say) -> Iterator[None]:
     """Makes a BadInput in the block one of this row; with `skip` it is told, but no error."""
     try:
         yield
@@ -909,23 +879,27 @@ def faults_of(row: dict, skip: bool, is_told: bool = True) -> Iterator[None]:
         fault = f"{row['where']}, row {row['id']}: {fault}"
         if not skip:
             raise BadInput(fault) from None
-        if is_told:
-            say(f"skipped: {fault}", sys.stderr)
+        tell(f"skipped: {fault}", sys.stderr)
 
 
 def faultless(
-    rows: list[dict], fault_of: Callable[[dict], str], skip: bool, is_told: bool = True
-) -> list[dict]:
-    """The rows of which `fault_of` says nothing; as `faults_of` for the others, if any are left."""
-    kept = []
-    for row in rows:
-        with faults_of(row, skip, is_told):  # where skipped, the block ends at the fault
-            fault = fault_of(row)
-            if fault:
-                raise BadInput(fault)
-            kept.append(row)
-    if not kept:
-        raise BadInput(f"{rows[0]['where']} and all other rows have faults; none is left")
+    rows: dict[str, list[dict]], fault_of: Callable[[dict], str], skip: bool
+) -> dict[str, list[dict]]:
+    """The rows of each split of which `fault_of` says nothing; as `faults_of` for the others.
+
+    BadInput where a split has none left.
+    """
+    kept = {}
+    for split in rows:
+        kept[split] = []
+        for row in rows[split]:
+            with faults_of(row, skip, say_once):  # where skipped, the block ends at the fault
+                fault = fault_of(row)
+                if fault:
+                    raise BadInput(fault)
+                kept[split].append(row)
+        if not kept[split]:
+            raise BadInput(f"no faultless row is left in {split}; mend those named above")
     return kept
 
 
@@ -970,32 +944,26 @@ def load_rows(folder: str | Path, skip: bool, accelerator: Accelerator) -> dict[
     error, and rows that differ between them are an error.
     """
     rows = {"train": [], "test": []}
-    messages = []
+    faults = []
     for split in SPLITS:
-        with _noted(messages):  # also that there is no such file: other processes may have one
-            rows[split] = read_rows(folder, split, messages)
-    broken = _header_faults(rows["train"] + rows["test"], folder, accelerator)
-    messages += broken.values()
-    if messages and not skip:
-        raise BadInput(messages[0])
-    for message in messages:
-        say_once(f"skipped: {message}", sys.stderr)
-    for split in SPLITS:
-        rows[split] = [row for row in rows[split] if broken.keys().isdisjoint(row_pictures(row))]
-        if not rows[split]:
-            fix = f"python data_prep.py check {folder} lists what to mend"
-            raise BadInput(f"{folder}: no faultless row is left in {split}; {fix}")
-    return rows
-
-
-def _header_faults(rows, folder, accelerator):
-    """{path: fault} of the pictures whose headers show one to any process: the same in all."""
+        with _noted(faults):  # also that there is no such file: other processes may have one
+            rows[split] = read_rows(folder, split, faults)
+    both = rows["train"] + rows["test"]
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    mine = rows[accelerator.local_process_index :: processes]
+    mine = both[accelerator.local_process_index :: processes]
     _, found = _look_through(mine, _check_header, accelerator.is_main_process)
-    if len(set(gather_object([fingerprint(rows)]))) > 1:
+    if len(set(gather_object([fingerprint(both)]))) > 1:
         raise BadInput(f"{folder}: its rows differ between processes; give each node the same ones")
-    return ChainMap(*gather_object([found]))
+    broken = ChainMap(*gather_object([found]))  # {path: fault} to any process: the same in all
+    for fault in faults:
+        if not skip:
+            raise BadInput(fault)
+        say_once(f"skipped: {fault}", sys.stderr)
+
+    def fault_of(row):
+        return ", ".join(broken[path] for path in row_pictures(row) if path in broken)
+
+    return faultless(rows, fault_of, skip)
 
 
 def fingerprint(rows: list[dict]) -> str:
@@ -1120,10 +1088,10 @@ def _benchmark_pictures(folder):
     """Every picture in a benchmark's folder, as load_image takes it; its tables' pictures too."""
     known = Image.registered_extensions()
     yield from (file for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in known)
-    for number, record in enumerate(read_records(folder), 1):
+    for place, record in read_records(folder):
         for column, cell in record.items():
             if isinstance(cell, dict) and cell.get("bytes"):
-                yield PictureFile(cell["bytes"], f"row {number}, {column}")
+                yield PictureFile(cell["bytes"], f"{place}, {column}")
 
 
 # ---------------------------------------------------------------- import
@@ -1162,7 +1130,6 @@ class ImportSettings(CheckedSettings):
     pictures: str = setting("", "Folder in which paths of pictures begin; the default is SRC's.")
     rows: int = setting(0, "Stop after so many good rows; 0 takes all.", at_least=0)
     test: int = setting(240, "Rows that are held out, by source picture.", at_least=1)
-    seed: int = setting(0, "Seed of the held-out rows.", at_least=0)
 
 
 def import_dataset(settings: ImportSettings) -> None:
@@ -1181,13 +1148,12 @@ def import_dataset(settings: ImportSettings) -> None:
             return
         write_json(folder / "import.json", asdict(settings))
         rows, faults = _take_rows(settings)
-        test, train, sharing = _split_by_picture(rows, settings)
-        for row in sharing:
-            faults.append(f"row {row['id']}: shares a picture with a row that is held out")
+        test, train = _split_by_picture(rows, settings.test, faults)
         if not train:
             raise BadInput(
                 f"{settings.source}: {len(rows)} good rows, none of them left to train on; see "
-                f"--test, --prompt and --image. Left out: {len(faults)} {faults[:1]}"
+                "--test, --prompt, --image, and that it is a table or a folder with parquet or "
+                f"arrow. Left out: {len(faults)} {faults[:1]}"
             )
         used = _all_pictures(test + train, WRITTEN)
         for path in [*folder.glob("pictures/*"), *folder.glob(".part-*")]:
@@ -1202,24 +1168,23 @@ def import_dataset(settings: ImportSettings) -> None:
 def _refuse_others(folder, settings):
     """BadInput for a folder that holds something else, or a finished import of other settings."""
     record = folder / "import.json"
-    if not record.exists():
-        # hidden ones are the lock, and the record in parts after a kill
-        if any(not name.startswith(".") for name in os.listdir(folder)):
-            raise BadInput(f"{folder}: holds something else; name a new folder")
-    elif (folder / "train.jsonl").exists():
-        changes = changed(read_json(record), settings, "")
-        if changes:
-            raise BadInput(f"{folder}: {', '.join(changes)}; name another folder")
+    is_ours = record.exists()
+    if (folder / "train.jsonl").exists():
+        is_ours = is_ours and read_json(record) == settings
+    # hidden ones are the lock, and the record in parts after a kill
+    if not is_ours and any(folder.glob("[!.]*")):
+        raise BadInput(f"{folder}: holds something else, or other settings' import; name a new one")
 
 
 def _take_rows(settings):
     """(rows, faults): a table's good rows, their pictures written, and the faults of the others."""
     rows = []
     faults = []
-    places = {}
-    records = _numbered_records(settings.source)
-    with ThreadPoolExecutor() as pool, tqdm(desc="rows", leave=False) as bar:
-        while not settings.rows or len(rows) < settings.rows:
+    known = {}
+    limit = settings.rows or sys.maxsize
+    records = iter(tqdm(read_records(settings.source), "rows", leave=False))
+    with ThreadPoolExecutor() as pool:
+        while len(rows) < limit:
             batch = list(itertools.islice(records, 64))  # so many are held in memory
             if not batch:
                 break
@@ -1227,62 +1192,46 @@ def _take_rows(settings):
             for (place, _), future in zip(batch, futures, strict=True):
                 with _noted(faults):
                     row = future.result()
-                    _refuse_repeat(row, places, place, place)
+                    _checked(row, place, settings.dataset, known)
                     rows.append(row)
-            bar.update(len(batch))
-    if settings.rows:
-        rows = rows[: settings.rows]  # the last batch may hold more
-    return rows, faults
-
-
-def _numbered_records(source):
-    """(place, record) of all records of a table, or of the tables in a folder."""
-    files = table_files(source)
-    if not files:
-        raise BadInput(f"{source}: is no file, and no folder with parquet or arrow; name a table")
-    for file in files:
-        for number, record in enumerate(read_records(file), 1):
-            yield f"{os.path.relpath(file, _folder_of(source))} row {number}", record
-
-
-def _folder_of(source):
-    """The folder of a table's pictures: its own."""
-    return Path(source) if os.path.isdir(source) else Path(source).parent
+    return rows[:limit], faults  # the last batch may hold more
 
 
 def _import_row(place, record, settings):
-    """A record as a row of a dataset, its pictures written; BadInput where it is unfit for one."""
+    """A record as a row of a dataset, its pictures written; BadInput for an unfit picture."""
     row = {"id": re.sub("[ /]", "-", place)}
     for key in ("id", *KEYS, "kept"):
         value = _value_at(record, getattr(settings, key))
         if value in (None, "", []):
             continue
         if key in (*WRITTEN, "kept"):
-            value = _import_pictures(value, key, place, settings)
+            names = [_keep_picture(cell, key, place, settings) for cell in _as_list(value)]
+            value = names[0] if len(names) == 1 else names
         row["mask" if key == "kept" else key] = value
     row["id"] = str(row["id"])
-    checked = _checked(row, place, settings.dataset)
-    if "mask" in row:
-        sizes = {load_image(path).size for path in (checked["mask"], checked["images"][0])}
+    if "mask" in row and "image" in row:
+        pair = (row["mask"], _as_list(row["image"])[0])
+        sizes = {load_image(Path(settings.dataset, name)).size for name in pair}
         if len(sizes) > 1:
             raise BadInput(f"{place}: {OTHER_SIZE}")
     return row
 
 
-def _import_pictures(value, key, place, settings):
-    """Writes the picture or pictures that a record holds under a key; their name or names."""
-    names = []
-    for cell in _as_list(value):
-        base = settings.pictures or _folder_of(settings.source)
-        file = picture_file(cell, base, f"{place}, {key}")
-        if key == "kept":
-            negative = io.BytesIO()
-            ImageOps.invert(load_image(file)).save(negative, "PNG")
-            file = PictureFile(negative.getvalue(), file.where)
-        names.append(_keep_picture(file, settings.dataset))
-    if key == "image" and len(names) > 1:
-        return names
-    return names[0]
+def _keep_picture(cell, key, place, settings):
+    """Writes the picture in a cell, by its content, unless it is there; the name it has."""
+    file = picture_file(cell, settings.pictures or folder_of(settings.source), f"{place}, {key}")
+    if key == "kept":
+        negative = PictureFile(b"", file.where)
+        ImageOps.invert(load_image(file)).save(negative, "PNG")
+        file = negative
+    content = file.getvalue()
+    name = f"pictures/{hashlib.sha256(content).hexdigest()}.{_check_header(file)}"
+    path = Path(settings.dataset, name)
+    if not path.exists():
+        load_image(file)
+        with whole_file(path) as part:
+            part.write_bytes(content)
+    return name
 
 
 def _value_at(record, column):
@@ -1298,39 +1247,21 @@ def _value_at(record, column):
     return value
 
 
-def _keep_picture(file, folder):
-    """The name of a picture in a folder, by its content; written and checked unless it is there."""
-    content = file.getvalue()
-    with _opened(file) as image:
-        ending = image.format.lower()
-    name = f"pictures/{hashlib.sha256(content).hexdigest()}.{ending}"
-    if not Path(folder, name).exists():
-        _look_at(file)
-        with whole_file(Path(folder, name)) as part:
-            part.write_bytes(content)
-    return name
+def _split_by_picture(rows, number, faults):
+    """(test, train): so many held-out rows by their first picture, and the others.
 
-
-def _split_by_picture(rows, settings):
-    """(test, train, sharing): the rows by lot, which is the same for rows of one first picture.
-
-    sharing: rows that would bring a source or a target of the test's into training.
+    Those that would bring a source or a target of the test's into training are faults.
     """
-
-    def lot(row):
-        return seeded(settings.seed, "held out", _as_list(row["image"])[0]).initial_seed()
-
-    rows = sorted(rows, key=lot)
-    test = rows[: settings.test]
-    held_out = _all_pictures(test, ("image", "target"))
+    rows = sorted(rows, key=lambda row: _as_list(row["image"])[0])  # by content: as good as a lot
+    test = rows[:number]
     train = []
-    sharing = []
-    for row in rows[settings.test :]:
+    held_out = _all_pictures(test, ("image", "target"))
+    for row in rows[number:]:
         if held_out.isdisjoint(row_pictures(row, ("image", "target"))):
             train.append(row)
         else:
-            sharing.append(row)
-    return test, train, sharing
+            faults.append(f"row {row['id']}: shares a picture with a row that is held out")
+    return test, train
 
 
 # ---------------------------------------------------------------- statistics
@@ -1383,13 +1314,13 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]
 
 def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of two (n,) tensors, ties at their mean rank."""
-    ranks = []
-    for values in (a, b):
+
+    def ranks(values):
         ordered = values.sort().values
         # first place + last place = twice the mean place, which correlates just as well
-        first = torch.searchsorted(ordered, values)
-        ranks.append(first + torch.searchsorted(ordered, values, right=True))
-    return torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
+        return torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
+
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]).double())[0, 1].item()
 
 
 # ---------------------------------------------------------------- pictures of results

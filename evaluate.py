@@ -71,6 +71,7 @@ from data_prep import (
     bootstrap,
     catch_signals,
     changed,
+    folder_of,
     from_main,
     inside,
     load_image,
@@ -80,7 +81,6 @@ from data_prep import (
     parse_settings,
     picture_file,
     picture_grid,
-    picture_in,
     read_json,
     read_json_lines,
     read_records,
@@ -586,8 +586,7 @@ def _read_gedit(folder, settings):
     listed = folder / "metadata.jsonl"
     rows = []
     times = Counter()  # how often each place has come so far
-    for number, entry in enumerate(read_records(listed if listed.is_file() else folder), 1):
-        where = f"{folder}: row {number}"
+    for where, entry in read_records(listed if listed.is_file() else folder):
         _check_entry(entry, ("key", "task_type", "instruction_language", "instruction"), where)
         if settings.language not in (entry["instruction_language"], "both"):
             continue
@@ -1406,9 +1405,7 @@ def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
     first is better, 1 the second, 0.5 neither. columns: "NAME=COLUMN" for what is called otherwise,
     with several columns for a list. BadInput for a record without them.
     """
-    folder = Path(table) if Path(table).is_dir() else Path(table).parent  # of the pictures' paths
-    for number, record in enumerate(read_records(table), 1):
-        where = f"{table}: record {number}"
+    for where, record in read_records(table):
         try:
             for entry in columns:
                 name, _, places = entry.partition("=")
@@ -1423,7 +1420,9 @@ def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
                 cells = record[name]
                 if not isinstance(cells, (list, tuple)):
                     cells = [cells]
-                row[name] = [picture_in(cell, folder, where) for cell in cells]
+                row[name] = [
+                    load_image(picture_file(cell, folder_of(table), where)) for cell in cells
+                ]
             if len(scores) != len(row["edits"]):
                 raise ValueError
         except (KeyError, TypeError, ValueError):

@@ -872,10 +872,7 @@ def _load_all(settings, accelerator, stop):
             f"--train_timesteps {settings.train_timesteps}: above --rollout_steps {steps}"
         )
     rows["test"] = rows["test"][: settings.eval_rows]
-    for split in rows:
-        rows[split] = faultless(
-            rows[split], partial(row_fault, editor), skip, accelerator.is_main_process
-        )
+    rows = faultless(rows, partial(row_fault, editor), skip)
     add_policies(
         editor,
         settings.lora_rank,

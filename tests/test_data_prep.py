@@ -637,15 +637,17 @@ def test_only_whole_lines_that_are_wanted_are_kept(tmp_path):
 class Ranks:
     """What `together` sees of accelerate: this process is the second of two."""
 
-    device = "cpu"
     process_index = 1
+    is_triggered = False
 
     def __init__(self, other):
         self.other = other
 
-    def reduce(self, flag, how):
-        assert how == "sum"
-        return flag + float(self.other != "None")
+    def set_trigger(self):
+        self.is_triggered = True
+
+    def check_trigger(self):
+        return self.is_triggered or self.other != "None"
 
     def gather(self, told):
         return [self.other, *told]
@@ -742,10 +744,10 @@ def test_the_released_file_names_are_read_too(folder):
             {"prompt": "p", "image": "b.png", "requirment": "r"},
             "unknown key `requirment`; write `requirement`",
         ),
-        ({"prompt": "p", "image": "a.png"}, "repeats the id or the content of line 1"),
+        ({"prompt": "p", "image": "a.png"}, "repeats the id or the content of .*train.jsonl:1"),
         (
             {"prompt": "p", "image": "b.png", "id": "train-1"},
-            "repeats the id or the content of line 1",
+            "repeats the id or the content of .*train.jsonl:1",
         ),
         ("[" * 100000, "not JSON"),
     ],
@@ -828,7 +830,9 @@ def test_a_bomb_is_refused_by_its_header_before_it_is_decoded(folder, monkeypatc
     monkeypatch.setattr(Image.Image, "convert", lambda *a: pytest.fail("decoded"))
     monkeypatch.setattr(PngImageFile, "load", lambda *a: pytest.fail("decoded"))
     (folder / "bomb.png").write_bytes(png(9000, 9000))
-    with pytest.raises(BadInput, match="bomb.png: 9000 x 9000 pixels, above"):
+    with pytest.raises(
+        BadInput, match="bomb.png: not a readable picture .9000 x 9000 pixels, above"
+    ):
         load_image(folder / "bomb.png")
     (folder / "bomb.png").write_bytes(png(2**30, 2**30))
     with pytest.raises(BadInput, match="bomb.png: not a readable picture"):
@@ -864,7 +868,7 @@ def draw(path, seed, size=(96, 64), **options):
 def test_only_plain_files_are_opened(folder, name):
     os.mkfifo(folder / "pipe")
     (folder / "link to a pipe").symlink_to("pipe")
-    with pytest.raises(BadInput, match="no such picture"):
+    with pytest.raises(BadInput, match="not a readable picture .no such file"):
         load_image(folder / name)
 
 
@@ -1079,8 +1083,8 @@ def test_check_lists_all_faults_together_and_training_can_skip_them(tmp_path, ca
         "repeats the id",
         "1.png: not a readable",
         "2.png: not a readable",
-        "3.png: no such picture",
-        "4.png: 64 x 8 pixels, below 16",
+        "3.png: not a readable picture (no such file)",
+        "4.png: not a readable picture (64 x 8 pixels, below 16)",
     ]
     assert len(said) == 7
     assert all(words in line for words, line in zip(wanted, said, strict=True))
@@ -1185,7 +1189,7 @@ def test_pictures_inside_a_parquet_or_arrow_benchmark_are_compared_too(tmp_path,
             stream.write_table(table)
     with pytest.raises(BadInput, match="1 fault"):
         data_prep.main(["check", str(data), "--against", str(bench)])
-    assert "0.png: shows row 1, input_image of" in capsys.readouterr().out
+    assert re.search(r"0.png: shows \S*0.\w+ row 1, input_image of", capsys.readouterr().out)
 
 
 def test_check_wants_a_mask_of_the_size_of_its_rows_first_picture(tmp_path, capsys):
@@ -1201,7 +1205,7 @@ def test_check_wants_a_mask_of_the_size_of_its_rows_first_picture(tmp_path, caps
     with pytest.raises(BadInput, match="2 faults, one a line above"):
         data_prep.main(["check", str(tmp_path)])
     missing, other = capsys.readouterr().out.splitlines()
-    assert "none.png: no such picture" in missing
+    assert "none.png: not a readable picture (no such file)" in missing
     assert other.startswith(f"{tmp_path}/train.jsonl:2: `mask` has not the size")
 
 

@@ -405,7 +405,7 @@ def test_a_picture_gone_in_mid_run_is_named_and_keeps_the_finished_epochs(
     run, dataset, tmp_path, monkeypatch
 ):
     folder, gone = vanishing(dataset, tmp_path)
-    with pytest.raises(BadInput, match=r"train.jsonl:\d, row train-\d: .*no such picture"):
+    with pytest.raises(BadInput, match=r"train.jsonl:\d, row train-\d: .*no such file"):
         run(judge=At(5, gone), data=folder, epochs=4, save_every=30)
     assert checkpoints(tmp_path / "run") == [1]
 
@@ -433,7 +433,7 @@ def test_with_bad_rows_skip_a_picture_gone_in_mid_run_costs_its_group_alone(
     server.wait_for("skipped: ", 120)
     server.send(signal.SIGTERM)
     assert server.codes() == [0] * ranks
-    assert "no such picture" in server.said()
+    assert "no such file" in server.said()
     assert "train.jsonl:" in server.said()
     assert ", row train-" in server.said()
 

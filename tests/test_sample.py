@@ -1141,7 +1141,7 @@ def no_model(monkeypatch):
 
 WRONG = [
     ("--image", ["--image"]),
-    ("gone.png: no such picture", ["--image", "gone.png"]),
+    ("gone.png: not a readable picture (no such file)", ["--image", "gone.png"]),
     ("broken.png: not a readable picture", ["--image", "broken.png"]),
     ("--prompt is empty", ["--prompt", " "]),
     ("add --lora", ["--compare"]),
