@@ -59,6 +59,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+AnyPath = str | Path  # of a file or a folder
+
 # ---------------------------------------------------------------- errors, output, signals, seeds
 
 
@@ -73,13 +75,13 @@ class DiskFault(BadInput):
     """What cannot be written: no fault of the input."""
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable):
     """Calls a script's `main`; BadInput, Ctrl-C or a GPU too small end it in one line, code 2.
 
     What it prints goes nowhere once nobody reads it any more (`| head`): its work goes on.
     """
-    sys.stdout = _Lasting(sys.stdout)
-    sys.stderr = _Lasting(sys.stderr)
+    _make_lasting(sys.stdout)
+    _make_lasting(sys.stderr)
     try:
         main()
         return
@@ -103,28 +105,25 @@ def run_script(main: Callable[[], None]) -> None:
     sys.exit(2)
 
 
-class _Lasting:
-    """A stream that leads nowhere once nobody reads it any more, instead of raising."""
+def _make_lasting(stream):
+    """Makes a stream lead nowhere once nobody reads it any more, instead of raising."""
+    write = stream.write
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
+    def write_or_drop(text):
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            write(text)
+            stream.flush()
         except OSError:
             # in place of its file: what the stream still holds goes there, too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    stream.write = write_or_drop
 
 
 say = tqdm.write  # say(text, file): prints a line, above all progress bars; without file on stdout
 
 
-def say_once(text: str, file: TextIO | None = None) -> None:
+def say_once(text: str, file: TextIO | None = None):
     """As `say`, by the first of several processes alone: for what all of them have to tell."""
     if os.environ.get("RANK", "0") == "0":
         say(text, file)
@@ -178,18 +177,13 @@ LARGEST = 2**63 - 1  # what no number of a setting goes beyond, nor below its ne
 def setting(default: Any, help: str, **limits: float) -> Field:
     """A field of a settings dataclass: default, help, and the LIMITS of its number or numbers."""
     if limits:
-        words = [_in_words(name, limit) for name, limit in limits.items()]
-        help += f" ({' and '.join(words)})"
+        words = " and ".join(f"{name} {limit:g}" for name, limit in limits.items())
+        help += f" ({words.replace('_', ' ')})"
     # argparse fills in %(default)s
     options = {"help": help.replace("%", "%%"), "metadata": {"limits": limits}}
     if isinstance(default, list):
         return HfArg(default_factory=default.copy, **options)
     return HfArg(default=default, **options)
-
-
-def _in_words(name, limit):
-    """A limit in words: at most 1."""
-    return f"{name} {limit:g}".replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -215,7 +209,8 @@ def _check_value(field, value):
         limits = {"at_least": -LARGEST, "at_most": LARGEST} | field.metadata["limits"]
         for name, limit in limits.items():
             if not LIMITS[name](value, limit):  # no limit holds nan
-                raise BadInput(f"--{field.name} {value}: give a number {_in_words(name, limit)}")
+                wanted = f"{name} {limit:g}".replace("_", " ")
+                raise BadInput(f"--{field.name} {value}: give a number {wanted}")
 
 
 class SettingsParser(HfArgumentParser):
@@ -253,7 +248,7 @@ def changed(before: dict, now: dict, harmless: str) -> list[str]:
 
 
 @contextmanager
-def disk_faults(path: str | Path) -> Iterator[None]:
+def disk_faults(path: AnyPath) -> Iterator[None]:
     """Makes one DiskFault of whatever a full, read-only or broken disk raises in the block."""
     try:
         yield
@@ -262,9 +257,8 @@ def disk_faults(path: str | Path) -> Iterator[None]:
         known = re.search("I/O error|IoError|inline_container", str(error))
         if not known and not isinstance(error, OSError):
             raise
-        reason = one_line(error)
         raise DiskFault(
-            f"{path}: cannot be written ({reason}); make room or name another place"
+            f"{path}: cannot be written ({one_line(error)}); make room or name another place"
         ) from error
 
 
@@ -284,7 +278,7 @@ def _to_disk(path):
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: AnyPath) -> Iterator[Path]:
     """Yields a path beside `path` to be written; it becomes `path` when the block ends.
 
     An error leaves what was there, and nothing else. BadInput for one of the disk or the folder.
@@ -305,7 +299,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
+def whole_folder(folder: AnyPath) -> Iterator[Path]:
     """Yields a new folder to be filled; it becomes `folder` when the block ends.
 
     It then also holds hashes.json, by which `is_whole` knows it. What had the name is renamed; it
@@ -337,7 +331,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(room, ignore_errors=True)
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
+def file_hashes(folder: Path) -> dict:
     """{relative path: sha256} of all below a folder but its own hashes.json."""
     hashes = {}
     for path in folder.rglob("*"):
@@ -348,7 +342,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def is_whole(folder: str | Path, alone: bool = False) -> bool:
+def is_whole(folder: AnyPath, alone: bool = False) -> bool:
     """Whether all files of a folder are there as whole_folder wrote them; alone: and no others."""
     folder = Path(folder)
     try:
@@ -360,7 +354,7 @@ def is_whole(folder: str | Path, alone: bool = False) -> bool:
 
 
 @contextmanager
-def locked(folder: str | Path, is_needed: bool = True) -> Iterator[None]:
+def locked(folder: AnyPath, is_needed: bool = True) -> Iterator[None]:
     """Within, no other process holds this folder; BadInput if one does. Ends with the process.
 
     is_needed: False does nothing, as in all but one of several processes.
@@ -410,7 +404,7 @@ def numbered_folders(folder: Path, name: str) -> list[Path]:
     return sorted(numbers, key=numbers.get, reverse=True)
 
 
-def prune_folders(newest: Path, keep: int, best: int) -> None:
+def prune_folders(newest: Path, keep: int, best: int):
     """Of the folders NAME-<digits> up to `newest`, leaves the last `keep` and the one with `best`.
 
     Those with higher numbers stay: they are not what `newest` follows. What a kill left goes.
@@ -423,7 +417,7 @@ def prune_folders(newest: Path, keep: int, best: int) -> None:
             shutil.rmtree(path, ignore_errors=True)  # a half that a kill leaves is not whole
 
 
-def check_names(is_ours: Callable[[Path], bool], *paths: Path) -> None:
+def check_names(is_ours: Callable, *paths: Path):
     """BadInput where something else has the name of what is to be written.
 
     is_ours: Path.is_file for what is to be a file, Path.is_dir for a folder.
@@ -457,7 +451,7 @@ def _read_plain(path, fix):
         raise BadInput(f"{path}: cannot be read ({error}); {fix}") from None
 
 
-def read_json_lines(path: str | Path, faults: list | None = None) -> list[tuple[int, dict]]:
+def read_json_lines(path: AnyPath, faults: list | None = None) -> list[tuple]:
     """(line number, object) of each line of a JSON lines file; lines end at b"\\n" alone.
 
     utf-8 with or without BOM; empty lines are passed over. The first line that is no JSON object
@@ -489,24 +483,24 @@ def _json_line(value, errors="replace"):
     return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors=errors)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: AnyPath, value: Any):
     """Writes a JSON file, whole or not at all."""
     with whole_file(path) as part:
         part.write_text(json.dumps(value, indent=1))
 
 
-def read_json(path: str | Path) -> dict:
+def read_json(path: AnyPath) -> dict:
     """The object in a JSON file."""
     return parse_json_object(Path(path).read_bytes(), str(path))
 
 
-def write_json_lines(path: str | Path, objects: Iterable[dict]) -> None:
+def write_json_lines(path: AnyPath, objects: Iterable[dict]):
     """Writes a JSON lines file anew, whole or not at all."""
     with whole_file(path) as part:
         part.write_bytes(b"".join(map(_json_line, objects)))
 
 
-def keep_json_lines(path: str | Path, key: str, last: int) -> None:
+def keep_json_lines(path: AnyPath, key: str, last: int):
     """Leaves of a JSON lines file, if there is one, the objects whose `key` is at most `last`."""
     if os.path.exists(path):
         lines = read_json_lines(path, faults=[])
@@ -514,7 +508,7 @@ def keep_json_lines(path: str | Path, key: str, last: int) -> None:
         write_json_lines(path, kept)
 
 
-def append_json_line(path: str | Path, value: dict) -> None:
+def append_json_line(path: AnyPath, value: dict):
     """Adds one whole line to a log, or nothing: BadInput where the disk has no room for it.
 
     A last line without its end, as a kill leaves it, is cut off first.
@@ -570,9 +564,7 @@ def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
     return accelerator
 
 
-def start_trackers(
-    accelerator: Accelerator, project: str, settings: dict, run: str, step: int
-) -> None:
+def start_trackers(accelerator: Accelerator, project: str, settings: dict, run: str, step: int):
     """Starts the tracker; the same `run` is the same run there, to go on after its step `step`."""
     same_run = {"id": run, "resume": "allow"}
     options = {
@@ -624,7 +616,7 @@ def from_main(accelerator: Accelerator, stop: threading.Event, function: Callabl
     return gather_object([result])[0]
 
 
-def heed_stop(module: torch.nn.Module, stop: threading.Event) -> None:
+def heed_stop(module: torch.nn.Module, stop: threading.Event):
     """Makes each forward of a module raise Stopped once a signal came: for work in `together`."""
 
     def check(module, arguments):
@@ -637,7 +629,7 @@ def heed_stop(module: torch.nn.Module, stop: threading.Event) -> None:
 # ---------------------------------------------------------------- models without torchvision
 
 
-def load_processor(kind: type, place: str | Path, **options):
+def load_processor(kind: type, place: AnyPath, **options):
     """A multimodal processor of the class `kind`; without torchvision, all of it but its videos.
 
     place: folder or hub id; options: as from_pretrained takes them. BadInput where its pictures
@@ -688,7 +680,7 @@ def _opened(picture):
         ) from None
 
 
-def load_image(path: str | Path | io.IOBase) -> Image.Image:
+def load_image(path: AnyPath | io.IOBase) -> Image.Image:
     """The picture at `path`, or in a binary file, upright, in RGB; transparent parts are white.
 
     BadInput when it is missing, is no plain file, does not decode, or has more than MAX_PIXELS.
@@ -720,7 +712,7 @@ def _check_header(path):
 TABLES = (".parquet", ".arrow")  # what is looked for in a folder; other kinds are named
 
 
-def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
+def read_records(path: AnyPath) -> Iterator[tuple]:
     """(place, record) of a table, or of all TABLES below a folder, by name: "FILE row 1", columns.
 
     Parquet and arrow (streams, as `datasets` writes them) a few at a time, JSON lines, a JSON list,
@@ -743,7 +735,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
             raise BadInput(f"{file}: not a readable table ({reason}); get it again") from None
 
 
-def folder_of(table: str | Path) -> Path:
+def folder_of(table: AnyPath) -> Path:
     """Where the paths of a table's pictures begin: a folder itself, or that of a file."""
     return Path(table) if os.path.isdir(table) else Path(table).parent
 
@@ -783,7 +775,7 @@ class PictureFile(io.BytesIO):
         return self.where
 
 
-def picture_file(cell: Any, folder: str | Path, where: str) -> PictureFile:
+def picture_file(cell: Any, folder: AnyPath, where: str) -> PictureFile:
     """The file of a picture in a table: bytes, a dict of `bytes` or `path`, a path in `folder`.
 
     where: what errors call it. BadInput for a cell that is none of these, or a path to no file.
@@ -810,7 +802,7 @@ def split_file(folder: Path, split: str) -> Path | None:
     return None
 
 
-def read_rows(folder: str | Path, split: str, faults: list | None = None) -> list[dict]:
+def read_rows(folder: AnyPath, split: str, faults: list | None = None) -> list[dict]:
     """The rows of a dataset folder's `train` or `test` split, checked, pictures not yet opened.
 
     A row gets `images` (the absolute paths in `image`), `id` (text) and `where` ("FILE:LINE");
@@ -820,8 +812,10 @@ def read_rows(folder: str | Path, split: str, faults: list | None = None) -> lis
     folder = Path(folder).resolve()
     file = split_file(folder, split)
     if file is None:
-        wanted = f"{split}.jsonl nor {split}_metadata.jsonl"
-        raise BadInput(f"{folder}: holds neither {wanted}; name a dataset folder")
+        raise BadInput(
+            f"{folder}: holds neither {split}.jsonl nor {split}_metadata.jsonl; name a dataset "
+            "folder"
+        )
     rows = []
     known = {}
     for number, row in read_json_lines(file, faults):
@@ -855,18 +849,16 @@ def _checked(row, where, folder, known):
     for value in (row["id"], row | {"id": None}):
         first = known.setdefault(json.dumps(value, sort_keys=True), where)
         if first != where:
-            words = f"repeats the id or the content of {first}"
-            raise BadInput(f"{where}: {words}; remove or change one")
+            raise BadInput(f"{where}: repeats the id or the content of {first}; change one")
     return row | paths | {"where": where}
 
 
-def inside(folder: str | Path, name: str, where: str) -> str:
+def inside(folder: AnyPath, name: str, where: str) -> str:
     """The path of `name` in `folder`, links followed later; BadInput when its words leave it."""
     if not isinstance(name, str) or "\0" in name:
         raise BadInput(f"{where}: picture {name!r} is no path; correct it")
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        fix = f"move or link it inside {folder}"
-        raise BadInput(f"{where}: picture {name} leaves the dataset folder; {fix}")
+        raise BadInput(f"{where}: picture {name} leaves the dataset folder; link it inside")
     return str(Path(folder, name))
 
 
@@ -882,25 +874,22 @@ def faults_of(row: dict, skip: bool, tell: Callable = say) -> Iterator[None]:
         tell(f"skipped: {fault}", sys.stderr)
 
 
-def faultless(
-    rows: dict[str, list[dict]], fault_of: Callable[[dict], str], skip: bool
-) -> dict[str, list[dict]]:
-    """The rows of each split of which `fault_of` says nothing; as `faults_of` for the others.
+def keep_faultless(rows: dict, fault_of: Callable, skip: bool):
+    """Leaves in {split: rows} those of which fault_of(row) is ""; as `faults_of` for the others.
 
     BadInput where a split has none left.
     """
-    kept = {}
     for split in rows:
-        kept[split] = []
+        kept = []
         for row in rows[split]:
             with faults_of(row, skip, say_once):  # where skipped, the block ends at the fault
                 fault = fault_of(row)
                 if fault:
                     raise BadInput(fault)
-                kept[split].append(row)
-        if not kept[split]:
+                kept.append(row)
+        if not kept:
             raise BadInput(f"no faultless row is left in {split}; mend those named above")
-    return kept
+        rows[split] = kept
 
 
 def row_pictures(row: dict, keys: tuple = ("images", "target", "mask")) -> list[str]:
@@ -918,8 +907,7 @@ def _all_pictures(rows, *keys):
 
 def load_sources(row: dict) -> list[Image.Image]:
     """A row's source pictures; BadInput where one cannot be had, nor its target or mask."""
-    pictures = [load_image(path) for path in row_pictures(row)]
-    return pictures[: len(row["images"])]
+    return [load_image(path) for path in row_pictures(row)][: len(row["images"])]
 
 
 def _look_through(rows, look, show=True):
@@ -936,7 +924,7 @@ def _look_through(rows, look, show=True):
     return seen, faults
 
 
-def load_rows(folder: str | Path, skip: bool, accelerator: Accelerator) -> dict[str, list[dict]]:
+def load_rows(folder: AnyPath, skip: bool, accelerator: Accelerator) -> dict:
     """{"train": rows, "test": rows} of a dataset, by the headers of its pictures fit for training.
 
     The first fault raises BadInput; with `skip` faulty rows are left out, with a line on stderr for
@@ -963,7 +951,8 @@ def load_rows(folder: str | Path, skip: bool, accelerator: Accelerator) -> dict[
     def fault_of(row):
         return ", ".join(broken[path] for path in row_pictures(row) if path in broken)
 
-    return faultless(rows, fault_of, skip)
+    keep_faultless(rows, fault_of, skip)
+    return rows
 
 
 def fingerprint(rows: list[dict]) -> str:
@@ -996,7 +985,7 @@ class CheckSettings(CheckedSettings):
     against: list[str] = setting([], "Folders of benchmarks: no picture of theirs may be in it.")
 
 
-def check_dataset(settings: CheckSettings) -> None:
+def check_dataset(settings: CheckSettings):
     """Reads a dataset once: prints each fault on a line, or what it holds; BadInput for faults."""
     folder = Path(settings.dataset).resolve()
     splits = [split for split in SPLITS if split_file(folder, split)] or ["train"]
@@ -1015,16 +1004,13 @@ def check_dataset(settings: CheckSettings) -> None:
             faults.append(f"{row['where']}: {OTHER_SIZE}")
     for benchmark in settings.against:
         faults += _copies(seen, benchmark)
-    for fault in faults:
-        print(fault)
+    for line in faults or _summary(rows, seen):
+        print(line)
     if faults:
         raise BadInput(f"{folder}: {len(faults)} faults, one a line above")
-    for line in _summary(rows, seen):
-        print(line)
     print(f"read {speed:.0f} pictures a second and core")
     counts = f"{len(rows)} rows in {' and '.join(splits)}, {len(seen)} pictures"
-    absent = "".join(f"; nothing of {benchmark}" for benchmark in settings.against)
-    print(f"{folder}: no faults; {counts}{absent}")
+    print(f"{folder}: no faults; {counts}")
 
 
 def _summary(rows, seen):
@@ -1036,9 +1022,6 @@ def _summary(rows, seen):
     yield "longer side of a source picture: " + _spread([max(look.size) for look in looks])
     different = {look.thumbnail.tobytes() for look in looks}
     yield f"source pictures: {len(looks)}, of which {len(looks) - len(different)} repeat another"
-    white = [100 * seen[row["mask"]].thumbnail.mean() for row in rows if "mask" in row]
-    if white:
-        yield f"white part of a mask in %: {_spread(white)}"
 
 
 def _spread(values):
@@ -1062,8 +1045,7 @@ def _look_at(path):
 
 def _thumbnail(image):
     """A picture as 768 numbers in [0, 1]."""
-    small = image.resize((16, 16), Image.Resampling.BOX)
-    return np.asarray(small, np.float32).flatten() / 255
+    return np.asarray(image.resize((16, 16), Image.BOX), np.float32).flatten() / 255
 
 
 def _copies(seen, folder):
@@ -1077,8 +1059,7 @@ def _copies(seen, folder):
             theirs = _thumbnail(load_image(picture))
             distances = np.sqrt(np.square(own - theirs).mean(1))  # (pictures,)
             for near in np.flatnonzero(distances < NEAR):
-                words = f"shows {picture} of the benchmark; remove its rows"
-                faults.append(f"{paths[near]}: {words}")
+                faults.append(f"{paths[near]}: shows {picture} of the benchmark; remove its rows")
     if picture is None:
         raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
     return faults
@@ -1132,7 +1113,7 @@ class ImportSettings(CheckedSettings):
     test: int = setting(240, "Rows that are held out, by source picture.", at_least=1)
 
 
-def import_dataset(settings: ImportSettings) -> None:
+def import_dataset(settings: ImportSettings):
     """Makes a dataset of a table: train.jsonl, test.jsonl, left_out.jsonl, pictures by content.
 
     Started again after a stop it goes on; pictures that are there are not decoded again. BadInput
@@ -1239,12 +1220,11 @@ def _value_at(record, column):
     if column in record:  # a column's own name may hold dots
         return record[column]
     value = record
-    for key in column.split("."):
-        try:
+    with suppress(LookupError, TypeError, ValueError):
+        for key in column.split("."):
             value = value[int(key) if isinstance(value, list) else key]
-        except (LookupError, TypeError, ValueError):
-            return None
-    return value
+        return value
+    return None
 
 
 def _split_by_picture(rows, number, faults):
@@ -1267,9 +1247,7 @@ def _split_by_picture(rows, number, faults):
 # ---------------------------------------------------------------- statistics
 
 
-def bootstrap(
-    values, groups: list, clusters: list, draws: int = 2000
-) -> tuple[list[str], np.ndarray]:
+def bootstrap(values, groups: list, clusters: list, draws: int = 2000) -> tuple:
     """Resamples clusters, each with all its values: the names of the T groups, means (draws, T).
 
     values, groups, clusters: of n entries; no value is NaN. The mean of a group that was not drawn
@@ -1288,7 +1266,7 @@ def bootstrap(
         return names.tolist(), (weights * values) @ is_member / (weights @ is_member)
 
 
-def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]:
+def paired_gain(base: list[dict], now: list[dict], key: str) -> dict:
     """Mean of result[key] before and after, and the paired difference with its 95 % interval.
 
     base, now: results of the same edits in the same order, each with `row` and `key`. A pair with a
@@ -1325,39 +1303,35 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 # ---------------------------------------------------------------- pictures of results
 
-GAP = 4  # pixels between the pictures of a grid
+SIDE = 96  # pixels of a picture in a grid, unless one is larger
+GAP = 4  # pixels between two of them
 LINE = 12  # pixels from line to line of its texts
 LETTER = 6  # pixels of a letter's width
 TITLE_LINES = 2  # what is longer is cut
 CAPTION_LINES = 5
 
 
-def picture_grid(
-    rows: list[list[Image.Image | None]],
-    captions: list[list[str]],
-    title: str = "",
-    cell: int = 96,
-) -> Image.Image:
+def picture_grid(rows: list, captions: list, title: str = "") -> Image.Image:
     """One picture out of rows of pictures (None for a gap), under `title`.
 
     captions: texts of the same layout, written below the pictures. Each picture is enlarged to the
-    size of the largest, at least `cell` pixels.
+    size of the largest, at least SIDE pixels.
     """
     sizes = [max(picture.size) for picture in itertools.chain(*rows) if picture]
-    side = max([cell, *sizes])
-    height = side + LINE * CAPTION_LINES  # of a picture with its caption
+    side = max([SIDE, *sizes])
+    width = side + GAP  # of a picture with its caption
+    height = side + LINE * CAPTION_LINES
     top = LINE * TITLE_LINES
     columns = max(map(len, rows), default=1)
-    sheet = Image.new("RGB", ((side + GAP) * columns, top + height * len(rows)), "white")
+    sheet = Image.new("RGB", (width * columns, top + height * len(rows)), "white")
     _write(sheet, title, (0, 0), sheet.width, TITLE_LINES)
     for row, texts in zip(rows, captions, strict=True):
-        left = 0
-        for picture, text in zip(row, texts, strict=True):
+        for column, (picture, text) in enumerate(zip(row, texts, strict=True)):
+            left = column * width
             if picture:
-                square = ImageOps.pad(picture, (side, side), Image.Resampling.NEAREST, "white")
+                square = ImageOps.pad(picture, (side, side), Image.NEAREST, "white")
                 sheet.paste(square, (left, top))
             _write(sheet, text, (left, top + side), side, CAPTION_LINES)
-            left += side + GAP
         top += height
     return sheet
 

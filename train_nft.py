@@ -59,11 +59,11 @@ from data_prep import (
     catch_signals,
     changed,
     check_names,
-    faultless,
     faults_of,
     fingerprint,
     from_main,
     heed_stop,
+    keep_faultless,
     keep_json_lines,
     load_image,
     load_rows,
@@ -872,7 +872,7 @@ def _load_all(settings, accelerator, stop):
             f"--train_timesteps {settings.train_timesteps}: above --rollout_steps {steps}"
         )
     rows["test"] = rows["test"][: settings.eval_rows]
-    rows = faultless(rows, partial(row_fault, editor), skip)
+    keep_faultless(rows, partial(row_fault, editor), skip)
     add_policies(
         editor,
         settings.lora_rank,

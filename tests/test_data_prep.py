@@ -1118,12 +1118,11 @@ def test_check_sums_up_what_a_dataset_holds(tmp_path, capsys):
         {"prompt": "a b c d e", "image": "again.png"},
     )
     data_prep.main(["check", str(tmp_path)])
-    tasks, words, sides, repeats, masks, speed, _ = capsys.readouterr().out.splitlines()
+    tasks, words, sides, repeats, speed, _ = capsys.readouterr().out.splitlines()
     assert tasks == "tasks: add 2, remove 1, none 1"
     assert words == "words of a prompt: 2 in the middle, 1 to 5"
     assert sides == "longer side of a source picture: 128 in the middle, 96 to 192"
     assert repeats == "source pictures: 5, of which 1 repeat another"
-    assert masks == "white part of a mask in %: 25 in the middle, 25 to 25"
     assert re.fullmatch("read [0-9]+ pictures a second and core", speed)
 
 
@@ -1139,7 +1138,7 @@ def test_check_compares_with_several_benchmarks(tmp_path, capsys):
     assert f"0.png: shows {benches[0]}/x.png of" in first
     assert f"1.png: shows {benches[1]}/x.png of" in second
     data_prep.main(["check", str(tmp_path / "data"), "--against", benches[2]])
-    assert f"nothing of {benches[2]}" in capsys.readouterr().out
+    assert "no faults" in capsys.readouterr().out
 
 
 def test_check_finds_exact_resized_and_recompressed_benchmark_pictures(tmp_path, capsys):
@@ -1164,7 +1163,7 @@ def test_check_finds_exact_resized_and_recompressed_benchmark_pictures(tmp_path,
         "\n".join(json.dumps({"prompt": "p", "image": f"{i}.png"}) for i in range(10, 14))
     )
     data_prep.main(["check", str(data), "--against", str(bench)])
-    assert f"nothing of {bench}" in capsys.readouterr().out
+    assert "no faults" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="holds no pictures"):
         data_prep.main(["check", str(data), "--against", str(tmp_path / "empty")])
