@@ -375,45 +375,44 @@ def locked(folder: AnyPath, is_needed: bool = True) -> Iterator[None]:
         yield
 
 
-def newest_whole(folder: Path, name: str) -> Path | None:
-    """Of the folders NAME-<digits> the one with the highest number that is whole; None without any.
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Of the checkpoints in a folder the newest one that is whole; None without any.
 
     Names on stderr the damaged ones that it passes over; BadInput when all of them are.
     """
-    folders = numbered_folders(folder, name)
+    folders = checkpoints_in(folder)
     for path in folders:
         if is_whole(path):
             return path
         say(f"{path}: damaged; going back to the one before", sys.stderr)
     if folders:
-        raise BadInput(f"{folder}: every {name} is damaged; mend one, or name another folder")
+        raise BadInput(f"{folder}: every checkpoint is damaged; mend one, or name another folder")
     return None
 
 
-def numbered_folders(folder: Path, name: str) -> list[Path]:
-    """The folders NAME-<digits>, highest number first; other names are not ours.
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The folders checkpoint-<digits>, highest number first; other names are not ours.
 
     BadInput for a file with such a name: it would be in the way.
     """
     numbers = {}
-    for path in folder.glob(f"{name}-*"):
-        digits = path.name.removeprefix(f"{name}-")
+    for path in folder.glob("checkpoint-*"):
+        digits = path.name.removeprefix("checkpoint-")
         if digits.isdecimal():
             numbers[path] = int(digits)
     check_names(Path.is_dir, *numbers)
     return sorted(numbers, key=numbers.get, reverse=True)
 
 
-def prune_folders(newest: Path, keep: int, best: int):
-    """Of the folders NAME-<digits> up to `newest`, leaves the last `keep` and the one with `best`.
+def prune_checkpoints(newest: Path, keep: int, best: int):
+    """Of the checkpoints up to `newest`, leaves the last `keep` and the one with the number `best`.
 
     Those with higher numbers stay: they are not what `newest` follows. What a kill left goes.
     """
-    name = newest.name.partition("-")[0]
-    folders = numbered_folders(newest.parent, name)
+    folders = checkpoints_in(newest.parent)
     older = folders[folders.index(newest) :][keep:]
-    for path in [*older, *newest.parent.glob(f".part-{name}-[0-9]*")]:
-        if path.name != f"{name}-{best}":
+    for path in [*older, *newest.parent.glob(".part-checkpoint-*")]:
+        if path.name != f"checkpoint-{best}":
             shutil.rmtree(path, ignore_errors=True)  # a half that a kill leaves is not whole
 
 
@@ -500,18 +499,18 @@ def write_json_lines(path: AnyPath, objects: Iterable[dict]):
         part.write_bytes(b"".join(map(_json_line, objects)))
 
 
-def keep_json_lines(path: AnyPath, key: str, last: int):
-    """Leaves of a JSON lines file, if there is one, the objects whose `key` is at most `last`."""
-    if os.path.exists(path):
-        lines = read_json_lines(path, faults=[])
-        kept = [value for _, value in lines if value.get(key) in range(last + 1)]
-        write_json_lines(path, kept)
+def keep_epochs(log: Path, last: int):
+    """Leaves of a log, if there is one, the whole lines whose `epoch` is at most `last`."""
+    if log.exists():
+        lines = read_json_lines(log, faults=[])
+        kept = [value for _, value in lines if value.get("epoch") in range(last + 1)]
+        write_json_lines(log, kept)
 
 
 def append_json_line(path: AnyPath, value: dict):
     """Adds one whole line to a log, or nothing: BadInput where the disk has no room for it.
 
-    A last line without its end, as a kill leaves it, is cut off first.
+    A last line without its end, as a kill leaves it, gets one: it is a line of its own.
     """
     path = Path(path)
     line = _json_line(value)
@@ -521,8 +520,7 @@ def append_json_line(path: AnyPath, value: dict):
             size = file.tell()
             file.seek(max(size - 1, 0))
             if file.read() not in (b"", b"\n"):  # the last byte
-                file.seek(0)
-                size = file.truncate(file.read().rfind(b"\n") + 1)
+                line = b"\n" + line
             if file.write(line) < len(line):  # a full disk took a part
                 file.truncate(size)
                 raise OSError("no space for a whole line")
@@ -555,7 +553,7 @@ def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
         )
     accelerator = Accelerator(
         cpu=cpu,
-        project_dir=out or None,
+        project_dir=out,
         log_with=None if report_to == "none" else report_to,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
@@ -564,7 +562,7 @@ def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
     return accelerator
 
 
-def start_trackers(accelerator: Accelerator, project: str, settings: dict, run: str, step: int):
+def start_trackers(accelerator: Accelerator, settings: dict, run: str, step: int):
     """Starts the tracker; the same `run` is the same run there, to go on after its step `step`."""
     same_run = {"id": run, "resume": "allow"}
     options = {
@@ -574,7 +572,7 @@ def start_trackers(accelerator: Accelerator, project: str, settings: dict, run: 
         "swanlab": same_run,
     }
     shown = {name: str(value) for name, value in settings.items()}
-    accelerator.init_trackers(project, shown, options)
+    accelerator.init_trackers("edit-nft", shown, options)
 
 
 @contextmanager
@@ -690,8 +688,7 @@ def load_image(path: AnyPath | io.IOBase) -> Image.Image:
         if image.mode == "F":
             raise ValueError("holds floats of no known range; save it with 8 bits")
         if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them at 255
-            values = np.asarray(image).clip(0, 65535) / 257
-            image = Image.fromarray(values.round().astype(np.uint8))
+            image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -726,13 +723,13 @@ def read_records(path: AnyPath) -> Iterator[tuple]:
         try:
             for number, record in enumerate(_records_in(file), 1):
                 yield f"{file.relative_to(folder_of(path))} row {number}", record
-        except ImportError:
-            raise BadInput(f"{file}: reading it needs pyarrow; pip install pyarrow") from None
         except BadInput:
             raise
-        except Exception as error:  # whatever a broken file makes its library raise
-            reason = one_line(error)
-            raise BadInput(f"{file}: not a readable table ({reason}); get it again") from None
+        except Exception as error:  # whatever a broken file, or no pyarrow, makes of it
+            raise BadInput(
+                f"{file}: not a readable table ({one_line(error)}); get it again, or pip install "
+                "pyarrow"
+            ) from None
 
 
 def folder_of(table: AnyPath) -> Path:
@@ -832,7 +829,7 @@ def _checked(row, where, folder, known):
 
     known: {id or content: where it first stood} of the rows before; this one's are added.
     """
-    for key in row.keys() - set(KEYS):
+    for key in row:
         meant = difflib.get_close_matches(key, KEYS, 1, 0.8)
         if meant and meant[0] not in row:
             raise BadInput(f"{where}: unknown key `{key}`; write `{meant[0]}`")
@@ -843,14 +840,15 @@ def _checked(row, where, folder, known):
         raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
     if not row.get("image"):
         raise BadInput(f"{where}: the row has no `image`; add a path, relative to {folder}")
-    paths = {"images": [inside(folder, name, where) for name in _as_list(row["image"])]}
+    images = [inside(folder, name, where) for name in _as_list(row["image"])]
+    added = {"where": where, "images": images}
     for key in row.keys() & {"target", "mask"}:
-        paths[key] = inside(folder, row[key], where)
+        added[key] = inside(folder, row[key], where)
     for value in (row["id"], row | {"id": None}):
         first = known.setdefault(json.dumps(value, sort_keys=True), where)
         if first != where:
             raise BadInput(f"{where}: repeats the id or the content of {first}; change one")
-    return row | paths | {"where": where}
+    return row | added
 
 
 def inside(folder: AnyPath, name: str, where: str) -> str:
@@ -1129,7 +1127,15 @@ def import_dataset(settings: ImportSettings):
             return
         write_json(folder / "import.json", asdict(settings))
         rows, faults = _take_rows(settings)
-        test, train = _split_by_picture(rows, settings.test, faults)
+        rows.sort(key=lambda row: _as_list(row["image"])[0])  # by content: as good as a lot
+        test = rows[: settings.test]
+        held_out = _all_pictures(test, ("image", "target"))
+        train = []
+        for row in rows[settings.test :]:
+            if held_out.isdisjoint(row_pictures(row, ("image", "target"))):
+                train.append(row)
+            else:
+                faults.append(f"row {row['id']}: shares a picture with a row that is held out")
         if not train:
             raise BadInput(
                 f"{settings.source}: {len(rows)} good rows, none of them left to train on; see "
@@ -1227,28 +1233,13 @@ def _value_at(record, column):
     return None
 
 
-def _split_by_picture(rows, number, faults):
-    """(test, train): so many held-out rows by their first picture, and the others.
-
-    Those that would bring a source or a target of the test's into training are faults.
-    """
-    rows = sorted(rows, key=lambda row: _as_list(row["image"])[0])  # by content: as good as a lot
-    test = rows[:number]
-    train = []
-    held_out = _all_pictures(test, ("image", "target"))
-    for row in rows[number:]:
-        if held_out.isdisjoint(row_pictures(row, ("image", "target"))):
-            train.append(row)
-        else:
-            faults.append(f"row {row['id']}: shares a picture with a row that is held out")
-    return test, train
-
-
 # ---------------------------------------------------------------- statistics
 
+DRAWS = 2000  # of a bootstrap
 
-def bootstrap(values, groups: list, clusters: list, draws: int = 2000) -> tuple:
-    """Resamples clusters, each with all its values: the names of the T groups, means (draws, T).
+
+def bootstrap(values, groups: list, clusters: list) -> tuple:
+    """Resamples clusters, each with all its values: the names of the T groups, means (DRAWS, T).
 
     values, groups, clusters: of n entries; no value is NaN. The mean of a group that was not drawn
     is NaN. A single cluster tells nothing of the spread: all means are NaN.
@@ -1257,10 +1248,10 @@ def bootstrap(values, groups: list, clusters: list, draws: int = 2000) -> tuple:
     known, cluster = np.unique(np.array(clusters, str), return_inverse=True)
     number = len(known)
     if number < 2:
-        return names.tolist(), np.full((draws, len(names)), np.nan)
-    # how often each draw of `number` clusters takes each of them: (draws, number)
-    times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), draws)
-    weights = times[:, cluster]  # (draws, n): a value comes as often as its cluster
+        return names.tolist(), np.full((DRAWS, len(names)), np.nan)
+    # how often each draw of `number` clusters takes each of them: (DRAWS, number)
+    times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), DRAWS)
+    weights = times[:, cluster]  # (DRAWS, n): a value comes as often as its cluster
     is_member = np.eye(len(names))[group]  # (n, T)
     with np.errstate(invalid="ignore"):  # 0 / 0 of a group that was not drawn
         return names.tolist(), (weights * values) @ is_member / (weights @ is_member)
@@ -1305,14 +1296,13 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 SIDE = 96  # pixels of a picture in a grid, unless one is larger
 GAP = 4  # pixels between two of them
-LINE = 12  # pixels from line to line of its texts
+LINES = 5  # of a caption; what is longer is cut
+LINE = 12  # pixels from line to line
 LETTER = 6  # pixels of a letter's width
-TITLE_LINES = 2  # what is longer is cut
-CAPTION_LINES = 5
 
 
-def picture_grid(rows: list, captions: list, title: str = "") -> Image.Image:
-    """One picture out of rows of pictures (None for a gap), under `title`.
+def picture_grid(rows: list, captions: list) -> Image.Image:
+    """One picture out of rows of pictures, None for a gap.
 
     captions: texts of the same layout, written below the pictures. Each picture is enlarged to the
     size of the largest, at least SIDE pixels.
@@ -1320,26 +1310,20 @@ def picture_grid(rows: list, captions: list, title: str = "") -> Image.Image:
     sizes = [max(picture.size) for picture in itertools.chain(*rows) if picture]
     side = max([SIDE, *sizes])
     width = side + GAP  # of a picture with its caption
-    height = side + LINE * CAPTION_LINES
-    top = LINE * TITLE_LINES
+    height = side + LINE * LINES
     columns = max(map(len, rows), default=1)
-    sheet = Image.new("RGB", (width * columns, top + height * len(rows)), "white")
-    _write(sheet, title, (0, 0), sheet.width, TITLE_LINES)
-    for row, texts in zip(rows, captions, strict=True):
-        for column, (picture, text) in enumerate(zip(row, texts, strict=True)):
-            left = column * width
+    sheet = Image.new("RGB", (width * columns, height * max(len(rows), 1)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (pictures, texts) in enumerate(zip(rows, captions, strict=True)):
+        top = i * height
+        for j, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+            left = j * width
             if picture:
                 square = ImageOps.pad(picture, (side, side), Image.NEAREST, "white")
                 sheet.paste(square, (left, top))
-            _write(sheet, text, (left, top + side), side, CAPTION_LINES)
-        top += height
+            text = textwrap.fill(text, side // LETTER, max_lines=LINES)
+            draw.text((left, top + side), text, "black", spacing=0)
     return sheet
-
-
-def _write(sheet, text, place, width, lines):
-    """Writes a text on a picture, in lines of a width in pixels, cut after so many of them."""
-    text = textwrap.fill(text, width // LETTER, max_lines=lines)
-    ImageDraw.Draw(sheet).text(place, text, "black", spacing=0)
 
 
 # ---------------------------------------------------------------- the toy world: rows and oracle
@@ -1672,7 +1656,7 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None):
     """python data_prep.py COMMAND [WORD ...] [--name value ...]: words are the first settings."""
     command, *words = argv or sys.argv[1:] or ["no command"]
     if command not in COMMANDS:

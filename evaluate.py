@@ -1275,7 +1275,7 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
         pictures.append([_picture_or_none(job.out / edit["link"]) for edit in edits])
         captions.append([edit["caption"] for edit in edits])
     with whole_file(job.out / "grid.png") as part:
-        picture_grid(pictures, captions, "the first row of each task").save(part)
+        picture_grid(pictures, captions).save(part)
 
 
 def _escaped(texts):

@@ -59,23 +59,23 @@ from data_prep import (
     catch_signals,
     changed,
     check_names,
+    checkpoints_in,
     faults_of,
     fingerprint,
     from_main,
     heed_stop,
+    keep_epochs,
     keep_faultless,
-    keep_json_lines,
     load_image,
     load_rows,
     load_sources,
     locked,
-    newest_whole,
-    numbered_folders,
+    newest_checkpoint,
     oracle,
     paired_gain,
     parse_settings,
     picture_grid,
-    prune_folders,
+    prune_checkpoints,
     read_json,
     rows_of_epoch,
     run_script,
@@ -670,7 +670,7 @@ def _show_edits(run, base, now, epoch):
                 pictures.append([source, before["image"], after["image"], target])
                 scores = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
                 captions.append([row["prompt"], *scores, "target" if target else ""])
-    grid = picture_grid(pictures, captions, "source, base, now, with the judge's score")
+    grid = picture_grid(pictures, captions)
     with whole_file(run.out / "samples" / f"epoch-{epoch:04}.png") as part:
         grid.save(part)
     pixels = np.array(grid)[None]  # (1, height, width, 3)
@@ -764,12 +764,12 @@ def _save_checkpoint(run, state):
         torch.save(run.optimizer.state_dict()["state"], part / "optimizer.pt")
         write_json(part / "state.json", state)
     run.saved = dict(state)
-    prune_folders(folder, run.settings.keep_checkpoints, state["best_epoch"])
+    prune_checkpoints(folder, run.settings.keep_checkpoints, state["best_epoch"])
 
 
 def _load_checkpoint(run, state):
     """Puts back weights and state of the newest whole checkpoint, if there is one."""
-    folder = from_main(run.accelerator, run.stop, newest_whole, run.out, "checkpoint")
+    folder = from_main(run.accelerator, run.stop, newest_checkpoint, run.out)
     if folder is None:
         return
     with run.together():
@@ -810,10 +810,8 @@ def _open_records(run, state):
     with run.together():
         if run.is_main:
             write_json(run.out / "config.json", state["settings"])
-            keep_json_lines(run.out / "log.jsonl", "epoch", state["logged"])
-        start_trackers(
-            run.accelerator, "edit-nft", state["settings"], state["run"], state["logged"]
-        )
+            keep_epochs(run.out / "log.jsonl", state["logged"])
+        start_trackers(run.accelerator, state["settings"], state["run"], state["logged"])
 
 
 # ---------------------------------------------------------------- before and after an epoch
@@ -837,7 +835,7 @@ def _set_up(argv, scratch):
     log = Path(settings.out) / "log.jsonl"
     check_names(Path.is_file, log.with_name("config.json"), log)
     check_names(Path.is_dir, log.with_name("samples"))
-    holds_run = log.exists() or numbered_folders(log.parent, "checkpoint")
+    holds_run = log.exists() or checkpoints_in(log.parent)
     if holds_run and settings.resume == "never":
         raise BadInput(f"{settings.out}: holds a run already; give --resume auto or another --out")
     accelerator = start_processes(settings.out, settings.report_to)

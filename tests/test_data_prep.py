@@ -515,30 +515,52 @@ def numbered(folder, *names):
 
 
 def test_the_newest_whole_folder_is_found_and_damaged_ones_are_said(tmp_path, capsys):
-    assert data_prep.newest_whole(tmp_path, "run") is None
-    numbered(tmp_path, "run-2", "run-9", "run-10", "run-11-mine", "run-best")
-    assert data_prep.newest_whole(tmp_path, "run") == tmp_path / "run-10"
-    (tmp_path / "run-10" / "a").write_text("b")
-    assert data_prep.newest_whole(tmp_path, "run") == tmp_path / "run-9"
-    assert "run-10: damaged; going back" in capsys.readouterr().err
-    for name in ("run-2", "run-9"):
+    assert data_prep.newest_checkpoint(tmp_path) is None
+    numbered(
+        tmp_path,
+        "checkpoint-2",
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-11-mine",
+        "checkpoint-best",
+    )
+    assert data_prep.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "a").write_text("b")
+    assert data_prep.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert "checkpoint-10: damaged; going back" in capsys.readouterr().err
+    for name in ("checkpoint-2", "checkpoint-9"):
         (tmp_path / name / "a").unlink()
-    with pytest.raises(BadInput, match="every run is damaged"):
-        data_prep.newest_whole(tmp_path, "run")
+    with pytest.raises(BadInput, match="every checkpoint is damaged"):
+        data_prep.newest_checkpoint(tmp_path)
 
 
 def test_pruning_keeps_the_newest_the_best_the_later_and_what_has_another_name(tmp_path):
-    numbered(tmp_path, "run-1", "run-2", "run-3", "run-10", "run-11", "run-1-good", "other-1")
-    (tmp_path / ".part-run-1-77").mkdir()  # of a kill
-    data_prep.prune_folders(tmp_path / "run-10", keep=1, best=2)
-    assert set(os.listdir(tmp_path)) == {"run-2", "run-10", "run-11", "run-1-good", "other-1"}
+    numbered(
+        tmp_path,
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-10",
+        "checkpoint-11",
+        "checkpoint-1-good",
+        "other-1",
+    )
+    (tmp_path / ".part-checkpoint-1-77").mkdir()  # of a kill
+    data_prep.prune_checkpoints(tmp_path / "checkpoint-10", keep=1, best=2)
+    assert set(os.listdir(tmp_path)) == {
+        "checkpoint-2",
+        "checkpoint-10",
+        "checkpoint-11",
+        "checkpoint-1-good",
+        "other-1",
+    }
 
 
 def test_a_file_with_the_name_of_a_folder_is_said(tmp_path):
-    (tmp_path / "run-3").touch()
-    with pytest.raises(BadInput, match="run-3: something else is in the way"):
-        data_prep.numbered_folders(tmp_path, "run")
-    data_prep.check_names(Path.is_file, tmp_path / "run-3", tmp_path / "new")
+    (tmp_path / "checkpoint-3").touch()
+    with pytest.raises(BadInput, match="checkpoint-3: something else is in the way"):
+        data_prep.checkpoints_in(tmp_path)
+    data_prep.check_names(Path.is_file, tmp_path / "checkpoint-3", tmp_path / "new")
     data_prep.check_names(Path.is_dir, tmp_path, tmp_path / "new")
     with pytest.raises(BadInput, match=f"{tmp_path}: something else is in the way"):
         data_prep.check_names(Path.is_file, tmp_path)
@@ -592,22 +614,22 @@ def test_a_file_of_lines_that_is_none_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "before, kept",
+    "before, ended",
     [
         (b"", b""),
         (b'{"a": 1}\n', b'{"a": 1}\n'),
-        (b'{"a": 1}', b""),
-        (b'{"a": 1}\n{"a"', b'{"a": 1}\n'),
-        (b'{"a"', b""),
-        (b'{"a": 1}\n\0\0\0', b'{"a": 1}\n'),
+        (b'{"a": 1}', b'{"a": 1}\n'),
+        (b'{"a": 1}\n{"a"', b'{"a": 1}\n{"a"\n'),
+        (b'{"a"', b'{"a"\n'),
+        (b'{"a": 1}\n\0\0\0', b'{"a": 1}\n\0\0\0\n'),
         (b'{"a": 1}\n\0\0\n', b'{"a": 1}\n\0\0\n'),
     ],
 )
-def test_a_line_is_appended_whole_after_a_last_line_that_a_kill_cut_short(tmp_path, before, kept):
+def test_a_line_is_appended_whole_after_a_last_line_that_a_kill_cut_short(tmp_path, before, ended):
     path = tmp_path / "log.jsonl"
     path.write_bytes(before)
     append_json_line(path, {"é": float("nan"), "b": "\ud800"})
-    assert path.read_bytes() == kept + '{"é": NaN, "b": "?"}\n'.encode()
+    assert path.read_bytes() == ended + '{"é": NaN, "b": "?"}\n'.encode()
 
 
 def test_a_log_on_a_full_disk_keeps_its_whole_lines(tmp_path, full_disk):
@@ -624,11 +646,11 @@ def test_a_log_on_a_full_disk_keeps_its_whole_lines(tmp_path, full_disk):
 
 def test_only_whole_lines_that_are_wanted_are_kept(tmp_path):
     path = tmp_path / "log.jsonl"
-    data_prep.keep_json_lines(path, "a", 2)
+    data_prep.keep_epochs(path, 2)
     assert not path.exists()
-    path.write_bytes(b'{"a": 1}\n\0\0\n{"a": 9}\n3\n{"b": 1}\n{"a": 2}\n{"a"')
-    data_prep.keep_json_lines(path, "a", 2)
-    assert path.read_bytes() == b'{"a": 1}\n{"a": 2}\n'
+    path.write_bytes(b'{"epoch": 1}\n\0\0\n{"epoch": 9}\n3\n{"b": 1}\n{"epoch": 2}\n{"epoch"')
+    data_prep.keep_epochs(path, 2)
+    assert path.read_bytes() == b'{"epoch": 1}\n{"epoch": 2}\n'
 
 
 # ---------------------------------------------------------------- several processes
@@ -1285,14 +1307,15 @@ def test_a_grid_enlarges_small_pictures_and_shows_all_of_a_wide_one():
     assert found[255, 0, 0] == 2 * 120 * 120 and found[0, 0, 255] == 120 * 60
 
 
-def test_captions_and_title_are_written_below_and_above():
+def test_captions_are_written_below():
     red = Image.new("RGB", (96, 96), "red")
     plain = picture_grid([[red, red]], [["", ""]])
-    told = picture_grid([[red, red]], [["a", "a caption of two lines or three " * 9]], "t")
+    told = picture_grid([[red, red]], [["a", "a caption of two lines or three " * 9]])
     assert told.size == plain.size  # what is too long is cut
     assert colours(told)[255, 0, 0] == 2 * 96 * 96
     letters = np.asarray(told).max(2) < 128
-    assert letters[:24].any() and letters[24 + 96 :].sum() > 50
+    assert letters[96:].sum() > 50
+    assert picture_grid([], []).size == plain.crop((0, 0, 100, plain.height)).size
 
 
 # ---------------------------------------------------------------- the toy world
