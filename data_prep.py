@@ -39,14 +39,14 @@ import threading
 import time
 import zlib
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ def _make_lasting(stream):
 say = tqdm.write  # say(text, file): prints a line, above all progress bars; without file on stdout
 
 
-def say_once(text: str, file: TextIO | None = None):
+def say_once(text: str, file=None):
     """As `say`, by the first of several processes alone: for what all of them have to tell."""
     if os.environ.get("RANK", "0") == "0":
         say(text, file)
@@ -174,7 +174,7 @@ LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 LARGEST = 2**63 - 1  # what no number of a setting goes beyond, nor below its negative
 
 
-def setting(default: Any, help: str, **limits: float) -> Field:
+def setting(default, help: str, **limits: float) -> Field:
     """A field of a settings dataclass: default, help, and the LIMITS of its number or numbers."""
     if limits:
         words = " and ".join(f"{name} {limit:g}" for name, limit in limits.items())
@@ -342,9 +342,8 @@ def file_hashes(folder: Path) -> dict:
     return hashes
 
 
-def is_whole(folder: AnyPath, alone: bool = False) -> bool:
+def is_whole(folder: Path, alone: bool = False) -> bool:
     """Whether all files of a folder are there as whole_folder wrote them; alone: and no others."""
-    folder = Path(folder)
     try:
         recorded = read_json(folder / "hashes.json").items()
         found = file_hashes(folder).items()
@@ -395,13 +394,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
     BadInput for a file with such a name: it would be in the way.
     """
-    numbers = {}
-    for path in folder.glob("checkpoint-*"):
-        digits = path.name.removeprefix("checkpoint-")
-        if digits.isdecimal():
-            numbers[path] = int(digits)
-    check_names(Path.is_dir, *numbers)
-    return sorted(numbers, key=numbers.get, reverse=True)
+    names = folder.glob("checkpoint-*")
+    found = [path for path in names if path.name.removeprefix("checkpoint-").isdecimal()]
+    check_names(Path.is_dir, *found)
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
 def prune_checkpoints(newest: Path, keep: int, best: int):
@@ -482,7 +478,7 @@ def _json_line(value, errors="replace"):
     return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors=errors)
 
 
-def write_json(path: AnyPath, value: Any):
+def write_json(path: AnyPath, value):
     """Writes a JSON file, whole or not at all."""
     with whole_file(path) as part:
         part.write_text(json.dumps(value, indent=1))
@@ -493,7 +489,7 @@ def read_json(path: AnyPath) -> dict:
     return parse_json_object(Path(path).read_bytes(), str(path))
 
 
-def write_json_lines(path: AnyPath, objects: Iterable[dict]):
+def write_json_lines(path: AnyPath, objects: list[dict]):
     """Writes a JSON lines file anew, whole or not at all."""
     with whole_file(path) as part:
         part.write_bytes(b"".join(map(_json_line, objects)))
@@ -507,12 +503,11 @@ def keep_epochs(log: Path, last: int):
         write_json_lines(log, kept)
 
 
-def append_json_line(path: AnyPath, value: dict):
+def append_json_line(path: Path, value: dict):
     """Adds one whole line to a log, or nothing: BadInput where the disk has no room for it.
 
     A last line without its end, as a kill leaves it, gets one: it is a line of its own.
     """
-    path = Path(path)
     line = _json_line(value)
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -527,9 +522,6 @@ def append_json_line(path: AnyPath, value: dict):
 
 
 # ---------------------------------------------------------------- several processes
-
-
-PATIENCE = timedelta(hours=2)  # one process may be done so long before another
 
 
 class Stopped(Exception):
@@ -555,7 +547,8 @@ def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
         cpu=cpu,
         project_dir=out,
         log_with=None if report_to == "none" else report_to,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        # one process may be done so long before another
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     if cpu:
         torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
@@ -605,7 +598,7 @@ def together(accelerator: Accelerator, stop: threading.Event) -> Iterator[None]:
         raise Stopped from fault
 
 
-def from_main(accelerator: Accelerator, stop: threading.Event, function: Callable, *args) -> Any:
+def from_main(accelerator: Accelerator, stop: threading.Event, function: Callable, *args):
     """What a function returns in the main process, told to all of them."""
     result = None
     with together(accelerator, stop):
@@ -633,22 +626,18 @@ def load_processor(kind: type, place: AnyPath, **options):
     place: folder or hub id; options: as from_pretrained takes them. BadInput where its pictures
     need torchvision, too.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
     from transformers.utils import is_torchvision_available
 
     class PictureProcessor(kind):
-        # it would refuse None in the place of its part for videos
-        def check_argument_for_proper_class(self, name, value):
-            if name != "video_processor":
-                super().check_argument_for_proper_class(name, value)
+        @classmethod
+        def get_attributes(cls):
+            return [part for part in super().get_attributes() if part != "video_processor"]
 
-    if is_torchvision_available():
-        return kind.from_pretrained(place, **options)
+    if not is_torchvision_available():
+        kind = PictureProcessor
     try:
-        pictures = AutoImageProcessor.from_pretrained(place, **options)
-        words = AutoTokenizer.from_pretrained(place, **options)
-        return PictureProcessor(pictures, words, None, chat_template=words.chat_template)
-    except (ImportError, TypeError):
+        return kind.from_pretrained(place, **options)
+    except ImportError:
         raise BadInput(
             f"{place}: its processor needs torchvision; pip install torchvision"
         ) from None
@@ -772,7 +761,7 @@ class PictureFile(io.BytesIO):
         return self.where
 
 
-def picture_file(cell: Any, folder: AnyPath, where: str) -> PictureFile:
+def picture_file(cell, folder: AnyPath, where: str) -> PictureFile:
     """The file of a picture in a table: bytes, a dict of `bytes` or `path`, a path in `folder`.
 
     where: what errors call it. BadInput for a cell that is none of these, or a path to no file.
@@ -788,7 +777,6 @@ def picture_file(cell: Any, folder: AnyPath, where: str) -> PictureFile:
 
 SPLITS = ("train", "test")
 KEYS = ("prompt", "image", "requirement", "task", "target", "mask")  # beside id; others are kept
-WRITTEN = ("image", "target", "mask")  # the keys of pictures, as a file of rows holds them
 
 
 def split_file(folder: Path, split: str) -> Path | None:
@@ -816,7 +804,7 @@ def read_rows(folder: AnyPath, split: str, faults: list | None = None) -> list[d
     rows = []
     known = {}
     for number, row in read_json_lines(file, faults):
-        row["id"] = str(row.get("id", f"{split}-{number}"))
+        row.setdefault("id", f"{split}-{number}")
         with _noted(faults):
             rows.append(_checked(row, f"{file}:{number}", folder, known))
     if not rows and not faults:  # where all are faulty, the faults say it
@@ -827,6 +815,7 @@ def read_rows(folder: AnyPath, split: str, faults: list | None = None) -> list[d
 def _checked(row, where, folder, known):
     """A row with `where`, `images` and absolute paths; BadInput for what it lacks or misspells.
 
+    The `id` of the row itself becomes text.
     known: {id or content: where it first stood} of the rows before; this one's are added.
     """
     for key in row:
@@ -840,6 +829,7 @@ def _checked(row, where, folder, known):
         raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
     if not row.get("image"):
         raise BadInput(f"{where}: the row has no `image`; add a path, relative to {folder}")
+    row["id"] = str(row["id"])
     images = [inside(folder, name, where) for name in _as_list(row["image"])]
     added = {"where": where, "images": images}
     for key in row.keys() & {"target", "mask"}:
@@ -986,7 +976,7 @@ class CheckSettings(CheckedSettings):
 def check_dataset(settings: CheckSettings):
     """Reads a dataset once: prints each fault on a line, or what it holds; BadInput for faults."""
     folder = Path(settings.dataset).resolve()
-    splits = [split for split in SPLITS if split_file(folder, split)] or ["train"]
+    splits = [split for split in SPLITS if split_file(folder, split)] or SPLITS
     rows = []
     faults = []
     for split in splits:
@@ -1048,16 +1038,16 @@ def _thumbnail(image):
 
 def _copies(seen, folder):
     """A line for each picture of {path: Look} that shows one of a benchmark's."""
-    paths = list(seen)
-    own = np.array([seen[path].thumbnail for path in paths]).reshape(-1, 768)
+    paths = np.array(list(seen))
+    own = np.array([look.thumbnail for look in seen.values()]).reshape(-1, 768)
     faults = []
     picture = None
     for picture in _benchmark_pictures(folder):
         with suppress(BadInput):  # a broken one is no fault of the dataset
             theirs = _thumbnail(load_image(picture))
             distances = np.sqrt(np.square(own - theirs).mean(1))  # (pictures,)
-            for near in np.flatnonzero(distances < NEAR):
-                faults.append(f"{paths[near]}: shows {picture} of the benchmark; remove its rows")
+            for path in paths[distances < NEAR]:
+                faults.append(f"{path}: shows {picture} of the benchmark; remove its rows")
     if picture is None:
         raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
     return faults
@@ -1142,10 +1132,8 @@ def import_dataset(settings: ImportSettings):
                 "--test, --prompt, --image, and that it is a table or a folder with parquet or "
                 f"arrow. Left out: {len(faults)} {faults[:1]}"
             )
-        used = _all_pictures(test + train, WRITTEN)
-        for path in [*folder.glob("pictures/*"), *folder.glob(".part-*")]:
-            if f"pictures/{path.name}" not in used:  # of a row that was left out, or of a kill
-                path.unlink()
+        for path in folder.rglob(".part-*"):  # of a kill
+            path.unlink()
         write_json_lines(folder / "left_out.jsonl", [{"fault": fault} for fault in faults])
         write_json_lines(folder / "test.jsonl", test)
         write_json_lines(folder / "train.jsonl", train)  # the last one: it says that all is there
@@ -1155,9 +1143,8 @@ def import_dataset(settings: ImportSettings):
 def _refuse_others(folder, settings):
     """BadInput for a folder that holds something else, or a finished import of other settings."""
     record = folder / "import.json"
-    is_ours = record.exists()
-    if (folder / "train.jsonl").exists():
-        is_ours = is_ours and read_json(record) == settings
+    is_done = (folder / "train.jsonl").exists()
+    is_ours = record.exists() and (not is_done or read_json(record) == settings)
     # hidden ones are the lock, and the record in parts after a kill
     if not is_ours and any(folder.glob("[!.]*")):
         raise BadInput(f"{folder}: holds something else, or other settings' import; name a new one")
@@ -1175,8 +1162,10 @@ def _take_rows(settings):
             batch = list(itertools.islice(records, 64))  # so many are held in memory
             if not batch:
                 break
-            futures = [pool.submit(_import_row, place, record, settings) for place, record in batch]
-            for (place, _), future in zip(batch, futures, strict=True):
+            place_of = {
+                pool.submit(_import_row, place, record, settings): place for place, record in batch
+            }
+            for future, place in place_of.items():
                 with _noted(faults):
                     row = future.result()
                     _checked(row, place, settings.dataset, known)
@@ -1191,11 +1180,10 @@ def _import_row(place, record, settings):
         value = _value_at(record, getattr(settings, key))
         if value in (None, "", []):
             continue
-        if key in (*WRITTEN, "kept"):
+        if key in ("image", "target", "mask", "kept"):
             names = [_keep_picture(cell, key, place, settings) for cell in _as_list(value)]
             value = names[0] if len(names) == 1 else names
         row["mask" if key == "kept" else key] = value
-    row["id"] = str(row["id"])
     if "mask" in row and "image" in row:
         pair = (row["mask"], _as_list(row["image"])[0])
         sizes = {load_image(Path(settings.dataset, name)).size for name in pair}

@@ -639,7 +639,7 @@ def test_a_log_on_a_full_disk_keeps_its_whole_lines(tmp_path, full_disk):
     with pytest.raises(BadInput, match="log.jsonl: cannot be written"):
         append_json_line(path, {"a": "x" * 20_000})
     assert path.read_bytes() == b'{"a": 1}\n'
-    for place in (path / "x", "/proc/nowhere/log"):
+    for place in (path / "x", Path("/proc/nowhere/log")):
         with pytest.raises(BadInput, match="cannot be written"):
             append_json_line(place, {})
 
