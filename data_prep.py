@@ -86,7 +86,7 @@ def run_script(main: Callable):
         main()
         return
     except BadInput as error:
-        message = str(error)
+        message = error
     except KeyboardInterrupt:
         message = "stopped"
     except torch.OutOfMemoryError as error:
@@ -164,8 +164,8 @@ def seeded(*key) -> torch.Generator:
 
     key: anything whose repr is stable, as in seeded(seed, "noise", epoch, group, copy).
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # torch takes 63 bits
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest()
+    return torch.Generator().manual_seed(int(digest, 16) >> 1)  # torch takes 63 bits
 
 
 # ---------------------------------------------------------------- settings
@@ -509,16 +509,14 @@ def append_json_line(path: Path, value: dict):
     A last line without its end, as a kill leaves it, gets one: it is a line of its own.
     """
     line = _json_line(value)
-    with disk_faults(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab+", buffering=0) as file:
-            size = file.tell()
-            file.seek(max(size - 1, 0))
-            if file.read() not in (b"", b"\n"):  # the last byte
-                line = b"\n" + line
-            if file.write(line) < len(line):  # a full disk took a part
-                file.truncate(size)
-                raise OSError("no space for a whole line")
+    with disk_faults(path), open(path, "ab+", buffering=0) as file:
+        size = file.tell()
+        file.seek(max(size - 1, 0))
+        if file.read() not in (b"", b"\n"):  # the last byte
+            line = b"\n" + line
+        if file.write(line) < len(line):  # a full disk took a part
+            file.truncate(size)
+            raise OSError("no space for a whole line")
 
 
 # ---------------------------------------------------------------- several processes
@@ -626,14 +624,13 @@ def load_processor(kind: type, place: AnyPath, **options):
     place: folder or hub id; options: as from_pretrained takes them. BadInput where its pictures
     need torchvision, too.
     """
-    from transformers.utils import is_torchvision_available
 
     class PictureProcessor(kind):
         @classmethod
         def get_attributes(cls):
             return [part for part in super().get_attributes() if part != "video_processor"]
 
-    if not is_torchvision_available():
+    if not find_spec("torchvision"):
         kind = PictureProcessor
     try:
         return kind.from_pretrained(place, **options)
@@ -705,10 +702,8 @@ def read_records(path: AnyPath) -> Iterator[tuple]:
     csv (all is text). BadInput for a broken file.
     """
     path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TABLES)
-    for file in files:
+    below = sorted(file for file in path.rglob("*") if file.suffix in TABLES)
+    for file in [path] if path.is_file() else below:
         try:
             for number, record in enumerate(_records_in(file), 1):
                 yield f"{file.relative_to(folder_of(path))} row {number}", record
@@ -975,7 +970,7 @@ class CheckSettings(CheckedSettings):
 
 def check_dataset(settings: CheckSettings):
     """Reads a dataset once: prints each fault on a line, or what it holds; BadInput for faults."""
-    folder = Path(settings.dataset).resolve()
+    folder = Path(settings.dataset)
     splits = [split for split in SPLITS if split_file(folder, split)] or SPLITS
     rows = []
     faults = []
@@ -1020,7 +1015,7 @@ def _spread(values):
 class Look(NamedTuple):
     """What the check keeps of a picture."""
 
-    size: tuple[int, int]
+    size: tuple  # width and height
     thumbnail: np.ndarray  # float32 (768,) in [0, 1]: 16 x 16 pixels
 
 
@@ -1041,22 +1036,21 @@ def _copies(seen, folder):
     paths = np.array(list(seen))
     own = np.array([look.thumbnail for look in seen.values()]).reshape(-1, 768)
     faults = []
-    picture = None
+    theirs = None
     for picture in _benchmark_pictures(folder):
-        with suppress(BadInput):  # a broken one is no fault of the dataset
+        with suppress(BadInput):  # a broken one is no fault of the dataset, nor is another file
             theirs = _thumbnail(load_image(picture))
             distances = np.sqrt(np.square(own - theirs).mean(1))  # (pictures,)
             for path in paths[distances < NEAR]:
                 faults.append(f"{path}: shows {picture} of the benchmark; remove its rows")
-    if picture is None:
+    if theirs is None:
         raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
     return faults
 
 
 def _benchmark_pictures(folder):
-    """Every picture in a benchmark's folder, as load_image takes it; its tables' pictures too."""
-    known = Image.registered_extensions()
-    yield from (file for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in known)
+    """Whatever may be a picture in a benchmark's folder: its files, and those in its tables."""
+    yield from sorted(Path(folder).rglob("*"))
     for place, record in read_records(folder):
         for column, cell in record.items():
             if isinstance(cell, dict) and cell.get("bytes"):
@@ -1254,7 +1248,7 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict:
     before = np.array([result[key] for result in base], float)
     after = np.array([result[key] for result in now], float)
     gains = after - before
-    kept = ~np.isnan(gains)
+    kept = np.isfinite(gains)
     rows = np.array([result["row"] for result in base])[kept]
     _, draws = bootstrap(gains[kept], ["all"] * len(rows), rows)
     # with one NaN more: of no draws at all the quantiles are NaN
@@ -1262,10 +1256,10 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict:
     return {
         "base": np.nanmean(before),
         "now": np.nanmean(after),
-        "gain": gains[kept].mean(),
+        "gain": np.nanmean(gains),
         "low": low,
         "high": high,
-        "missing": int((~kept).sum()),
+        "missing": int(np.isnan(gains).sum()),
     }
 
 

@@ -633,7 +633,7 @@ def test_a_line_is_appended_whole_after_a_last_line_that_a_kill_cut_short(tmp_pa
 
 
 def test_a_log_on_a_full_disk_keeps_its_whole_lines(tmp_path, full_disk):
-    path = tmp_path / "new" / "log.jsonl"
+    path = tmp_path / "log.jsonl"
     append_json_line(path, {"a": 1})
     full_disk()
     with pytest.raises(BadInput, match="log.jsonl: cannot be written"):
