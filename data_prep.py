@@ -813,7 +813,7 @@ def _checked(row, where, folder, known):
     The `id` of the row itself becomes text.
     known: {id or content: where it first stood} of the rows before; this one's are added.
     """
-    for key in row:
+    for key in row.keys() - set(KEYS):
         meant = difflib.get_close_matches(key, KEYS, 1, 0.8)
         if meant and meant[0] not in row:
             raise BadInput(f"{where}: unknown key `{key}`; write `{meant[0]}`")

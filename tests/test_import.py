@@ -490,10 +490,9 @@ def test_a_picture_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
 
 def test_a_source_without_tables_is_one_line(tmp_path):
     (tmp_path / "src").mkdir()
-    wanted = {"src": "0 good rows.*that it is a table or a folder with parquet"}
-    wanted |= {"nowhere": "no such file"}
-    for name, words in wanted.items():
-        with pytest.raises(BadInput, match=f"{name}: {words}") as error:
+    for name in ("src", "nowhere"):
+        wanted = f"{name}: 0 good rows.*that it is a table or a folder with parquet"
+        with pytest.raises(BadInput, match=wanted) as error:
             data_prep.main(["import", str(tmp_path / name), str(tmp_path / "out")])
         assert "\n" not in str(error.value)
 
