@@ -1176,7 +1176,7 @@ def _import_row(place, record, settings):
             continue
         if key in ("image", "target", "mask", "kept"):
             names = [_keep_picture(cell, key, place, settings) for cell in _as_list(value)]
-            value = names[0] if len(names) == 1 else names
+            value = names if key == "image" and len(names) > 1 else names[0]
         row["mask" if key == "kept" else key] = value
     if "mask" in row and "image" in row:
         pair = (row["mask"], _as_list(row["image"])[0])
