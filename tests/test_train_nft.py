@@ -1200,7 +1200,8 @@ def test_an_unknown_key_or_value_is_refused_by_name(words):
 
 
 @pytest.mark.parametrize(
-    "fault, message", [("missing", "not a readable picture .no such file"), ("broken", "not a readable picture")]
+    "fault, message",
+    [("missing", "not a readable picture .no such file"), ("broken", "not a readable picture")],
 )
 def test_a_bad_picture_is_refused_before_anything_is_loaded(
     run, dataset, tmp_path, monkeypatch, fault, message
