@@ -506,14 +506,15 @@ def keep_epochs(log: Path, last: int):
 def append_json_line(path: Path, value: dict):
     """Adds one whole line to a log, or nothing: BadInput where the disk has no room for it.
 
-    A last line without its end, as a kill leaves it, gets one: it is a line of its own.
+    A last line without its end, as a kill leaves it, is cut off first.
     """
     line = _json_line(value)
     with disk_faults(path), open(path, "ab+", buffering=0) as file:
         size = file.tell()
         file.seek(max(size - 1, 0))
         if file.read() not in (b"", b"\n"):  # the last byte
-            line = b"\n" + line
+            file.seek(0)
+            size = file.truncate(file.read().rfind(b"\n") + 1)
         if file.write(line) < len(line):  # a full disk took a part
             file.truncate(size)
             raise OSError("no space for a whole line")

@@ -614,22 +614,22 @@ def test_a_file_of_lines_that_is_none_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "before, ended",
+    "before, kept",
     [
         (b"", b""),
         (b'{"a": 1}\n', b'{"a": 1}\n'),
-        (b'{"a": 1}', b'{"a": 1}\n'),
-        (b'{"a": 1}\n{"a"', b'{"a": 1}\n{"a"\n'),
-        (b'{"a"', b'{"a"\n'),
-        (b'{"a": 1}\n\0\0\0', b'{"a": 1}\n\0\0\0\n'),
+        (b'{"a": 1}', b""),
+        (b'{"a": 1}\n{"a"', b'{"a": 1}\n'),
+        (b'{"a"', b""),
+        (b'{"a": 1}\n\0\0\0', b'{"a": 1}\n'),
         (b'{"a": 1}\n\0\0\n', b'{"a": 1}\n\0\0\n'),
     ],
 )
-def test_a_line_is_appended_whole_after_a_last_line_that_a_kill_cut_short(tmp_path, before, ended):
+def test_a_line_is_appended_whole_after_a_last_line_that_a_kill_cut_short(tmp_path, before, kept):
     path = tmp_path / "log.jsonl"
     path.write_bytes(before)
     append_json_line(path, {"é": float("nan"), "b": "\ud800"})
-    assert path.read_bytes() == ended + '{"é": NaN, "b": "?"}\n'.encode()
+    assert path.read_bytes() == kept + '{"é": NaN, "b": "?"}\n'.encode()
 
 
 def test_a_log_on_a_full_disk_keeps_its_whole_lines(tmp_path, full_disk):
