@@ -599,10 +599,8 @@ def together(accelerator: Accelerator, stop: threading.Event) -> Iterator[None]:
 
 def from_main(accelerator: Accelerator, stop: threading.Event, function: Callable, *args):
     """What a function returns in the main process, told to all of them."""
-    result = None
     with together(accelerator, stop):
-        if accelerator.is_main_process:
-            result = function(*args)
+        result = function(*args) if accelerator.is_main_process else None
     return gather_object([result])[0]
 
 
@@ -993,8 +991,7 @@ def check_dataset(settings: CheckSettings):
     if faults:
         raise BadInput(f"{folder}: {len(faults)} faults, one a line above")
     print(f"read {speed:.0f} pictures a second and core")
-    counts = f"{len(rows)} rows in {' and '.join(splits)}, {len(seen)} pictures"
-    print(f"{folder}: no faults; {counts}")
+    print(f"{folder}: no faults; {len(rows)} rows in {' and '.join(splits)}, {len(seen)} pictures")
 
 
 def _summary(rows, seen):
