@@ -120,7 +120,7 @@ def _make_lasting(stream):
     stream.write = write_or_drop
 
 
-say = tqdm.write  # say(text, file): prints a line, above all progress bars; without file on stdout
+say = tqdm.write  # say(text, file): prints a line above all progress bars, by itself on stdout
 
 
 def say_once(text: str, file=None):
@@ -625,6 +625,7 @@ def load_processor(kind: type, place: AnyPath, **options):
     """
 
     class PictureProcessor(kind):
+        # what from_pretrained loads and __init__ takes
         @classmethod
         def get_attributes(cls):
             return [part for part in super().get_attributes() if part != "video_processor"]
@@ -647,7 +648,7 @@ MIN_SIDE = 16  # pixels; a shorter side is a fault of a dataset
 
 @contextmanager
 def _opened(picture):
-    """A picture's file, opened but not decoded; whatever is raised in the block is BadInput."""
+    """A picture's file, opened but not decoded; whatever is raised in the block becomes BadInput."""
     try:
         # a pipe or a device could hang
         if not isinstance(picture, io.IOBase) and not os.path.isfile(picture):
@@ -695,14 +696,14 @@ TABLES = (".parquet", ".arrow")  # what is looked for in a folder; other kinds a
 
 
 def read_records(path: AnyPath) -> Iterator[tuple]:
-    """(place, record) of a table, or of all TABLES below a folder, by name: "FILE row 1", columns.
+    """(place, record) for each record of a table, or of all TABLES below a folder, by name.
 
-    Parquet and arrow (streams, as `datasets` writes them) a few at a time, JSON lines, a JSON list,
-    csv (all is text). BadInput for a broken file.
+    place: FILE row N; record: {column: value}. Parquet and arrow (streams, as `datasets` writes
+    them) a few at a time, JSON lines, a JSON list, csv (all is text). BadInput for a broken file.
     """
     path = Path(path)
-    below = sorted(file for file in path.rglob("*") if file.suffix in TABLES)
-    for file in [path] if path.is_file() else below:
+    tables = sorted(file for file in path.rglob("*") if file.suffix in TABLES)
+    for file in [path] if path.is_file() else tables:
         try:
             for number, record in enumerate(_records_in(file), 1):
                 yield f"{file.relative_to(folder_of(path))} row {number}", record
