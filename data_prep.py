@@ -648,7 +648,7 @@ MIN_SIDE = 16  # pixels; a shorter side is a fault of a dataset
 
 @contextmanager
 def _opened(picture):
-    """A picture's file, opened but not decoded; whatever is raised in the block becomes BadInput."""
+    """A picture's file, opened but not decoded; all that is raised in the block is BadInput."""
     try:
         # a pipe or a device could hang
         if not isinstance(picture, io.IOBase) and not os.path.isfile(picture):
