@@ -45,7 +45,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ from torch.multiprocessing import (
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+AnyPath = str | Path  # of a file or a folder
+
 # ---------------------------------------------------------------- errors, output, signals, seeds
 
 
@@ -78,18 +80,18 @@ class DiskFault(BadInput):
     """What cannot be written: no fault of the input."""
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable):
     """Calls a script's `main`; BadInput, Ctrl-C or a GPU too small end it in one line, code 2.
 
     What it prints goes nowhere once nobody reads it any more (`| head`): its work goes on.
     """
-    sys.stdout = _Lasting(sys.stdout)
-    sys.stderr = _Lasting(sys.stderr)
+    _make_lasting(sys.stdout)
+    _make_lasting(sys.stderr)
     try:
         main()
         return
     except BadInput as error:
-        message = str(error)
+        message = error
     except KeyboardInterrupt:
         message = "stopped"
     except torch.OutOfMemoryError as error:
@@ -108,30 +110,25 @@ def run_script(main: Callable[[], None]) -> None:
     sys.exit(2)
 
 
-class _Lasting:
-    """A stream that leads nowhere once nobody reads it any more, instead of raising."""
+def _make_lasting(stream):
+    """Makes a stream lead nowhere once nobody reads it any more, instead of raising."""
+    write = stream.write
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
+    def write_or_drop(text):
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            write(text)
+            stream.flush()
         except OSError:
             # in place of its file: what the stream still holds goes there, too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    stream.write = write_or_drop
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Prints a line, above all progress bars; file: None is stdout."""
-    tqdm.write(text, file)
+say = tqdm.write  # say(text, file): prints a line above all progress bars, by itself on stdout
 
 
-def say_once(text: str, file: TextIO | None = None) -> None:
+def say_once(text: str, file=None):
     """As `say`, by the first of several processes alone: for what all of them have to tell."""
     if os.environ.get("RANK", "0") == "0":
         say(text, file)
@@ -172,30 +169,26 @@ def seeded(*key) -> torch.Generator:
 
     key: anything whose repr is stable, as in seeded(seed, "noise", epoch, group, copy).
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # torch takes 63 bits
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest()
+    return torch.Generator().manual_seed(int(digest, 16) >> 1)  # torch takes 63 bits
 
 
 # ---------------------------------------------------------------- settings
 
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
-LARGEST = 2**63  # what no number of a setting reaches
+LARGEST = 2**63 - 1  # what no number of a setting goes beyond, nor below its negative
 
 
-def setting(default: Any, help: str, **limits: float) -> Field:
+def setting(default, help: str, **limits: float) -> Field:
     """A field of a settings dataclass: default, help, and the LIMITS of its number or numbers."""
-    help = help.replace("%", "%%")  # argparse fills in %(default)s
     if limits:
-        help = f"{help} ({_in_words(limits)})"
-    options = {"help": help, "metadata": {"limits": limits}}
+        words = " and ".join(f"{name} {limit:g}" for name, limit in limits.items())
+        help += f" ({words.replace('_', ' ')})"
+    # argparse fills in %(default)s
+    options = {"help": help.replace("%", "%%"), "metadata": {"limits": limits}}
     if isinstance(default, list):
         return HfArg(default_factory=default.copy, **options)
     return HfArg(default=default, **options)
-
-
-def _in_words(limits):
-    """Limits in words: at least 0 and at most 1."""
-    return " and ".join(f"{name} {limit:g}".replace("_", " ") for name, limit in limits.items())
 
 
 @dataclass(frozen=True)
@@ -218,11 +211,11 @@ def _check_value(field, value):
     if isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
         raise BadInput(f"--{field.name} {value!r}: holds NUL, or is not utf-8; write or rename it")
     if type(value) in (int, float):
-        limits = field.metadata["limits"]
-        fits = [LIMITS[name](value, limit) for name, limit in limits.items()]
-        if not all(fits) or not abs(value) < LARGEST:  # "not <" holds for nan, too
-            wanted = _in_words(limits) or "between -2^63 and 2^63"
-            raise BadInput(f"--{field.name} {value}: give a number {wanted}")
+        limits = {"at_least": -LARGEST, "at_most": LARGEST} | field.metadata["limits"]
+        for name, limit in limits.items():
+            if not LIMITS[name](value, limit):  # no limit holds nan
+                wanted = f"{name} {limit:g}".replace("_", " ")
+                raise BadInput(f"--{field.name} {value}: give a number {wanted}")
 
 
 class SettingsParser(HfArgumentParser):
@@ -260,7 +253,7 @@ def changed(before: dict, now: dict, harmless: str) -> list[str]:
 
 
 @contextmanager
-def disk_faults(path: str | Path) -> Iterator[None]:
+def disk_faults(path: AnyPath) -> Iterator[None]:
     """Makes one DiskFault of whatever a full, read-only or broken disk raises in the block."""
     try:
         yield
@@ -269,9 +262,8 @@ def disk_faults(path: str | Path) -> Iterator[None]:
         known = re.search("I/O error|IoError|inline_container", str(error))
         if not known and not isinstance(error, OSError):
             raise
-        reason = one_line(error)
         raise DiskFault(
-            f"{path}: cannot be written ({reason}); make room or name another place"
+            f"{path}: cannot be written ({one_line(error)}); make room or name another place"
         ) from error
 
 
@@ -291,13 +283,13 @@ def _to_disk(path):
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: AnyPath) -> Iterator[Path]:
     """Yields a path beside `path` to be written; it becomes `path` when the block ends.
 
     An error leaves what was there, and nothing else. BadInput for one of the disk or the folder.
     """
     path = Path(path)
-    check_names(path.parent, [path.name], [])
+    check_names(Path.is_file, path)
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # of this process and thread alone; Pillow reads the ending
@@ -312,7 +304,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
+def whole_folder(folder: AnyPath) -> Iterator[Path]:
     """Yields a new folder to be filled; it becomes `folder` when the block ends.
 
     It then also holds hashes.json, by which `is_whole` knows it. What had the name is renamed; it
@@ -322,11 +314,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder).resolve()
     room = folder.with_name(f".part-{folder.name}")  # after a kill the next call clears it
     part = room / "whole"
-    check_names(folder.parent, [], [folder.name])
-    if Path.cwd().is_relative_to(folder):
-        raise BadInput(f"{folder}: is the folder you work in; name another")
-    if room.exists() and not (room / ".lock").is_file():
-        raise BadInput(f"{room}: is in the way; move it elsewhere")
+    check_names(Path.is_dir, folder)
+    check_names(lambda path: (path / ".lock").is_file(), room)
     with disk_faults(folder), locked(room):
         try:
             shutil.rmtree(part, ignore_errors=True)
@@ -347,7 +336,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(room, ignore_errors=True)
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
+def file_hashes(folder: Path) -> dict:
     """{relative path: sha256} of all below a folder but its own hashes.json."""
     hashes = {}
     for path in folder.rglob("*"):
@@ -358,9 +347,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def is_whole(folder: str | Path, alone: bool = False) -> bool:
+def is_whole(folder: Path, alone: bool = False) -> bool:
     """Whether all files of a folder are there as whole_folder wrote them; alone: and no others."""
-    folder = Path(folder)
     try:
         recorded = read_json(folder / "hashes.json").items()
         found = file_hashes(folder).items()
@@ -370,7 +358,7 @@ def is_whole(folder: str | Path, alone: bool = False) -> bool:
 
 
 @contextmanager
-def locked(folder: str | Path, is_needed: bool = True) -> Iterator[None]:
+def locked(folder: AnyPath, is_needed: bool = True) -> Iterator[None]:
     """Within, no other process holds this folder; BadInput if one does. Ends with the process.
 
     is_needed: False does nothing, as in all but one of several processes.
@@ -378,12 +366,10 @@ def locked(folder: str | Path, is_needed: bool = True) -> Iterator[None]:
     if not is_needed:
         yield
         return
-    folder = Path(folder)
-    lock = FileLock(folder / ".lock", blocking=False)
+    lock = FileLock(Path(folder, ".lock"), blocking=False)
     with disk_faults(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            held = lock.acquire()
+            held = lock.acquire()  # makes the folder, too
         except Timeout:
             raise BadInput(
                 f"{folder}: another run is at work there, maybe one that a killed launcher left; "
@@ -393,62 +379,52 @@ def locked(folder: str | Path, is_needed: bool = True) -> Iterator[None]:
         yield
 
 
-def newest_whole(folder: Path, name: str) -> Path | None:
-    """Of the folders NAME-<digits> the one with the highest number that is whole; None without any.
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Of the checkpoints in a folder the newest one that is whole; None without any.
 
     Names on stderr the damaged ones that it passes over; BadInput when all of them are.
     """
-    folders = numbered_folders(folder, name)
-    for path in folders.values():
+    folders = checkpoints_in(folder)
+    for path in folders:
         if is_whole(path):
             return path
         say(f"{path}: damaged; going back to the one before", sys.stderr)
     if folders:
-        raise BadInput(f"{folder}: every {name} is damaged; mend one, or name another folder")
+        raise BadInput(f"{folder}: every checkpoint is damaged; mend one, or name another folder")
     return None
 
 
-def numbered_folders(folder: Path, name: str) -> dict[int, Path]:
-    """{number: path} of the folders NAME-<digits>, highest first; other names are not ours.
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The folders checkpoint-<digits>, highest number first; other names are not ours.
 
     BadInput for a file with such a name: it would be in the way.
     """
-    found = {}
-    for path in folder.glob(f"{name}-*"):
-        digits = path.name.removeprefix(f"{name}-")
-        if digits.isdecimal():
-            check_names(folder, [], [path.name])
-            found[int(digits)] = path
-    return dict(sorted(found.items(), reverse=True))
+    names = folder.glob("checkpoint-*")
+    found = [path for path in names if path.name.removeprefix("checkpoint-").isdecimal()]
+    check_names(Path.is_dir, *found)
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
-def prune_folders(newest: Path, keep: int, best: int) -> None:
-    """Of the folders NAME-<digits> up to `newest`, leaves the last `keep` and the one with `best`.
+def prune_checkpoints(newest: Path, keep: int, best: int):
+    """Of the checkpoints up to `newest`, leaves the last `keep` and the one with the number `best`.
 
     Those with higher numbers stay: they are not what `newest` follows. What a kill left goes.
     """
-    folder = newest.parent
-    name, last = newest.name.split("-")
-    folders = numbered_folders(folder, name)
-    numbers = [number for number in folders if number <= int(last)]
-    with disk_faults(folder):
-        for number in numbers[keep:]:
-            if number != best:
-                # a kill amid the removal must not leave a half of it under its name
-                folders[number].rename(folder / f".part-{name}-{number}-old")
-        for path in folder.glob(f".part-{name}-[0-9]*"):
-            shutil.rmtree(path, ignore_errors=True)
+    folders = checkpoints_in(newest.parent)
+    older = folders[folders.index(newest) :][keep:]
+    for path in [*older, *newest.parent.glob(".part-checkpoint-*")]:
+        if path.name != f"checkpoint-{best}":
+            shutil.rmtree(path, ignore_errors=True)  # a half that a kill leaves is not whole
 
 
-def check_names(folder: str | Path, files: list[str], folders: list[str]) -> None:
-    """BadInput where one of these is to be written in a folder and something else has its name."""
-    for names, is_right, fault in (
-        (files, os.path.isfile, "is no plain file"),
-        (folders, os.path.isdir, "is a file"),
-    ):
-        for path in [Path(folder, name) for name in names]:
-            if os.path.exists(path) and not is_right(path):
-                raise BadInput(f"{path}: {fault}; move it, or name another")
+def check_names(is_ours: Callable, *paths: Path):
+    """BadInput where something else has the name of what is to be written.
+
+    is_ours: Path.is_file for what is to be a file, Path.is_dir for a folder.
+    """
+    for path in paths:
+        if os.path.exists(path) and not is_ours(path):
+            raise BadInput(f"{path}: something else is in the way; move it, or name another")
 
 
 # ---------------------------------------------------------------- JSON lines
@@ -465,28 +441,23 @@ def _noted(faults):
         faults.append(str(fault))
 
 
-def _check_plain(path, kind, fix):
-    """BadInput unless there is a plain file, or a link to one: a pipe or a device could hang."""
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: no such {kind}; {fix}")
-
-
-def _read_plain(path, kind, fix):
+def _read_plain(path, fix):
     """The content of a plain file; BadInput where there is none or it cannot be read."""
-    _check_plain(path, kind, fix)
+    if not os.path.isfile(path):  # a pipe or a device could hang
+        raise BadInput(f"{path}: no such file; {fix}")
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error}); {fix}") from None
 
 
-def read_json_lines(path: str | Path, faults: list | None = None) -> list[tuple[int, dict]]:
+def read_json_lines(path: AnyPath, faults: list | None = None) -> list[tuple]:
     """(line number, object) of each line of a JSON lines file; lines end at b"\\n" alone.
 
     utf-8 with or without BOM; empty lines are passed over. The first line that is no JSON object
     raises BadInput; with a list as `faults` it is left out and the message appended.
     """
-    lines = _read_plain(path, "file", "name another").split(b"\n")
+    lines = _read_plain(path, "name another").split(b"\n")
     objects = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -512,63 +483,49 @@ def _json_line(value, errors="replace"):
     return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors=errors)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: AnyPath, value):
     """Writes a JSON file, whole or not at all."""
     with whole_file(path) as part:
         part.write_text(json.dumps(value, indent=1))
 
 
-def read_json(path: str | Path) -> dict:
+def read_json(path: AnyPath) -> dict:
     """The object in a JSON file."""
     return parse_json_object(Path(path).read_bytes(), str(path))
 
 
-def write_json_lines(path: str | Path, objects: Iterable[dict]) -> None:
+def write_json_lines(path: AnyPath, objects: list[dict]):
     """Writes a JSON lines file anew, whole or not at all."""
     with whole_file(path) as part:
         part.write_bytes(b"".join(map(_json_line, objects)))
 
 
-def keep_json_lines(path: str | Path, key: str, last: int) -> None:
-    """Leaves of a JSON lines file, if there is one, the objects whose `key` is a number <= last."""
-    if os.path.exists(path):
-        kept = []
-        for _, value in read_json_lines(path, faults=[]):
-            if isinstance(value.get(key), int) and value[key] <= last:
-                kept.append(value)
-        write_json_lines(path, kept)
+def keep_epochs(log: Path, last: int):
+    """Leaves of a log, if there is one, the whole lines whose `epoch` is at most `last`."""
+    if log.exists():
+        lines = read_json_lines(log, faults=[])
+        kept = [value for _, value in lines if value.get("epoch") in range(last + 1)]
+        write_json_lines(log, kept)
 
 
-def append_json_line(path: str | Path, value: dict) -> None:
+def append_json_line(path: Path, value: dict):
     """Adds one whole line to a log, or nothing: BadInput where the disk has no room for it.
 
     A last line without its end, as a kill leaves it, is cut off first.
     """
-    path = Path(path)
     line = _json_line(value)
-    with disk_faults(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab+", buffering=0) as file:
-            size = _cut_half_line(file)
-            if file.write(line) < len(line):  # a full disk took a part
-                file.truncate(size)
-                raise OSError("no space for a whole line")
-
-
-def _cut_half_line(file):
-    """Cuts off what stands behind the last whole line of a file; its size."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - 1, 0))
-    if file.read() in (b"", b"\n"):  # the last byte
-        return size
-    file.seek(0)
-    return file.truncate(file.read().rfind(b"\n") + 1)
+    with disk_faults(path), open(path, "ab+", buffering=0) as file:
+        size = file.tell()
+        file.seek(max(size - 1, 0))
+        if file.read() not in (b"", b"\n"):  # the last byte
+            file.seek(0)
+            size = file.truncate(file.read().rfind(b"\n") + 1)
+        if file.write(line) < len(line):  # a full disk took a part
+            file.truncate(size)
+            raise OSError("no space for a whole line")
 
 
 # ---------------------------------------------------------------- several processes
-
-
-PATIENCE = timedelta(hours=2)  # one process may be done so long before another
 
 
 class Stopped(Exception):
@@ -592,18 +549,17 @@ def start_processes(out: str = "", report_to: str = "none") -> Accelerator:
         )
     accelerator = Accelerator(
         cpu=cpu,
-        project_dir=out or None,
+        project_dir=out,
         log_with=None if report_to == "none" else report_to,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        # one process may be done so long before another
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     if cpu:
         torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
     return accelerator
 
 
-def start_trackers(
-    accelerator: Accelerator, project: str, settings: dict, run: str, step: int
-) -> None:
+def start_trackers(accelerator: Accelerator, settings: dict, run: str, step: int):
     """Starts the tracker; the same `run` is the same run there, to go on after its step `step`."""
     same_run = {"id": run, "resume": "allow"}
     options = {
@@ -613,7 +569,7 @@ def start_trackers(
         "swanlab": same_run,
     }
     shown = {name: str(value) for name, value in settings.items()}
-    accelerator.init_trackers(project, shown, options)
+    accelerator.init_trackers("edit-nft", shown, options)
 
 
 @contextmanager
@@ -630,32 +586,30 @@ def together(accelerator: Accelerator, stop: threading.Event) -> Iterator[None]:
         stop.set()
     except Exception as error:  # whatever it is, the others must learn of it
         fault = error
-    is_over = fault is not None or stop.is_set()
-    over = torch.tensor([float(is_over)], device=accelerator.device)
+    if fault or stop.is_set():
+        accelerator.set_trigger()
     try:
-        over = accelerator.reduce(over, "sum")
+        is_over = accelerator.check_trigger()  # in any process
     except RuntimeError as error:
         raise BadInput(
             f"another process is gone ({one_line(error)[:80]} ...); see what it said, and go on "
             "with all of them"
         ) from error
-    if over > 0:
+    if is_over:
         told = gather_object([repr(fault)])
         if repr(fault) in told[: accelerator.process_index]:
             fault = None  # a process before this one says the same
         raise Stopped from fault
 
 
-def from_main(accelerator: Accelerator, stop: threading.Event, function: Callable, *args) -> Any:
+def from_main(accelerator: Accelerator, stop: threading.Event, function: Callable, *args):
     """What a function returns in the main process, told to all of them."""
-    result = None
     with together(accelerator, stop):
-        if accelerator.is_main_process:
-            result = function(*args)
+        result = function(*args) if accelerator.is_main_process else None
     return gather_object([result])[0]
 
 
-def heed_stop(module: torch.nn.Module, stop: threading.Event) -> None:
+def heed_stop(module: torch.nn.Module, stop: threading.Event):
     """Makes each forward of a module raise Stopped once a signal came: for work in `together`."""
 
     def check(module, arguments):
@@ -668,28 +622,24 @@ def heed_stop(module: torch.nn.Module, stop: threading.Event) -> None:
 # ---------------------------------------------------------------- models without torchvision
 
 
-def load_processor(kind: type, place: str | Path, **options):
+def load_processor(kind: type, place: AnyPath, **options):
     """A multimodal processor of the class `kind`; without torchvision, all of it but its videos.
 
     place: folder or hub id; options: as from_pretrained takes them. BadInput where its pictures
     need torchvision, too.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
-    from transformers.utils import is_torchvision_available
 
     class PictureProcessor(kind):
-        # it would refuse None in the place of its part for videos
-        def check_argument_for_proper_class(self, name, value):
-            if name != "video_processor":
-                super().check_argument_for_proper_class(name, value)
+        # what from_pretrained loads and __init__ takes
+        @classmethod
+        def get_attributes(cls):
+            return [part for part in super().get_attributes() if part != "video_processor"]
 
-    if is_torchvision_available():
-        return kind.from_pretrained(place, **options)
+    if not find_spec("torchvision"):
+        kind = PictureProcessor
     try:
-        pictures = AutoImageProcessor.from_pretrained(place, **options)
-        words = AutoTokenizer.from_pretrained(place, **options)
-        return PictureProcessor(pictures, words, None, chat_template=words.chat_template)
-    except (ImportError, TypeError):
+        return kind.from_pretrained(place, **options)
+    except ImportError:
         raise BadInput(
             f"{place}: its processor needs torchvision; pip install torchvision"
         ) from None
@@ -703,26 +653,23 @@ MIN_SIDE = 16  # pixels; a shorter side is a fault of a dataset
 
 @contextmanager
 def _opened(picture):
-    """A picture's file, opened but not decoded; all that Pillow raises in the block is BadInput."""
-    if not isinstance(picture, io.IOBase):
-        _check_plain(picture, "picture", "correct the path in the row, or add the file")
+    """A picture's file, opened but not decoded; all that is raised in the block is BadInput."""
     try:
+        # a pipe or a device could hang
+        if not isinstance(picture, io.IOBase) and not os.path.isfile(picture):
+            raise ValueError("no such file")
         with Image.open(picture) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadInput(
-                    f"{picture}: {image.width} x {image.height} pixels, above {MAX_PIXELS:,}; "
-                    "make it smaller"
-                )
+                raise ValueError(f"{image.width} x {image.height} pixels, above {MAX_PIXELS:,}")
             yield image
-    except BadInput:
-        raise
-    except Exception as error:  # its readers let anything through that a broken file causes
+    except Exception as error:  # Pillow lets anything through that a broken file causes
         raise BadInput(
-            f"{picture}: not a readable picture ({one_line(error)}); replace it or remove its row"
+            f"{picture}: not a readable picture ({one_line(error)}); "
+            "correct the path, replace it or remove its row"
         ) from None
 
 
-def load_image(path: str | Path | io.IOBase) -> Image.Image:
+def load_image(path: AnyPath | io.IOBase) -> Image.Image:
     """The picture at `path`, or in a binary file, upright, in RGB; transparent parts are white.
 
     BadInput when it is missing, is no plain file, does not decode, or has more than MAX_PIXELS.
@@ -730,10 +677,9 @@ def load_image(path: str | Path | io.IOBase) -> Image.Image:
     with _opened(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
-            raise BadInput(f"{path}: holds floats of no known range; save it with 8 bits")
+            raise ValueError("holds floats of no known range; save it with 8 bits")
         if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them at 255
-            values = np.asarray(image).clip(0, 65535) / 257
-            image = Image.fromarray(values.round().astype(np.uint8))
+            image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -741,13 +687,11 @@ def load_image(path: str | Path | io.IOBase) -> Image.Image:
 
 
 def _check_header(path):
-    """BadInput for a picture whose header alone shows that it is unfit for a dataset."""
+    """A picture's format; BadInput where the header alone shows that no dataset can use it."""
     with _opened(path) as image:
         if min(image.size) < MIN_SIDE:
-            raise BadInput(
-                f"{path}: {image.width} x {image.height} pixels, below {MIN_SIDE}; "
-                "replace it or remove its row"
-            )
+            raise ValueError(f"{image.width} x {image.height} pixels, below {MIN_SIDE}")
+        return image.format.lower()
 
 
 # ---------------------------------------------------------------- tables of others
@@ -756,36 +700,46 @@ def _check_header(path):
 TABLES = (".parquet", ".arrow")  # what is looked for in a folder; other kinds are named
 
 
-def table_files(path: str | Path) -> list[Path]:
-    """A table's file itself, or by name all TABLES below a folder."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in TABLES)
+def read_records(path: AnyPath) -> Iterator[tuple]:
+    """(place, record) for each record of a table, or of all TABLES below a folder, by name.
 
-
-def read_records(path: str | Path) -> Iterator[dict]:
-    """The records of a table, or of all TABLES below a folder: {column: value}.
-
-    Parquet and arrow (streams, as `datasets` writes them) a few at a time, JSON lines, a JSON list,
-    csv (all is text). BadInput for a broken file.
+    place: FILE row N; record: {column: value}. Parquet and arrow (streams, as `datasets` writes
+    them) a few at a time, JSON lines, a JSON list, csv (all is text). BadInput for a broken file.
     """
-    for file in table_files(path):
+    path = Path(path)
+    tables = sorted(file for file in path.rglob("*") if file.suffix in TABLES)
+    for file in [path] if path.is_file() else tables:
         try:
-            yield from _records_in(file)
-        except ImportError:
-            raise BadInput(f"{file}: reading it needs pyarrow; pip install pyarrow") from None
+            for number, record in enumerate(_records_in(file), 1):
+                yield f"{file.relative_to(folder_of(path))} row {number}", record
         except BadInput:
             raise
-        except Exception as error:  # whatever a broken file makes its library raise
-            reason = one_line(error)
-            raise BadInput(f"{file}: not a readable table ({reason}); get it again") from None
+        except Exception as error:  # whatever a broken file, or no pyarrow, makes of it
+            raise BadInput(
+                f"{file}: not a readable table ({one_line(error)}); get it again, or pip install "
+                "pyarrow"
+            ) from None
+
+
+def folder_of(table: AnyPath) -> Path:
+    """Where the paths of a table's pictures begin: a folder itself, or that of a file."""
+    return Path(table) if os.path.isdir(table) else Path(table).parent
 
 
 def _records_in(file):
     """The records of one file, by its ending."""
     if file.suffix in TABLES:
-        for batch in _record_batches(file):
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+
+        # few at a time, as each may hold pictures
+        if file.suffix == ".parquet":
+            batches = ParquetFile(file).iter_batches(16)
+        else:
+            # mapped, not read: the whole table takes no memory
+            mapped = pyarrow.memory_map(str(file))
+            batches = pyarrow.ipc.open_stream(mapped).read_all().to_batches(16)
+        for batch in batches:
             yield from batch.to_pylist()
     elif file.suffix == ".csv":
         with open(file, encoding="utf-8-sig", newline="") as text:
@@ -794,17 +748,6 @@ def _records_in(file):
         yield from map(dict, json.loads(file.read_bytes()))  # dict: an error for what is no object
     else:
         yield from (record for _, record in read_json_lines(file))
-
-
-def _record_batches(file):
-    """The records of a parquet or arrow file as pyarrow's batches of 16: each may hold pictures."""
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    if file.suffix == ".parquet":
-        return ParquetFile(file).iter_batches(16)
-    # mapped, not read: the whole table takes no memory
-    return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all().to_batches(16)
 
 
 class PictureFile(io.BytesIO):
@@ -818,7 +761,7 @@ class PictureFile(io.BytesIO):
         return self.where
 
 
-def picture_file(cell: Any, folder: str | Path, where: str) -> PictureFile:
+def picture_file(cell, folder: AnyPath, where: str) -> PictureFile:
     """The file of a picture in a table: bytes, a dict of `bytes` or `path`, a path in `folder`.
 
     where: what errors call it. BadInput for a cell that is none of these, or a path to no file.
@@ -826,20 +769,14 @@ def picture_file(cell: Any, folder: str | Path, where: str) -> PictureFile:
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if not isinstance(cell, bytes):
-        cell = _read_plain(inside(folder, cell, where), "picture", f"{where} names it")
+        cell = _read_plain(inside(folder, cell, where), f"{where} names it")
     return PictureFile(cell, where)
-
-
-def picture_in(cell: Any, folder: str | Path, where: str) -> Image.Image:
-    """The picture in a cell of a table, as `load_image` gives it; arguments as of picture_file."""
-    return load_image(picture_file(cell, folder, where))
 
 
 # ---------------------------------------------------------------- rows
 
 SPLITS = ("train", "test")
 KEYS = ("prompt", "image", "requirement", "task", "target", "mask")  # beside id; others are kept
-WRITTEN = ("image", "target", "mask")  # the keys of pictures, as a file of rows holds them
 
 
 def split_file(folder: Path, split: str) -> Path | None:
@@ -850,7 +787,7 @@ def split_file(folder: Path, split: str) -> Path | None:
     return None
 
 
-def read_rows(folder: str | Path, split: str, faults: list | None = None) -> list[dict]:
+def read_rows(folder: AnyPath, split: str, faults: list | None = None) -> list[dict]:
     """The rows of a dataset folder's `train` or `test` split, checked, pictures not yet opened.
 
     A row gets `images` (the absolute paths in `image`), `id` (text) and `where` ("FILE:LINE");
@@ -860,35 +797,27 @@ def read_rows(folder: str | Path, split: str, faults: list | None = None) -> lis
     folder = Path(folder).resolve()
     file = split_file(folder, split)
     if file is None:
-        wanted = f"{split}.jsonl nor {split}_metadata.jsonl"
-        raise BadInput(f"{folder}: holds neither {wanted}; name a dataset folder")
+        raise BadInput(
+            f"{folder}: holds neither {split}.jsonl nor {split}_metadata.jsonl; name a dataset "
+            "folder"
+        )
     rows = []
-    places = {}
+    known = {}
     for number, row in read_json_lines(file, faults):
-        row["id"] = str(row.get("id", f"{split}-{number}"))
+        row.setdefault("id", f"{split}-{number}")
         with _noted(faults):
-            checked = _checked(row, f"{file}:{number}", folder)
-            _refuse_repeat(row, places, checked["where"], f"line {number}")
-            rows.append(checked)
+            rows.append(_checked(row, f"{file}:{number}", folder, known))
     if not rows and not faults:  # where all are faulty, the faults say it
         raise BadInput(f"{file}: holds no rows; add some")
     return rows
 
 
-def _refuse_repeat(row, places, where, place):
-    """BadInput for a row whose id or content came before.
+def _checked(row, where, folder, known):
+    """A row with `where`, `images` and absolute paths; BadInput for what it lacks or misspells.
 
-    places: {id or content: the first place with it}, to which the row's own are added.
+    The `id` of the row itself becomes text.
+    known: {id or content: where it first stood} of the rows before; this one's are added.
     """
-    for value in (row["id"], row | {"id": None}):
-        first = places.setdefault(json.dumps(value, sort_keys=True), place)
-        if first != place:
-            words = f"repeats the id or the content of {first}"
-            raise BadInput(f"{where}: {words}; remove or change one")
-
-
-def _checked(row, where, folder):
-    """A row with `where`, `images` and absolute paths; BadInput for what it lacks or misspells."""
     for key in row.keys() - set(KEYS):
         meant = difflib.get_close_matches(key, KEYS, 1, 0.8)
         if meant and meant[0] not in row:
@@ -900,24 +829,29 @@ def _checked(row, where, folder):
         raise BadInput(f"{where}: the row has no `prompt`; add the instruction or remove the row")
     if not row.get("image"):
         raise BadInput(f"{where}: the row has no `image`; add a path, relative to {folder}")
-    paths = {"images": [inside(folder, name, where) for name in _as_list(row["image"])]}
+    row["id"] = str(row["id"])
+    images = [inside(folder, name, where) for name in _as_list(row["image"])]
+    added = {"where": where, "images": images}
     for key in row.keys() & {"target", "mask"}:
-        paths[key] = inside(folder, row[key], where)
-    return row | paths | {"where": where}
+        added[key] = inside(folder, row[key], where)
+    for value in (row["id"], row | {"id": None}):
+        first = known.setdefault(json.dumps(value, sort_keys=True), where)
+        if first != where:
+            raise BadInput(f"{where}: repeats the id or the content of {first}; change one")
+    return row | added
 
 
-def inside(folder: str | Path, name: str, where: str) -> str:
+def inside(folder: AnyPath, name: str, where: str) -> str:
     """The path of `name` in `folder`, links followed later; BadInput when its words leave it."""
     if not isinstance(name, str) or "\0" in name:
         raise BadInput(f"{where}: picture {name!r} is no path; correct it")
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        fix = f"move or link it inside {folder}"
-        raise BadInput(f"{where}: picture {name} leaves the dataset folder; {fix}")
+        raise BadInput(f"{where}: picture {name} leaves the dataset folder; link it inside")
     return str(Path(folder, name))
 
 
 @contextmanager
-def faults_of(row: dict, skip: bool, is_told: bool = True) -> Iterator[None]:
+def faults_of(row: dict, skip: bool, tell: Callable = say) -> Iterator[None]:
     """Makes a BadInput in the block one of this row; with `skip` it is told, but no error."""
     try:
         yield
@@ -925,22 +859,23 @@ def faults_of(row: dict, skip: bool, is_told: bool = True) -> Iterator[None]:
         fault = f"{row['where']}, row {row['id']}: {fault}"
         if not skip:
             raise BadInput(fault) from None
-        if is_told:
-            say(f"skipped: {fault}", sys.stderr)
+        tell(f"skipped: {fault}", sys.stderr)
 
 
-def faultless(
-    rows: list[dict], check: Callable[[dict], None], skip: bool, is_told: bool = True
-) -> list[dict]:
-    """The rows that `check` lets pass; as `faults_of` for the others, if any are left."""
-    kept = []
-    for row in rows:
-        with faults_of(row, skip, is_told):  # where skipped, the block ends at the fault
-            check(row)
-            kept.append(row)
-    if not kept:
-        raise BadInput(f"{rows[0]['where']} and all other rows have faults; none is left")
-    return kept
+def keep_faultless(rows: dict, check: Callable, skip: bool):
+    """Leaves in {split: rows} those that check(row) lets pass; as `faults_of` for the others.
+
+    BadInput where a split has none left.
+    """
+    for split in rows:
+        kept = []
+        for row in rows[split]:
+            with faults_of(row, skip, say_once):  # where skipped, the block ends at the fault
+                check(row)
+                kept.append(row)
+        if not kept:
+            raise BadInput(f"no faultless row is left in {split}; mend those named above")
+        rows[split] = kept
 
 
 def row_pictures(row: dict, keys: tuple = ("images", "target", "mask")) -> list[str]:
@@ -958,8 +893,7 @@ def _all_pictures(rows, *keys):
 
 def load_sources(row: dict) -> list[Image.Image]:
     """A row's source pictures; BadInput where one cannot be had, nor its target or mask."""
-    pictures = [load_image(path) for path in row_pictures(row)]
-    return pictures[: len(row["images"])]
+    return [load_image(path) for path in row_pictures(row)][: len(row["images"])]
 
 
 def _look_through(rows, look, show=True):
@@ -976,7 +910,7 @@ def _look_through(rows, look, show=True):
     return seen, faults
 
 
-def load_rows(folder: str | Path, skip: bool, accelerator: Accelerator) -> dict[str, list[dict]]:
+def load_rows(folder: AnyPath, skip: bool, accelerator: Accelerator) -> dict:
     """{"train": rows, "test": rows} of a dataset, by the headers of its pictures fit for training.
 
     The first fault raises BadInput; with `skip` faulty rows are left out, with a line on stderr for
@@ -984,32 +918,29 @@ def load_rows(folder: str | Path, skip: bool, accelerator: Accelerator) -> dict[
     error, and rows that differ between them are an error.
     """
     rows = {"train": [], "test": []}
-    messages = []
+    faults = []
     for split in SPLITS:
-        with _noted(messages):  # also that there is no such file: other processes may have one
-            rows[split] = read_rows(folder, split, messages)
-    broken = _header_faults(rows["train"] + rows["test"], folder, accelerator)
-    messages += broken.values()
-    if messages and not skip:
-        raise BadInput(messages[0])
-    for message in messages:
-        say_once(f"skipped: {message}", sys.stderr)
-    for split in SPLITS:
-        rows[split] = [row for row in rows[split] if broken.keys().isdisjoint(row_pictures(row))]
-        if not rows[split]:
-            fix = f"python data_prep.py check {folder} lists what to mend"
-            raise BadInput(f"{folder}: no faultless row is left in {split}; {fix}")
-    return rows
-
-
-def _header_faults(rows, folder, accelerator):
-    """{path: fault} of the pictures whose headers show one to any process: the same in all."""
+        with _noted(faults):  # also that there is no such file: other processes may have one
+            rows[split] = read_rows(folder, split, faults)
+    both = rows["train"] + rows["test"]
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    mine = rows[accelerator.local_process_index :: processes]
+    mine = both[accelerator.local_process_index :: processes]
     _, found = _look_through(mine, _check_header, accelerator.is_main_process)
-    if len(set(gather_object([fingerprint(rows)]))) > 1:
+    if len(set(gather_object([fingerprint(both)]))) > 1:
         raise BadInput(f"{folder}: its rows differ between processes; give each node the same ones")
-    return ChainMap(*gather_object([found]))
+    broken = ChainMap(*gather_object([found]))  # {path: fault} to any process: the same in all
+    for fault in faults:
+        if not skip:
+            raise BadInput(fault)
+        say_once(f"skipped: {fault}", sys.stderr)
+
+    def check(row):
+        found = [broken[path] for path in row_pictures(row) if path in broken]
+        if found:
+            raise BadInput(", ".join(found))
+
+    keep_faultless(rows, check, skip)
+    return rows
 
 
 def fingerprint(rows: list[dict]) -> str:
@@ -1042,10 +973,10 @@ class CheckSettings(CheckedSettings):
     against: list[str] = setting([], "Folders of benchmarks: no picture of theirs may be in it.")
 
 
-def check_dataset(settings: CheckSettings) -> None:
+def check_dataset(settings: CheckSettings):
     """Reads a dataset once: prints each fault on a line, or what it holds; BadInput for faults."""
-    folder = Path(settings.dataset).resolve()
-    splits = [split for split in SPLITS if split_file(folder, split)] or ["train"]
+    folder = Path(settings.dataset)
+    splits = [split for split in SPLITS if split_file(folder, split)] or SPLITS
     rows = []
     faults = []
     for split in splits:
@@ -1061,16 +992,12 @@ def check_dataset(settings: CheckSettings) -> None:
             faults.append(f"{row['where']}: {OTHER_SIZE}")
     for benchmark in settings.against:
         faults += _copies(seen, benchmark)
-    for fault in faults:
-        print(fault)
+    for line in faults or _summary(rows, seen):
+        print(line)
     if faults:
         raise BadInput(f"{folder}: {len(faults)} faults, one a line above")
-    for line in _summary(rows, seen):
-        print(line)
     print(f"read {speed:.0f} pictures a second and core")
-    counts = f"{len(rows)} rows in {' and '.join(splits)}, {len(seen)} pictures"
-    absent = "".join(f"; nothing of {benchmark}" for benchmark in settings.against)
-    print(f"{folder}: no faults; {counts}{absent}")
+    print(f"{folder}: no faults; {len(rows)} rows in {' and '.join(splits)}, {len(seen)} pictures")
 
 
 def _summary(rows, seen):
@@ -1082,9 +1009,6 @@ def _summary(rows, seen):
     yield "longer side of a source picture: " + _spread([max(look.size) for look in looks])
     different = {look.thumbnail.tobytes() for look in looks}
     yield f"source pictures: {len(looks)}, of which {len(looks) - len(different)} repeat another"
-    white = [100 * seen[row["mask"]].thumbnail.mean() for row in rows if "mask" in row]
-    if white:
-        yield f"white part of a mask in %: {_spread(white)}"
 
 
 def _spread(values):
@@ -1095,7 +1019,7 @@ def _spread(values):
 class Look(NamedTuple):
     """What the check keeps of a picture."""
 
-    size: tuple[int, int]
+    size: tuple  # width and height
     thumbnail: np.ndarray  # float32 (768,) in [0, 1]: 16 x 16 pixels
 
 
@@ -1108,36 +1032,33 @@ def _look_at(path):
 
 def _thumbnail(image):
     """A picture as 768 numbers in [0, 1]."""
-    small = image.resize((16, 16), Image.Resampling.BOX)
-    return np.asarray(small, np.float32).flatten() / 255
+    return np.asarray(image.resize((16, 16), Image.BOX), np.float32).flatten() / 255
 
 
 def _copies(seen, folder):
     """A line for each picture of {path: Look} that shows one of a benchmark's."""
-    paths = list(seen)
-    own = np.array([seen[path].thumbnail for path in paths]).reshape(-1, 768)
+    paths = np.array(list(seen))
+    own = np.array([look.thumbnail for look in seen.values()]).reshape(-1, 768)
     faults = []
-    picture = None
+    theirs = None
     for picture in _benchmark_pictures(folder):
-        with suppress(BadInput):  # a broken one is no fault of the dataset
+        with suppress(BadInput):  # a broken one is no fault of the dataset, nor is another file
             theirs = _thumbnail(load_image(picture))
             distances = np.sqrt(np.square(own - theirs).mean(1))  # (pictures,)
-            for near in np.flatnonzero(distances < NEAR):
-                words = f"shows {picture} of the benchmark; remove its rows"
-                faults.append(f"{paths[near]}: {words}")
-    if picture is None:
+            for path in paths[distances < NEAR]:
+                faults.append(f"{path}: shows {picture} of the benchmark; remove its rows")
+    if theirs is None:
         raise BadInput(f"{folder}: holds no pictures; name a benchmark's folder")
     return faults
 
 
 def _benchmark_pictures(folder):
-    """Every picture in a benchmark's folder, as load_image takes it; its tables' pictures too."""
-    known = Image.registered_extensions()
-    yield from (file for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in known)
-    for number, record in enumerate(read_records(folder), 1):
+    """Whatever may be a picture in a benchmark's folder: its files, and those in its tables."""
+    yield from sorted(Path(folder).rglob("*"))
+    for place, record in read_records(folder):
         for column, cell in record.items():
             if isinstance(cell, dict) and cell.get("bytes"):
-                yield PictureFile(cell["bytes"], f"row {number}, {column}")
+                yield PictureFile(cell["bytes"], f"{place}, {column}")
 
 
 # ---------------------------------------------------------------- import
@@ -1176,10 +1097,9 @@ class ImportSettings(CheckedSettings):
     pictures: str = setting("", "Folder in which paths of pictures begin; the default is SRC's.")
     rows: int = setting(0, "Stop after so many good rows; 0 takes all.", at_least=0)
     test: int = setting(240, "Rows that are held out, by source picture.", at_least=1)
-    seed: int = setting(0, "Seed of the held-out rows.", at_least=0)
 
 
-def import_dataset(settings: ImportSettings) -> None:
+def import_dataset(settings: ImportSettings):
     """Makes a dataset of a table: train.jsonl, test.jsonl, left_out.jsonl, pictures by content.
 
     Started again after a stop it goes on; pictures that are there are not decoded again. BadInput
@@ -1195,18 +1115,23 @@ def import_dataset(settings: ImportSettings) -> None:
             return
         write_json(folder / "import.json", asdict(settings))
         rows, faults = _take_rows(settings)
-        test, train, sharing = _split_by_picture(rows, settings)
-        for row in sharing:
-            faults.append(f"row {row['id']}: shares a picture with a row that is held out")
+        rows.sort(key=lambda row: _as_list(row["image"])[0])  # by content: as good as a lot
+        test = rows[: settings.test]
+        held_out = _all_pictures(test, ("image", "target"))
+        train = []
+        for row in rows[settings.test :]:
+            if held_out.isdisjoint(row_pictures(row, ("image", "target"))):
+                train.append(row)
+            else:
+                faults.append(f"row {row['id']}: shares a picture with a row that is held out")
         if not train:
             raise BadInput(
                 f"{settings.source}: {len(rows)} good rows, none of them left to train on; see "
-                f"--test, --prompt and --image. Left out: {len(faults)} {faults[:1]}"
+                "--test, --prompt, --image, and that it is a table or a folder with parquet or "
+                f"arrow. Left out: {len(faults)} {faults[:1]}"
             )
-        used = _all_pictures(test + train, WRITTEN)
-        for path in [*folder.glob("pictures/*"), *folder.glob(".part-*")]:
-            if f"pictures/{path.name}" not in used:  # of a row that was left out, or of a kill
-                path.unlink()
+        for path in folder.rglob(".part-*"):  # of a kill
+            path.unlink()
         write_json_lines(folder / "left_out.jsonl", [{"fault": fault} for fault in faults])
         write_json_lines(folder / "test.jsonl", test)
         write_json_lines(folder / "train.jsonl", train)  # the last one: it says that all is there
@@ -1216,87 +1141,70 @@ def import_dataset(settings: ImportSettings) -> None:
 def _refuse_others(folder, settings):
     """BadInput for a folder that holds something else, or a finished import of other settings."""
     record = folder / "import.json"
-    if not record.exists():
-        # hidden ones are the lock, and the record in parts after a kill
-        if any(not name.startswith(".") for name in os.listdir(folder)):
-            raise BadInput(f"{folder}: holds something else; name a new folder")
-    elif (folder / "train.jsonl").exists():
-        changes = changed(read_json(record), settings, "")
-        if changes:
-            raise BadInput(f"{folder}: {', '.join(changes)}; name another folder")
+    is_done = (folder / "train.jsonl").exists()
+    is_ours = record.exists() and (not is_done or read_json(record) == settings)
+    # hidden ones are the lock, and the record in parts after a kill
+    if not is_ours and any(folder.glob("[!.]*")):
+        raise BadInput(f"{folder}: holds something else, or other settings' import; name a new one")
 
 
 def _take_rows(settings):
     """(rows, faults): a table's good rows, their pictures written, and the faults of the others."""
     rows = []
     faults = []
-    places = {}
-    records = _numbered_records(settings.source)
-    with ThreadPoolExecutor() as pool, tqdm(desc="rows", leave=False) as bar:
-        while not settings.rows or len(rows) < settings.rows:
+    known = {}
+    limit = settings.rows or sys.maxsize
+    records = iter(tqdm(read_records(settings.source), "rows", leave=False))
+    with ThreadPoolExecutor() as pool:
+        while len(rows) < limit:
             batch = list(itertools.islice(records, 64))  # so many are held in memory
             if not batch:
                 break
-            futures = [pool.submit(_import_row, place, record, settings) for place, record in batch]
-            for (place, _), future in zip(batch, futures, strict=True):
+            place_of = {
+                pool.submit(_import_row, place, record, settings): place for place, record in batch
+            }
+            for future, place in place_of.items():
                 with _noted(faults):
                     row = future.result()
-                    _refuse_repeat(row, places, place, place)
+                    _checked(row, place, settings.dataset, known)
                     rows.append(row)
-            bar.update(len(batch))
-    if settings.rows:
-        rows = rows[: settings.rows]  # the last batch may hold more
-    return rows, faults
-
-
-def _numbered_records(source):
-    """(place, record) of all records of a table, or of the tables in a folder."""
-    files = table_files(source)
-    if not files:
-        raise BadInput(f"{source}: is no file, and no folder with parquet or arrow; name a table")
-    for file in files:
-        for number, record in enumerate(read_records(file), 1):
-            yield f"{os.path.relpath(file, _folder_of(source))} row {number}", record
-
-
-def _folder_of(source):
-    """The folder of a table's pictures: its own."""
-    return Path(source) if os.path.isdir(source) else Path(source).parent
+    return rows[:limit], faults  # the last batch may hold more
 
 
 def _import_row(place, record, settings):
-    """A record as a row of a dataset, its pictures written; BadInput where it is unfit for one."""
+    """A record as a row of a dataset, its pictures written; BadInput for an unfit picture."""
     row = {"id": re.sub("[ /]", "-", place)}
     for key in ("id", *KEYS, "kept"):
         value = _value_at(record, getattr(settings, key))
         if value in (None, "", []):
             continue
-        if key in (*WRITTEN, "kept"):
-            value = _import_pictures(value, key, place, settings)
+        if key in ("image", "target", "mask", "kept"):
+            names = [_keep_picture(cell, key, place, settings) for cell in _as_list(value)]
+            value = names if key == "image" and len(names) > 1 else names[0]
         row["mask" if key == "kept" else key] = value
-    row["id"] = str(row["id"])
-    checked = _checked(row, place, settings.dataset)
-    if "mask" in row:
-        sizes = {load_image(path).size for path in (checked["mask"], checked["images"][0])}
+    if "mask" in row and "image" in row:
+        pair = (row["mask"], _as_list(row["image"])[0])
+        sizes = {load_image(Path(settings.dataset, name)).size for name in pair}
         if len(sizes) > 1:
             raise BadInput(f"{place}: {OTHER_SIZE}")
     return row
 
 
-def _import_pictures(value, key, place, settings):
-    """Writes the picture or pictures that a record holds under a key; their name or names."""
-    names = []
-    for cell in _as_list(value):
-        base = settings.pictures or _folder_of(settings.source)
-        file = picture_file(cell, base, f"{place}, {key}")
-        if key == "kept":
-            negative = io.BytesIO()
-            ImageOps.invert(load_image(file)).save(negative, "PNG")
-            file = PictureFile(negative.getvalue(), file.where)
-        names.append(_keep_picture(file, settings.dataset))
-    if key == "image" and len(names) > 1:
-        return names
-    return names[0]
+def _keep_picture(cell, key, place, settings):
+    """Writes the picture in a cell, by its content, unless it is there; the name it has."""
+    file = picture_file(cell, settings.pictures or folder_of(settings.source), f"{place}, {key}")
+    if key == "kept":
+        negative = PictureFile(b"", file.where)
+        ImageOps.invert(load_image(file)).save(negative, "PNG")
+        file = negative
+    content = file.getvalue()
+    name = f"pictures/{hashlib.sha256(content).hexdigest()}.{_check_header(file)}"
+    path = Path(settings.dataset, name)
+    if not path.exists():
+        load_image(file)
+        with whole_file(path) as part:
+            part.write_bytes(content)
+    return name
 
 
 def _value_at(record, column):
@@ -1304,56 +1212,20 @@ def _value_at(record, column):
     if column in record:  # a column's own name may hold dots
         return record[column]
     value = record
-    for key in column.split("."):
-        try:
+    with suppress(LookupError, TypeError, ValueError):
+        for key in column.split("."):
             value = value[int(key) if isinstance(value, list) else key]
-        except (LookupError, TypeError, ValueError):
-            return None
-    return value
-
-
-def _keep_picture(file, folder):
-    """The name of a picture in a folder, by its content; written and checked unless it is there."""
-    content = file.getvalue()
-    with _opened(file) as image:
-        ending = image.format.lower()
-    name = f"pictures/{hashlib.sha256(content).hexdigest()}.{ending}"
-    if not Path(folder, name).exists():
-        _look_at(file)
-        with whole_file(Path(folder, name)) as part:
-            part.write_bytes(content)
-    return name
-
-
-def _split_by_picture(rows, settings):
-    """(test, train, sharing): the rows by lot, which is the same for rows of one first picture.
-
-    sharing: rows that would bring a source or a target of the test's into training.
-    """
-
-    def lot(row):
-        return seeded(settings.seed, "held out", _as_list(row["image"])[0]).initial_seed()
-
-    rows = sorted(rows, key=lot)
-    test = rows[: settings.test]
-    held_out = _all_pictures(test, ("image", "target"))
-    train = []
-    sharing = []
-    for row in rows[settings.test :]:
-        if held_out.isdisjoint(row_pictures(row, ("image", "target"))):
-            train.append(row)
-        else:
-            sharing.append(row)
-    return test, train, sharing
+        return value
+    return None
 
 
 # ---------------------------------------------------------------- statistics
 
+DRAWS = 2000  # of a bootstrap
 
-def bootstrap(
-    values, groups: list, clusters: list, draws: int = 2000
-) -> tuple[list[str], np.ndarray]:
-    """Resamples clusters, each with all its values: the names of the T groups, means (draws, T).
+
+def bootstrap(values, groups: list, clusters: list) -> tuple:
+    """Resamples clusters, each with all its values: the names of the T groups, means (DRAWS, T).
 
     values, groups, clusters: of n entries; no value is NaN. The mean of a group that was not drawn
     is NaN. A single cluster tells nothing of the spread: all means are NaN.
@@ -1362,16 +1234,16 @@ def bootstrap(
     known, cluster = np.unique(np.array(clusters, str), return_inverse=True)
     number = len(known)
     if number < 2:
-        return names.tolist(), np.full((draws, len(names)), np.nan)
-    # how often each draw of `number` clusters takes each of them: (draws, number)
-    times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), draws)
-    weights = times[:, cluster]  # (draws, n): a value comes as often as its cluster
+        return names.tolist(), np.full((DRAWS, len(names)), np.nan)
+    # how often each draw of `number` clusters takes each of them: (DRAWS, number)
+    times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), DRAWS)
+    weights = times[:, cluster]  # (DRAWS, n): a value comes as often as its cluster
     is_member = np.eye(len(names))[group]  # (n, T)
     with np.errstate(invalid="ignore"):  # 0 / 0 of a group that was not drawn
         return names.tolist(), (weights * values) @ is_member / (weights @ is_member)
 
 
-def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]:
+def paired_gain(base: list[dict], now: list[dict], key: str) -> dict:
     """Mean of result[key] before and after, and the paired difference with its 95 % interval.
 
     base, now: results of the same edits in the same order, each with `row` and `key`. A pair with a
@@ -1380,7 +1252,7 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]
     before = np.array([result[key] for result in base], float)
     after = np.array([result[key] for result in now], float)
     gains = after - before
-    kept = ~np.isnan(gains)
+    kept = np.isfinite(gains)
     rows = np.array([result["row"] for result in base])[kept]
     _, draws = bootstrap(gains[kept], ["all"] * len(rows), rows)
     # with one NaN more: of no draws at all the quantiles are NaN
@@ -1388,67 +1260,56 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict[str, float]
     return {
         "base": np.nanmean(before),
         "now": np.nanmean(after),
-        "gain": gains[kept].mean(),
+        "gain": np.nanmean(gains),
         "low": low,
         "high": high,
-        "missing": int((~kept).sum()),
+        "missing": int(np.isnan(gains).sum()),
     }
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of two (n,) tensors, ties at their mean rank."""
-    ranks = []
-    for values in (a, b):
+
+    def ranks(values):
         ordered = values.sort().values
         # first place + last place = twice the mean place, which correlates just as well
-        first = torch.searchsorted(ordered, values)
-        ranks.append(first + torch.searchsorted(ordered, values, right=True))
-    return torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
+        return torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
+
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]).double())[0, 1].item()
 
 
 # ---------------------------------------------------------------- pictures of results
 
-GAP = 4  # pixels between the pictures of a grid
-LINE = 12  # pixels from line to line of its texts
+SIDE = 96  # pixels of a picture in a grid, unless one is larger
+GAP = 4  # pixels between two of them
+LINES = 5  # of a caption; what is longer is cut
+LINE = 12  # pixels from line to line
 LETTER = 6  # pixels of a letter's width
-TITLE_LINES = 2  # what is longer is cut
-CAPTION_LINES = 5
 
 
-def picture_grid(
-    rows: list[list[Image.Image | None]],
-    captions: list[list[str]],
-    title: str = "",
-    cell: int = 96,
-) -> Image.Image:
-    """One picture out of rows of pictures (None for a gap), under `title`.
+def picture_grid(rows: list, captions: list) -> Image.Image:
+    """One picture out of rows of pictures, None for a gap.
 
     captions: texts of the same layout, written below the pictures. Each picture is enlarged to the
-    size of the largest, at least `cell` pixels.
+    size of the largest, at least SIDE pixels.
     """
     sizes = [max(picture.size) for picture in itertools.chain(*rows) if picture]
-    side = max([cell, *sizes])
-    height = side + LINE * CAPTION_LINES  # of a picture with its caption
-    top = LINE * TITLE_LINES
+    side = max([SIDE, *sizes])
+    width = side + GAP  # of a picture with its caption
+    height = side + LINE * LINES
     columns = max(map(len, rows), default=1)
-    sheet = Image.new("RGB", ((side + GAP) * columns, top + height * len(rows)), "white")
-    _write(sheet, title, (0, 0), sheet.width, TITLE_LINES)
-    for row, texts in zip(rows, captions, strict=True):
-        left = 0
-        for picture, text in zip(row, texts, strict=True):
+    sheet = Image.new("RGB", (width * columns, height * max(len(rows), 1)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (pictures, texts) in enumerate(zip(rows, captions, strict=True)):
+        top = i * height
+        for j, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+            left = j * width
             if picture:
-                square = ImageOps.pad(picture, (side, side), Image.Resampling.NEAREST, "white")
+                square = ImageOps.pad(picture, (side, side), Image.NEAREST, "white")
                 sheet.paste(square, (left, top))
-            _write(sheet, text, (left, top + side), side, CAPTION_LINES)
-            left += side + GAP
-        top += height
+            text = textwrap.fill(text, side // LETTER, max_lines=LINES)
+            draw.text((left, top + side), text, "black", spacing=0)
     return sheet
-
-
-def _write(sheet, text, place, width, lines):
-    """Writes a text on a picture, in lines of a width in pixels, cut after so many of them."""
-    text = textwrap.fill(text, width // LETTER, max_lines=lines)
-    ImageDraw.Draw(sheet).text(place, text, "black", spacing=0)
 
 
 # ---------------------------------------------------------------- the toy world: rows and oracle
@@ -1739,7 +1600,7 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None):
     """python data_prep.py COMMAND [WORD ...] [--name value ...]: words are the first settings."""
     command, *words = argv or sys.argv[1:] or ["no command"]
     if command not in COMMANDS:

@@ -70,6 +70,7 @@ from data_prep import (
     bootstrap,
     catch_signals,
     changed,
+    folder_of,
     from_main,
     inside,
     load_image,
@@ -79,7 +80,6 @@ from data_prep import (
     parse_settings,
     picture_file,
     picture_grid,
-    picture_in,
     read_json,
     read_json_lines,
     read_records,
@@ -583,8 +583,7 @@ def _read_gedit(folder, settings):
     listed = folder / "metadata.jsonl"
     rows = []
     times = Counter()  # how often each place has come so far
-    for number, entry in enumerate(read_records(listed if listed.is_file() else folder), 1):
-        where = f"{folder}: row {number}"
+    for where, entry in read_records(listed if listed.is_file() else folder):
         _check_entry(entry, ("key", "task_type", "instruction_language", "instruction"), where)
         if settings.language not in (entry["instruction_language"], "both"):
             continue
@@ -1249,7 +1248,7 @@ def write_report(job: Job, results: Rows, summary: str) -> None:
         pictures.append([_picture_or_none(job.out / picture["link"]) for picture in shown])
         captions.append([picture["caption"] for picture in shown])
     with whole_file(job.out / "grid.png") as part:
-        picture_grid(pictures, captions, "the first row of each task").save(part)
+        picture_grid(pictures, captions).save(part)
 
 
 def _picture_or_none(path):
@@ -1374,9 +1373,7 @@ def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
     first is better, 1 the second, 0.5 neither. columns: "NAME=COLUMN" for what is called otherwise,
     with several columns for a list. BadInput for a record without them.
     """
-    folder = Path(table) if Path(table).is_dir() else Path(table).parent  # of the pictures' paths
-    for number, record in enumerate(read_records(table), 1):
-        where = f"{table}: record {number}"
+    for where, record in read_records(table):
         try:
             for entry in columns:
                 name, _, places = entry.partition("=")
@@ -1391,7 +1388,9 @@ def read_ratings(table: str, columns: list[str] = ()) -> Iterator[dict]:
                 cells = record[name]
                 if not isinstance(cells, (list, tuple)):
                     cells = [cells]
-                row[name] = [picture_in(cell, folder, where) for cell in cells]
+                row[name] = [
+                    load_image(picture_file(cell, folder_of(table), where)) for cell in cells
+                ]
             if len(scores) != len(row["edits"]):
                 raise ValueError
         except (KeyError, TypeError, ValueError):

@@ -255,7 +255,7 @@ def _read_prompts(settings):
         if "=" not in entry:
             entry = f"execution={entry}"
         aspect, _, file = entry.partition("=")
-        text = _read_plain(file, "file", "name a text file").decode("utf-8-sig", "replace")
+        text = _read_plain(file, "name a text file").decode("utf-8-sig", "replace")
         if "{prompt}" not in text or "\ufffd" in text:  # what stands for bytes that are no utf-8
             raise BadInput(
                 f"--judge_prompt {file}: is no utf-8, or lacks {{prompt}}, which stands where the "

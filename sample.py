@@ -1089,8 +1089,8 @@ def _draw(args, images):
                 evaluation=True,
             )
         rows.append(images + group.images)
-        captions.append(["source"] * len(images) + [f"{name}, seed {seed}" for seed in seeds])
-    return picture_grid(rows, captions, args.prompt)
+        captions.append([args.prompt] * len(images) + [f"{name}, seed {seed}" for seed in seeds])
+    return picture_grid(rows, captions)
 
 
 def main(argv: list[str] | None = None) -> None:

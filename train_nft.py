@@ -59,23 +59,23 @@ from data_prep import (
     catch_signals,
     changed,
     check_names,
-    faultless,
+    checkpoints_in,
     faults_of,
     fingerprint,
     from_main,
     heed_stop,
-    keep_json_lines,
+    keep_epochs,
+    keep_faultless,
     load_image,
     load_rows,
     load_sources,
     locked,
-    newest_whole,
-    numbered_folders,
+    newest_checkpoint,
     oracle,
     paired_gain,
     parse_settings,
     picture_grid,
-    prune_folders,
+    prune_checkpoints,
     read_json,
     rows_of_epoch,
     run_script,
@@ -677,7 +677,7 @@ def _show_edits(run, base, now, epoch):
                 pictures.append([source, before["image"], after["image"], target])
                 scores = [f"base {before['judge']:.2f}", f"now {after['judge']:.2f}"]
                 captions.append([row["prompt"], *scores, "target" if target else ""])
-    grid = picture_grid(pictures, captions, "source, base, now, with the judge's score")
+    grid = picture_grid(pictures, captions)
     with whole_file(run.out / "samples" / f"epoch-{epoch:04}.png") as part:
         grid.save(part)
     pixels = np.array(grid)[None]  # (1, height, width, 3)
@@ -771,12 +771,12 @@ def _save_checkpoint(run, state):
         torch.save(run.optimizer.state_dict()["state"], part / "optimizer.pt")
         write_json(part / "state.json", state)
     run.saved = dict(state)
-    prune_folders(folder, run.settings.keep_checkpoints, state["best_epoch"])
+    prune_checkpoints(folder, run.settings.keep_checkpoints, state["best_epoch"])
 
 
 def _load_checkpoint(run, state):
     """Puts back weights and state of the newest whole checkpoint, if there is one."""
-    folder = from_main(run.accelerator, run.stop, newest_whole, run.out, "checkpoint")
+    folder = from_main(run.accelerator, run.stop, newest_checkpoint, run.out)
     if folder is None:
         return
     with run.together():
@@ -817,10 +817,8 @@ def _open_records(run, state):
     with run.together():
         if run.accelerator.is_main_process:
             write_json(run.out / "config.json", state["settings"])
-            keep_json_lines(run.out / "log.jsonl", "epoch", state["logged"])
-        start_trackers(
-            run.accelerator, "edit-nft", state["settings"], state["run"], state["logged"]
-        )
+            keep_epochs(run.out / "log.jsonl", state["logged"])
+        start_trackers(run.accelerator, state["settings"], state["run"], state["logged"])
 
 
 # ---------------------------------------------------------------- before and after an epoch
@@ -847,9 +845,10 @@ def _set_up(argv, scratch):
             resume="never",
             report_to="none",
         )
-    out = Path(settings.out)
-    check_names(out, ["config.json", "log.jsonl"], ["samples"])
-    holds_run = numbered_folders(out, "checkpoint") or Path(out, "log.jsonl").exists()
+    log = Path(settings.out) / "log.jsonl"
+    check_names(Path.is_file, log.with_name("config.json"), log)
+    check_names(Path.is_dir, log.with_name("samples"))
+    holds_run = checkpoints_in(log.parent) or log.exists()
     if holds_run and settings.resume == "never":
         raise BadInput(f"{settings.out}: holds a run already; give --resume auto or another --out")
     accelerator = start_processes(settings.out, settings.report_to)
@@ -884,10 +883,7 @@ def _load_all(settings, accelerator, stop):
             f"--train_timesteps {settings.train_timesteps}: above --rollout_steps {steps}"
         )
     rows["test"] = rows["test"][: settings.eval_rows]
-    for split in rows:
-        rows[split] = faultless(
-            rows[split], partial(check_row, editor), skip, accelerator.is_main_process
-        )
+    keep_faultless(rows, partial(check_row, editor), skip)
     add_policies(
         editor,
         settings.lora_rank,

@@ -1129,7 +1129,7 @@ def test_agree_prints_a_line_for_a_strategy(judge_folder, tmp_path, capsys):
         ),
         ({"scores": [1]}, "lacks .*`edits`"),
         ({"edits": ["1.png"], "scores": [1, 2]}, "lacks .*`edits` with as many `scores`"),
-        ({"edits": ["9.png"], "scores": [1]}, "9.png: no such picture"),
+        ({"edits": ["9.png"], "scores": [1]}, "9.png: no such file"),
         ({"edits": ["1.png", "2.png"], "scores": None, "preference": None}, "lacks `prompt`"),
         ({"edits": ["1.png"], "scores": ["good"]}, "lacks .*`edits`"),
     ],

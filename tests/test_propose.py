@@ -315,8 +315,14 @@ def test_what_failed_is_counted_and_asked_again(server, tmp_path, capsys):
         (["propose", "{}/nowhere", "{}/data"], "nowhere: holds no pictures; name a folder"),
         (["propose", "{}/empty", "{}/data"], "empty: holds no pictures"),
         (["propose", "{}/mine", "{}/data", "--per_picture", "0"], "--per_picture 0: give a number"),
-        (["propose", "{}/mine", "{}/full"], "full: holds something else; name a new folder"),
-        (["propose", "{}/mine", "{}/other"], "other: holds something else; name a new folder"),
+        (
+            ["propose", "{}/mine", "{}/full"],
+            "full: holds something else, or other settings' import; name a new one",
+        ),
+        (
+            ["propose", "{}/mine", "{}/other"],
+            "other: holds something else, or other settings' import; name a new one",
+        ),
         (["propose", "{}/mine", "{}/file"], "file.*cannot be written"),
         (["propose", "{}/mine", "{}/data", "--judge", "local:nowhere"], "not a multimodal LLM"),
         (["requirements", "{}/full", "--form", "song"], "invalid choice: 'song'"),
@@ -363,8 +369,10 @@ def test_a_full_disk_stops_the_questions_at_once(server, tmp_path, monkeypatch):
 def test_a_full_disk_while_pictures_are_copied_costs_no_answer(server, tmp_path, monkeypatch):
     toy_pictures(tmp_path / "mine", 3)
 
-    def full(file, folder):
-        raise DiskFault(f"{folder}/pictures/a.png: cannot be written (no space); make room")
+    def full(cell, key, place, settings):
+        raise DiskFault(
+            f"{settings.dataset}/pictures/a.png: cannot be written (no space); make room"
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(data_prep, "_keep_picture", full)

@@ -28,7 +28,7 @@ the judge fails on an edit          counted by cause in the log; the edit is    
 ... on more than --max_failed       the causes, as soon as it is certain        all finished epochs
 a full or unwritable disk: log,     "FILE: cannot be written (...)"             all finished epochs,
   grid, checkpoint                                                                old files whole
-a file where a folder goes          "is a file; move it", before the models     everything
+a file where a folder goes          "is in the way; move it", before the models everything
 a second run in one --out           "another run is at work there"              the first goes on
 an older run in --out               "holds a run already; give --resume auto"   everything
 newest checkpoint damaged           "checkpoint-N: damaged; going back to the   the one before, and
@@ -405,7 +405,7 @@ def test_a_picture_gone_in_mid_run_is_named_and_keeps_the_finished_epochs(
     run, dataset, tmp_path, monkeypatch
 ):
     folder, gone = vanishing(dataset, tmp_path)
-    with pytest.raises(BadInput, match=r"train.jsonl:\d, row train-\d: .*no such picture"):
+    with pytest.raises(BadInput, match=r"train.jsonl:\d, row train-\d: .*no such file"):
         run(judge=At(5, gone), data=folder, epochs=4, save_every=30)
     assert checkpoints(tmp_path / "run") == [1]
 
@@ -433,7 +433,7 @@ def test_with_bad_rows_skip_a_picture_gone_in_mid_run_costs_its_group_alone(
     server.wait_for("skipped: ", 120)
     server.send(signal.SIGTERM)
     assert server.codes() == [0] * ranks
-    assert "no such picture" in server.said()
+    assert "no such file" in server.said()
     assert "train.jsonl:" in server.said()
     assert ", row train-" in server.said()
 
@@ -535,7 +535,7 @@ def test_a_folder_where_a_file_goes_is_known_before_models_are_loaded(
 ):
     (tmp_path / "run" / name).mkdir(parents=True)
     monkeypatch.setattr(train_nft, "load_editor", lambda *args, **kwargs: pytest.fail("loaded"))
-    with pytest.raises(BadInput, match=f"{name}: is no plain file; move it"):
+    with pytest.raises(BadInput, match=f"{name}: something else is in the way; move it"):
         run()
 
 

@@ -964,7 +964,7 @@ def test_the_command_prints_one_fact_a_line(judge_folder, tmp_path, capsys):
     ("change", "message"),
     [
         ({"--judge": "ftp://localhost"}, "not of the form local:MODEL"),
-        ({"--edited": "nowhere.png"}, "nowhere.png: no such picture"),
+        ({"--edited": "nowhere.png"}, "nowhere.png: not a readable picture .no such file"),
         ({"--judge_prompt": "nowhere.txt"}, "nowhere.txt: no such file"),
         ({"--judge_prompt": "/dev/zero"}, "/dev/zero: no such file"),
         ({"--judge_prompt": sys.executable}, "is no utf-8, or lacks {prompt}"),

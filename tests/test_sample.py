@@ -1124,13 +1124,13 @@ def no_model(monkeypatch):
 
 WRONG = [
     ("--image", ["--image"]),
-    ("gone.png: no such picture", ["--image", "gone.png"]),
+    ("gone.png: not a readable picture (no such file)", ["--image", "gone.png"]),
     ("broken.png: not a readable picture", ["--image", "broken.png"]),
     ("--prompt is missing; name a picture and say what to change", ["--prompt", " "]),
     ("add --lora", ["--compare"]),
     ("end it in .png", ["--out", "out"]),
     ("end it in .png", ["--out", "out.psd"]),
-    ("is no plain file", ["--out", "folder.png"]),
+    ("is in the way", ["--out", "folder.png"]),
     ("cannot be written", ["--out", "in.png/out.png"]),
     ("empty: not a LoRA", ["--lora", "empty"]),
     ("no/such/lora: not a LoRA", ["--lora", "no/such/lora"]),

@@ -1047,8 +1047,7 @@ def test_processes_wait_for_each_other_longer_than_nccls_ten_minutes(run, monkey
 
     monkeypatch.setattr(train_nft.Accelerator, "__init__", noted)
     run(epochs=1, eval_every=5)
-    assert [handler.timeout for handler in given] == [data_prep.PATIENCE]
-    assert data_prep.PATIENCE.total_seconds() >= 3600
+    assert [handler.timeout.total_seconds() >= 3600 for handler in given] == [True]
 
 
 def test_a_cpu_node_that_others_cannot_find_is_told_how_to_be_found(run, monkeypatch):
@@ -1128,7 +1127,7 @@ def test_a_lora_without_gradient_stops_the_run(run, monkeypatch):
         ({"group_size": 1}, "--group_size 1: give a number at least 2"),
         ({"train_timesteps": 5}, "--train_timesteps 5: above --rollout_steps"),
         ({"lr": 0}, "--lr 0.0: give a number above 0"),
-        ({"lr": 1e30}, "--lr 1e.30: give a number .* at most 1"),
+        ({"lr": 1e30}, "--lr 1e.30: give a number at most 1"),
         ({"report_to": "trackio"}, "--report_to trackio: is not installed; pip install trackio"),
         ({"base": "./nowhere"}, "./nowhere: .* name a whole model folder"),
         ({"data": "nowhere"}, "nowhere: holds neither train.jsonl"),
@@ -1192,7 +1191,7 @@ def test_an_editor_that_takes_no_row_is_refused(run, dataset, tmp_path):
     folder = copy_dataset(dataset, tmp_path / "several", image=pictures)
     rows = [{"prompt": f"add {i}", "image": pictures} for i in range(3)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(BadInput, match="all other rows have faults; none is left"):
+    with pytest.raises(BadInput, match="no faultless row is left in train; mend those named above"):
         run(data=folder, bad_rows="skip")
 
 
@@ -1213,7 +1212,8 @@ def test_an_unknown_key_or_value_is_refused_by_name(words):
 
 
 @pytest.mark.parametrize(
-    "fault, message", [("missing", "no such picture"), ("broken", "not a readable picture")]
+    "fault, message",
+    [("missing", "not a readable picture .no such file"), ("broken", "not a readable picture")],
 )
 def test_a_bad_picture_is_refused_before_anything_is_loaded(
     run, dataset, tmp_path, monkeypatch, fault, message
