@@ -60,6 +60,10 @@ class RuleJudge:
         mass = torch.full_like(score, self.mass)
         return Scores(score, mass, {"execution": score}, causes, [""] * len(score))
 
+    def missing(self, n, cause):
+        none = torch.full((n,), torch.nan)
+        return Scores(none, none, {"execution": none}, [cause] * n, [""] * n)
+
     def submit(self, row, sources, edits):
         done = Future()
         done.set_result(self.score(row, sources, edits))
