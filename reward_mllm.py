@@ -53,6 +53,7 @@ import numpy as np
 import torch
 import urllib3
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -103,7 +104,7 @@ QUALITY = """The question is how natural the last picture looks: sharp, well lit
 smears and noise, with no broken shapes, hands or letters. {answer}"""
 CHECKLIST = """Look at this alone: {item}
 {answer}"""
-PROMPTS = {  # what stands from {answer} on comes after the pictures
+PROMPTS = {  # {answer}: how to answer, which is said after the pictures
     "execution": LAYOUT + EXECUTION,
     "consistency": ASIDE + CONSISTENCY,
     "quality": ASIDE + QUALITY,
@@ -242,26 +243,6 @@ class JudgeSettings(CheckedSettings):
             )
 
 
-def _read_prompts(settings):
-    """{aspect: prompt}: ours, a local judge's own judge_prompt.txt, the files of --judge_prompt."""
-    entries = settings.judge_prompt
-    own = settings.judge.removeprefix("local:") + "/judge_prompt.txt"
-    if os.path.isfile(own):
-        entries = [own, *entries]
-    prompts = dict(PROMPTS)
-    for entry in entries:
-        # a slash before the first = is that of a file
-        aspect, file = re.fullmatch("(?s)(?:([^/=]+)=)?(.*)", entry).groups("execution")
-        text = _read_plain(file, "file", "name a text file").decode("utf-8-sig", "replace")
-        if "{prompt}" not in text or "\ufffd" in text:  # what stands for bytes that are no utf-8
-            raise BadInput(
-                f"--judge_prompt {file}: is no utf-8, or lacks {{prompt}}, which stands where the "
-                "instruction goes; save it so"
-            )
-        prompts[aspect] = text
-    return prompts
-
-
 # ---------------------------------------------------------------- terms that need no judge
 
 PLAIN_TERMS = ("psnr", "pixel_distance", "brightness_drift", "sharpness_drift")
@@ -269,7 +250,7 @@ PLAIN_TERMS = ("psnr", "pixel_distance", "brightness_drift", "sharpness_drift")
 
 def plain_terms(
     source: Image.Image, edits: list[Image.Image], mask: Image.Image | None = None
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """What can be seen without a judge, of n edits and their source: name -> (n,).
 
     psnr: of all pixels that are not white in `mask`, in dB, 60 at most, NaN where all are white.
@@ -319,11 +300,11 @@ def _sharpness(pixels):
 class Scores(NamedTuple):
     """What a judge says of the n edits of one row."""
 
-    score: torch.Tensor  # (n,) in [0, 1], NaN where there is none
-    mass: torch.Tensor  # (n,) probability of all words that count; NaN where not known
-    terms: dict = {}  # name -> (n,): each aspect's score, and the plain terms
-    causes: list = ()  # n strings: why there is no score; "" where there is one
-    words: list = ()  # n strings: the judge's likeliest first words, or what it wrote
+    score: Tensor  # (n,) in [0, 1], NaN where there is none
+    mass: Tensor  # (n,) probability of all words that count; NaN where not known
+    terms: dict  # name -> (n,): each aspect's score, and the plain terms
+    causes: list  # n strings: why there is no score; "" where there is one
+    words: list  # n strings: the judge's likeliest first words, or what it wrote
     facts: list = ()  # n dicts, where a server gave them: its model, finish_reason, usage
 
     @staticmethod
@@ -349,7 +330,7 @@ class Verdict(NamedTuple):
     facts: dict = {}  # what its server says of the reply
 
 
-def combine(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+def combine(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The reward (n,) in [0, 1]. Each weighted aspect can only lower what execution earned, so
     that an untouched source, which is perfectly consistent, earns nothing."""
     reward = terms["execution"]
@@ -405,7 +386,7 @@ class Reply(NamedTuple):
     text: str
     is_cut: bool  # by the limit of its tokens
     facts: dict = {}  # what its server says of it: model, finish_reason, usage
-    logprobs: dict | None = None  # of its words and their likeliest neighbours, from a server
+    logprobs: dict = {}  # of its words and their likeliest neighbours, from a server
 
     def said(self) -> str:
         """What stands after its thoughts; JudgeFailure when it is cut or never leaves them."""
@@ -483,7 +464,22 @@ class Judge:
         self.stop = stop or threading.Event()
         self.lock = threading.Lock()  # held by who uses the model, or calls the function
         self.name = settings.judge.removeprefix("local:")
-        self.prompts = _read_prompts(settings)
+        self.prompts = dict(PROMPTS)
+        files = settings.judge_prompt
+        own = f"{self.name}/judge_prompt.txt"  # beside a local judge that brings its question
+        if os.path.isfile(own):
+            files = [own, *files]
+        for entry in files:
+            # a slash before the first = is that of a file
+            aspect, file = re.fullmatch("(?s)(?:([^/=]+)=)?(.*)", entry).groups("execution")
+            text = _read_plain(file, "file", "name a text file").decode("utf-8-sig", "replace")
+            # \ufffd stands for bytes that are no utf-8
+            if "{prompt}" not in text or "\ufffd" in text:
+                raise BadInput(
+                    f"--judge_prompt {file}: is no utf-8, or lacks {{prompt}}, which stands where "
+                    "the instruction goes; save it so"
+                )
+            self.prompts[aspect] = text
         known = {*self.prompts, *PLAIN_TERMS} - {"execution"}
         self.weights = {}
         for entry in settings.judge_aspects:
@@ -577,16 +573,20 @@ class Judge:
 
     def question(self, row, aspect, item, strategy):
         """An aspect's question about a row, and how to answer it, which stands last."""
-        question, answer, rest = self.prompts[aspect].partition("{answer}")
-        if answer:
+        question = self.prompts[aspect]
+        ending = ""
+        if "{answer}" in question:
             ending = THINK if strategy.thinks else strategy.ending
-            # a general judge that writes its score is told its range
-            rest = ending.format(*self.settings.judge_range) + rest
-        texts = {"{requirement}": requirement_of(row), "{item}": item, "{prompt}": row["prompt"]}
-        for name, text in texts.items():  # the instruction last: it may itself hold such a name
+        texts = {
+            "{answer}": "",
+            "{requirement}": requirement_of(row),
+            "{item}": item,
+            "{prompt}": row["prompt"],  # the last one: it may itself hold such a name
+        }
+        for name, text in texts.items():
             question = question.replace(name, text)
-            rest = rest.replace(name, text)
-        return question, rest
+        # a general judge that writes its score is told its range
+        return question, ending.format(*self.settings.judge_range)
 
     def answer(self, chats, strategy):
         """A Verdict on each chat. A batch that is refused is tried again one by one."""
@@ -760,8 +760,8 @@ class LocalJudge(Judge):
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         # A shorter reply than the batch's longest is filled up behind its end.
         ends = torch.tensor(self.model.generation_config.eos_token_id)
-        has_ended = torch.isin(written.cpu(), ends).any(1)
-        return list(map(Reply, texts, (~has_ended).tolist()))
+        is_cut = ~torch.isin(written.cpu(), ends).any(1)
+        return list(map(Reply, texts, is_cut.tolist()))
 
     @torch.no_grad()
     def weigh(self, chats, worth):
@@ -811,9 +811,9 @@ class ServedJudge(Judge):
 
     def __init__(self, settings, stop=None):
         super().__init__(settings, stop)
-        self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "EMPTY"
-        in_flight = max(1, settings.judge_in_flight // int(os.environ.get("WORLD_SIZE") or 1))
-        urls = [url.rstrip("/") for url in settings.judge.split(",")]
+        self.key = os.getenv("JUDGE_API_KEY") or os.getenv("OPENAI_API_KEY") or "EMPTY"
+        in_flight = settings.judge_in_flight // int(os.getenv("WORLD_SIZE") or 1) or 1
+        urls = settings.judge.split(",")
         # A request takes a place from the front, and puts it back at the end when it has its reply:
         # servers take turns, and a slow one, whose places come back late, has less to do.
         self.places = queue.Queue()
@@ -1102,7 +1102,7 @@ def _asked_once(judge, folder, left_out):
             asked = repr([judge.name, text, *map(Image.Image.tobytes, pictures)])
             file = folder / ".judge_said" / hashlib.sha256(asked.encode()).hexdigest()
             if file.exists():
-                return file.read_bytes().decode()
+                return file.read_text("utf-8")
             said = judge.reply(text, pictures).said()
         except (JudgeFailure, BadInput) as failure:
             left_out.append(str(failure))
@@ -1195,7 +1195,7 @@ def propose(settings: WriterSettings):
                 rows = []
                 for row in _rows_in(reply, kinds, left_out):
                     said = ask(ASK_POSSIBLE.replace("{prompt}", row["instruction"]), picture)
-                    if re.match(r"\W*yes\b", said, re.IGNORECASE):
+                    if re.match(r"(?i)\W*yes\b", said):
                         rows.append(row | {"image": pictures[content]})
                     elif said:
                         left_out.append("not possible there")

@@ -30,7 +30,6 @@ from reward_mllm import (
     JudgeSettings,
     Scores,
     _answer_token_ids,
-    _read_prompts,
     check_judge,
     expected_score,
     load_judge,
@@ -910,16 +909,17 @@ def test_a_tokenizer_that_splits_a_digit_is_refused(monkeypatch):
 
 
 def test_braces_in_an_instruction_reach_the_judge_as_they_are(judge_folder):
-    judge = local(judge_folder, "{requirement} | {prompt}{answer} end")
+    judge = local(judge_folder, "{requirement} | {prompt}{answer}")
     row = {"prompt": "write {x} and {requirement}", "requirement": "text {y}"}
     question, ending = judge.question(row, "execution", "", judge.strategy)
     assert question == "text {y} | write {x} and {requirement}"
-    assert ending == f"{reward_mllm.DIGIT} end"
+    assert ending == reward_mllm.DIGIT
 
 
 def test_a_judge_may_bring_its_own_prompt(tmp_path):
     def read(*files):
-        return _read_prompts(JudgeSettings(judge=f"local:{tmp_path}", judge_prompt=list(files)))
+        settings = JudgeSettings(judge=f"local:{tmp_path}", judge_prompt=list(files))
+        return reward_mllm.Judge(settings).prompts
 
     assert read() == reward_mllm.PROMPTS
     (tmp_path / "judge_prompt.txt").write_text("mine: {prompt}")
@@ -928,6 +928,8 @@ def test_a_judge_may_bring_its_own_prompt(tmp_path):
     assert read(f"{tmp_path}/other.txt")["execution"] == "other: {prompt}"
     named = read(f"consistency={tmp_path}/other.txt")
     assert (named["consistency"], named["execution"]) == ("other: {prompt}", "mine: {prompt}")
+    (tmp_path / "a=b.txt").write_text("odd: {prompt}")
+    assert read(f"{tmp_path}/a=b.txt")["execution"] == "odd: {prompt}"
 
 
 def test_our_questions_name_the_instruction_and_end_in_how_to_answer():
