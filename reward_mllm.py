@@ -407,7 +407,7 @@ def _read_written(replies, settings):
     for reply in replies:
         try:
             found = re.finditer(settings.judge_reply, reply.said())
-            numbers = [min(map(float, filter(None, one.groups()))) for one in found]
+            numbers = [min(map(float, filter(None, find.groups()))) for find in found]
             if not numbers:
                 raise JudgeFailure("no score in the reply")
             if min(numbers) < low or max(numbers) > high:
@@ -565,8 +565,8 @@ class Judge:
         verdicts = []
         for batch in batches:
             verdicts += batch.result()
-        n = len(edits)
-        verdicts = [_joined(verdicts[i::n]) for i in range(n)]  # of each edit
+        n = len(edits)  # so far apart lie the Verdicts on the items, of each edit
+        verdicts = [_joined(verdicts[i::n]) for i in range(n)]
         if strategy.draws:
             verdicts = list(map(_drawn, verdicts, edits))
         return verdicts
@@ -590,28 +590,25 @@ class Judge:
 
     def answer(self, chats, strategy):
         """A Verdict on each chat. A batch that is refused is tried again one by one."""
+        asked = chats
+        tokens = self.settings.judge_think
         try:
-            return self.converse(chats, strategy)
+            if strategy.thinks:
+                thoughts = self.write(chats, tokens)
+                ending = _message("user", strategy.ending)
+                asked = [
+                    [*chat, _message("assistant", thought.text), ending]
+                    for chat, thought in zip(chats, thoughts, strict=True)
+                ]
+            if strategy.worth:
+                return self.weigh(asked, strategy.worth)
+            # draws x chats
+            written = [self.write(asked, tokens, draw) for draw in range(self.settings.judge_draws)]
+            return [_read_written(replies, self.settings) for replies in zip(*written, strict=True)]
         except Exception as error:
             if len(chats) > 1:
                 return [self.answer([chat], strategy)[0] for chat in chats]
             return [Verdict(cause=_cause_of(error))]
-
-    def converse(self, chats, strategy):
-        """What a strategy asks in turn."""
-        tokens = self.settings.judge_think
-        if strategy.thinks:
-            thoughts = self.write(chats, tokens)
-            ending = _message("user", strategy.ending)
-            chats = [
-                [*chat, _message("assistant", thought.text), ending]
-                for chat, thought in zip(chats, thoughts, strict=True)
-            ]
-        if strategy.worth:
-            return self.weigh(chats, strategy.worth)
-        # draws x chats
-        written = [self.write(chats, tokens, draw) for draw in range(self.settings.judge_draws)]
-        return [_read_written(replies, self.settings) for replies in zip(*written, strict=True)]
 
     # ------------------------------------------------ other words with a judge, and its end
 
@@ -857,7 +854,24 @@ class ServedJudge(Judge):
     def weigh(self, chats, worth):
         options = {"max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 20}
         reply = self.complete(chats, options)
-        return [_read_words(reply, worth)._replace(facts=reply.facts)]
+        try:
+            listed = reply.logprobs["content"][0]["top_logprobs"]
+            words = [str(word["token"]) for word in listed]
+            values = [math.exp(word["logprob"]) for word in listed]
+            least = min(values)
+        except Exception:  # the reply may be any JSON
+            return [Verdict(cause="no logprobs in the reply", facts=reply.facts)]
+        verdict = expected_score(dict(zip(words, values, strict=True)), worth)
+        # Nothing is guessed: what cannot be, or was cut so that answers may be missing, counts not.
+        cause = verdict.cause
+        is_double = max(map(words.count, worth)) > 1
+        unseen = worth.keys() - set(words)  # each at most as likely as the last that is listed
+        if is_double or values.count(0.0) > 1 or not sum(values) < 1.01:  # nor is NaN
+            cause = "probabilities that cannot be, or were cut by top-k or top-p"
+        elif len(unseen) * least > 1e-3 * verdict.mass:
+            cause = "answers missing from top_logprobs"
+        score = torch.nan if cause else verdict.score
+        return [verdict._replace(score=score, cause=cause, facts=reply.facts)]
 
     def complete(self, chats, options):
         """The Reply to a chat; where no server answers it is asked again.
@@ -949,31 +963,6 @@ class ServedJudge(Judge):
             return json.loads(content)
         except (ValueError, RecursionError):
             raise Unavailable("a reply that is not JSON") from None
-
-
-def _read_words(reply, worth):
-    """The Verdict in the likeliest first words of a served Reply.
-
-    Nothing is guessed: probabilities that cannot be, or that were cut so that answers may be
-    missing, are no score.
-    """
-    try:
-        listed = reply.logprobs["content"][0]["top_logprobs"]
-        words = [str(word["token"]) for word in listed]
-        values = [math.exp(word["logprob"]) for word in listed]
-        least = min(values)
-    except Exception:  # the reply may be any JSON
-        return Verdict(cause="no logprobs in the reply")
-    verdict = expected_score(dict(zip(words, values, strict=True)), worth)
-    is_double = max(map(words.count, worth)) > 1
-    unseen = worth.keys() - set(words)  # each at most as likely as the last that is listed
-    if is_double or values.count(0.0) > 1 or not sum(values) < 1.01:  # nor is NaN
-        cause = "probabilities that cannot be, or were cut by top-k or top-p"
-    elif len(unseen) * least > 1e-3 * verdict.mass:
-        cause = "answers missing from top_logprobs"
-    else:
-        return verdict
-    return verdict._replace(score=torch.nan, cause=cause)
 
 
 # ---------------------------------------------------------------- which judge, and is it fit?
