@@ -577,14 +577,9 @@ class Judge:
         ending = ""
         if "{answer}" in question:
             ending = THINK if strategy.thinks else strategy.ending
-        texts = {
-            "{answer}": "",
-            "{requirement}": requirement_of(row),
-            "{item}": item,
-            "{prompt}": row["prompt"],  # the last one: it may itself hold such a name
-        }
-        for name, text in texts.items():
-            question = question.replace(name, text)
+        question = question.replace("{answer}", "").replace("{requirement}", requirement_of(row))
+        # the instruction last: it may itself hold such a name
+        question = question.replace("{item}", item).replace("{prompt}", row["prompt"])
         # a general judge that writes its score is told its range
         return question, ending.format(*self.settings.judge_range)
 
@@ -730,7 +725,7 @@ class LocalJudge(Judge):
                 f"({_cause_of(error)}); name one such as Qwen/Qwen2.5-VL-7B-Instruct, or a "
                 "--judge_device such as cuda:0, or run python data_prep.py toy first"
             ) from error
-        self.model = model.to(device).eval()
+        self.model = model.to(device)
         # A thread may have waited long for its turn, and each word it writes is a forward.
         heed_stop(self.model, self.stop)
         self.tokenizer = self.processor.tokenizer
