@@ -872,6 +872,12 @@ def test_every_task_has_a_requirement_of_its_own(task):
     assert text != reward_mllm.ANY_EDIT and text.endswith(".")
 
 
+def test_a_task_is_known_by_the_first_word_of_its_name_that_names_a_kind():
+    for task, kind in {"Red-box": "box", "color_alter": "color", "Add a thing": "add"}.items():
+        assert requirement_of({"task": task}) == reward_mllm.REQUIREMENTS[kind]
+    assert requirement_of({"task": "padding"}) == reward_mllm.ANY_EDIT  # no part of a word
+
+
 def test_a_rows_own_requirement_comes_first():
     assert requirement_of({"task": "add", "requirement": "mine"}) == "mine"
     assert requirement_of({"task": "unheard of"}) == requirement_of({}) == reward_mllm.ANY_EDIT
