@@ -139,7 +139,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _as_list(value):
+def as_list(value) -> list:
     """A list itself, and anything else as the one thing in a list."""
     return value if isinstance(value, list) else [value]
 
@@ -201,7 +201,7 @@ class CheckedSettings:
             # a list may be empty where its default is
             if value == [] and field.default_factory():
                 raise BadInput(f"--{field.name}: is empty; give at least one value")
-            for part in _as_list(value):
+            for part in as_list(value):
                 _check_value(field, part)
 
 
@@ -441,7 +441,7 @@ def _noted(faults):
         faults.append(str(fault))
 
 
-def _read_plain(path, fix):
+def read_plain(path: AnyPath, fix: str) -> bytes:
     """The content of a plain file; BadInput where there is none or it cannot be read."""
     if not os.path.isfile(path):  # a pipe or a device could hang
         raise BadInput(f"{path}: no such file; {fix}")
@@ -457,7 +457,7 @@ def read_json_lines(path: AnyPath, faults: list | None = None) -> list[tuple]:
     utf-8 with or without BOM; empty lines are passed over. The first line that is no JSON object
     raises BadInput; with a list as `faults` it is left out and the message appended.
     """
-    lines = _read_plain(path, "name another").split(b"\n")
+    lines = read_plain(path, "name another").split(b"\n")
     objects = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -769,7 +769,7 @@ def picture_file(cell, folder: AnyPath, where: str) -> PictureFile:
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if not isinstance(cell, bytes):
-        cell = _read_plain(inside(folder, cell, where), f"{where} names it")
+        cell = read_plain(inside(folder, cell, where), f"{where} names it")
     return PictureFile(cell, where)
 
 
@@ -830,7 +830,7 @@ def _checked(row, where, folder, known):
     if not row.get("image"):
         raise BadInput(f"{where}: the row has no `image`; add a path, relative to {folder}")
     row["id"] = str(row["id"])
-    images = [inside(folder, name, where) for name in _as_list(row["image"])]
+    images = [inside(folder, name, where) for name in as_list(row["image"])]
     added = {"where": where, "images": images}
     for key in row.keys() & {"target", "mask"}:
         added[key] = inside(folder, row[key], where)
@@ -882,7 +882,7 @@ def row_pictures(row: dict, keys: tuple = ("images", "target", "mask")) -> list[
     """The paths of all pictures of a row: sources, target, mask."""
     paths = []
     for key in keys:
-        paths += _as_list(row.get(key, []))
+        paths += as_list(row.get(key, []))
     return paths
 
 
@@ -1109,13 +1109,13 @@ def import_dataset(settings: ImportSettings):
     settings = replace(settings, **dict(column.split("=") for column in columns))
     folder = Path(settings.dataset)
     with locked(folder):
-        _refuse_others(folder, asdict(settings))
+        refuse_others(folder, asdict(settings))
         if (folder / "train.jsonl").exists():
             say(f"{folder}: was imported before; nothing to do")
             return
         write_json(folder / "import.json", asdict(settings))
         rows, faults = _take_rows(settings)
-        rows.sort(key=lambda row: _as_list(row["image"])[0])  # by content: as good as a lot
+        rows.sort(key=lambda row: as_list(row["image"])[0])  # by content: as good as a lot
         test = rows[: settings.test]
         held_out = _all_pictures(test, ("image", "target"))
         train = []
@@ -1138,7 +1138,7 @@ def import_dataset(settings: ImportSettings):
     say(f"{folder}: {len(train)} rows to train on, {len(test)} held out, {len(faults)} left out")
 
 
-def _refuse_others(folder, settings):
+def refuse_others(folder: Path, settings: dict):
     """BadInput for a folder that holds something else, or a finished import of other settings."""
     record = folder / "import.json"
     is_done = (folder / "train.jsonl").exists()
@@ -1179,11 +1179,11 @@ def _import_row(place, record, settings):
         if value in (None, "", []):
             continue
         if key in ("image", "target", "mask", "kept"):
-            names = [_keep_picture(cell, key, place, settings) for cell in _as_list(value)]
+            names = [_keep_picture(cell, key, place, settings) for cell in as_list(value)]
             value = names if key == "image" and len(names) > 1 else names[0]
         row["mask" if key == "kept" else key] = value
     if "mask" in row and "image" in row:
-        pair = (row["mask"], _as_list(row["image"])[0])
+        pair = (row["mask"], as_list(row["image"])[0])
         sizes = {load_image(Path(settings.dataset, name)).size for name in pair}
         if len(sizes) > 1:
             raise BadInput(f"{place}: {OTHER_SIZE}")

@@ -97,8 +97,8 @@ from reward_mllm import (
     TOY,
     JudgeFailure,
     JudgeSettings,
-    _pixels_of,
     load_judge,
+    pixels_of,
     plain_terms,
     requirement_of,
 )
@@ -986,7 +986,7 @@ def _seen(job, call):
 def _luminance(picture, size):
     """A picture's luminance (H, W) in [0, 1], at the size (W, H)."""
     # the three channels are alike; float64, as SSIM's variances are small differences
-    return _pixels_of(picture.convert("L"), size).double().mean(2)
+    return pixels_of(picture.convert("L"), size).double().mean(2)
 
 
 def _ssim(source, edit, mask=None):
@@ -1027,10 +1027,10 @@ def _lpips(source, edit, mask=None):
     """Perceptual distance of two pictures by AlexNet (Zhang et al. 2018), 0 where they are equal,
     at the edit's size; what is white in the mask is taken from the source, so that it is equal."""
     network = _lpips_network()
-    before = _pixels_of(source, edit.size)  # (H, W, 3)
-    after = _pixels_of(edit, edit.size)
+    before = pixels_of(source, edit.size)  # (H, W, 3)
+    after = pixels_of(edit, edit.size)
     if mask:
-        after = after.where(_pixels_of(mask, edit.size) < 0.5, before)
+        after = after.where(pixels_of(mask, edit.size) < 0.5, before)
     pair = torch.stack([before, after]).permute(0, 3, 1, 2)  # (2, 3, H, W)
     return network(*pair.split(1), normalize=True).item()
 

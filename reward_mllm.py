@@ -40,7 +40,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, TimeoutError, wait
 from contextlib import closing
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
@@ -53,6 +53,7 @@ import numpy as np
 import torch
 import urllib3
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -63,9 +64,7 @@ from data_prep import (
     BadInput,
     CheckedSettings,
     ImportSettings,
-    _as_list,
-    _read_plain,
-    _refuse_others,
+    as_list,
     file_hashes,
     heed_stop,
     import_dataset,
@@ -76,7 +75,9 @@ from data_prep import (
     one_line,
     parse_settings,
     read_json_lines,
+    read_plain,
     read_rows,
+    refuse_others,
     run_script,
     say,
     say_once,
@@ -103,7 +104,7 @@ QUALITY = """The question is how natural the last picture looks: sharp, well lit
 smears and noise, with no broken shapes, hands or letters. {answer}"""
 CHECKLIST = """Look at this alone: {item}
 {answer}"""
-PROMPTS = {  # what stands from {answer} on comes after the pictures
+PROMPTS = {  # {answer}: how to answer, which is said after the pictures
     "execution": LAYOUT + EXECUTION,
     "consistency": ASIDE + CONSISTENCY,
     "quality": ASIDE + QUALITY,
@@ -139,41 +140,39 @@ STRATEGIES = {
 STRATEGIES |= {f"{name}_cot": kind._replace(thinks=True) for name, kind in STRATEGIES.items()}
 STRATEGIES["written"] = Strategy(WRITTEN, {})
 
-# what a good edit must show, by the kind of its task
+# What a good edit must show, by a word of its task's name in ImgEdit, GEdit and training sets:
+# subject-add, background_change, Red-box.
 GOOD_EDITS = """
 add: the new thing, once, where it was asked for, in fitting size and light, hiding nothing else.
 remove: the thing gone with its shadow and reflection; there what would plausibly be behind it.
 replace: the new thing where the old was, in fitting size, pose and light, and no trace of the old.
 adjust: the named property changed as asked, on all of the named thing alone; its shape as before.
-color_alter: the new colour on all of the named thing alone, its shading and texture kept.
-material_alter: the named thing plainly made of the new material, with fitting sheen, in its shape.
+alter: the named property changed as asked, on all of the named thing alone; its shape as before.
+color: the new colour on all of the named thing alone, its shading and texture kept.
+recolour: the new colour on all of the named thing alone, its shading and texture kept.
+material: the named thing plainly made of the new material, with fitting sheen, in its shape.
 background: the new background all around, meeting an unchanged foreground at clean edges.
 style: the new style in every part of the picture; the scene, its things and places are the same.
-tone_transfer: the new light, weather, season or mood all over; things and places are the same.
+tone: the new light, weather, season or mood all over; things and places are the same.
 action: the new pose, movement or expression, with sound anatomy; the same person or animal.
-ps_human: the person changed as asked and plainly the same one, with natural skin, face and hands.
+motion: the new pose, movement or expression, with sound anatomy; the same person or animal.
+human: the person changed as asked and plainly the same one, with natural skin, face and hands.
 text: the new text, spelled exactly as asked, in the old one's place and manner; no other changed.
 hybrid: every one of the changes that were asked for, each of them complete, and no other.
+compose: every one of the changes that were asked for, each of them complete, and no other.
 extract: the named thing alone, whole and unaltered, on a plain background.
 reference: what was asked for of the reference picture, recognisably; the rest of the edited one.
-red_box: the change made to what the red box marks and nowhere else, and the box itself gone.
+box: the change made to what the red box marks and nowhere else, and the box itself gone.
 """
 REQUIREMENTS = dict(line.split(": ", 1) for line in GOOD_EDITS.strip().splitlines())
 ANY_EDIT = "the change that was asked for, complete and natural, and no other change."
-OTHER_NAMES = {  # that ImgEdit, GEdit and training sets give to these tasks
-    "alter": "adjust",
-    "recolour": "color_alter",
-    "motion": "action",
-    "compose": "hybrid",
-}
 
 
 def requirement_of(row: dict) -> str:
     """What a good edit of a row must show: its `requirement`, or the text for its `task`."""
-    task = re.sub("[- ]", "_", str(row.get("task")).strip().lower())
-    # GEdit writes subject-add and background_change
-    task = task.removeprefix("subject_").removesuffix("_change")
-    return row.get("requirement") or REQUIREMENTS.get(OTHER_NAMES.get(task, task), ANY_EDIT)
+    words = re.findall("[a-z]+", str(row.get("task")).lower())
+    known = filter(None, map(REQUIREMENTS.get, words))
+    return row.get("requirement") or next(known, ANY_EDIT)
 
 
 # ---------------------------------------------------------------- settings
@@ -244,42 +243,6 @@ class JudgeSettings(CheckedSettings):
             )
 
 
-def _read_prompts(settings):
-    """{aspect: prompt}: ours, a local judge's own judge_prompt.txt, the files of --judge_prompt."""
-    entries = settings.judge_prompt
-    own = settings.judge.removeprefix("local:") + "/judge_prompt.txt"
-    if os.path.isfile(own):
-        entries = [f"execution={own}", *entries]
-    prompts = dict(PROMPTS)
-    for entry in entries:
-        if "=" not in entry:
-            entry = f"execution={entry}"
-        aspect, _, file = entry.partition("=")
-        text = _read_plain(file, "name a text file").decode("utf-8-sig", "replace")
-        if "{prompt}" not in text or "\ufffd" in text:  # what stands for bytes that are no utf-8
-            raise BadInput(
-                f"--judge_prompt {file}: is no utf-8, or lacks {{prompt}}, which stands where the "
-                "instruction goes; save it so"
-            )
-        prompts[aspect] = text
-    return prompts
-
-
-def _read_weights(entries, aspects):
-    """{aspect: weight} from the ASPECT=WEIGHT entries of --judge_aspects."""
-    weights = {}
-    for entry in entries:
-        aspect, _, number = entry.partition("=")
-        # a weight is written as 1, 1.0, 0.4 or .4
-        if aspect not in aspects or not re.fullmatch(r"[01](\.0*)?|0?\.\d+", number):
-            raise BadInput(
-                f"--judge_aspects {entry}: give ASPECT=WEIGHT, a weight from 0 to 1 of one of "
-                f"{', '.join(sorted(aspects))}, or add --judge_prompt {aspect}=FILE"
-            )
-        weights[aspect] = float(number)
-    return weights
-
-
 # ---------------------------------------------------------------- terms that need no judge
 
 PLAIN_TERMS = ("psnr", "pixel_distance", "brightness_drift", "sharpness_drift")
@@ -287,7 +250,7 @@ PLAIN_TERMS = ("psnr", "pixel_distance", "brightness_drift", "sharpness_drift")
 
 def plain_terms(
     source: Image.Image, edits: list[Image.Image], mask: Image.Image | None = None
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """What can be seen without a judge, of n edits and their source: name -> (n,).
 
     psnr: of all pixels that are not white in `mask`, in dB, 60 at most, NaN where all are white.
@@ -295,32 +258,30 @@ def plain_terms(
     brightness_drift: the edit's mean brightness minus the source's, in [-1, 1].
     sharpness_drift: (edit - source) / (edit + source) of the mean absolute Laplacian; -1: blurred.
     """
-    # a dict of tensors from a list of dicts
-    return default_collate([_differences(source, edit, mask) for edit in edits])
+    found = []
+    for edit in edits:
+        before = pixels_of(source, edit.size)  # (H, W, 3)
+        after = pixels_of(edit, edit.size)
+        change = after - before
+        error = change.square().mean(2)  # (H, W)
+        if mask:
+            must_stay = pixels_of(mask, edit.size).mean(2) < 0.5  # (H, W), black in the mask
+            error = error[must_stay]  # (pixels,)
+        dull = _sharpness(before)
+        sharp = _sharpness(after)
+        terms = {
+            "psnr": -10 * error.mean().clamp(min=1e-6).log10(),  # 1e-6 is 60 dB
+            "pixel_distance": change.abs().mean(),
+            "brightness_drift": change.mean(),
+            "sharpness_drift": (sharp - dull) / (sharp + dull),
+        }
+        found.append(terms)
+    return default_collate(found)  # a dict of tensors from a list of dicts
 
 
-def _differences(source, edit, mask):
-    """The plain terms of one edit: name -> a tensor of one number."""
-    before = _pixels_of(source, edit.size)  # (H, W, 3)
-    after = _pixels_of(edit, edit.size)
-    change = after - before
-    error = change.square().mean(2)  # (H, W)
-    if mask:
-        must_stay = _pixels_of(mask, edit.size).mean(2) < 0.5  # (H, W), black in the mask
-        error = error[must_stay]  # (pixels,)
-    dull = _sharpness(before)
-    sharp = _sharpness(after)
-    return {
-        "psnr": -10 * error.mean().clamp(min=1e-6).log10(),  # 1e-6 is 60 dB
-        "pixel_distance": change.abs().mean(),
-        "brightness_drift": change.mean(),
-        "sharpness_drift": (sharp - dull) / (sharp + dull),
-    }
-
-
-def _pixels_of(picture, size):
+def pixels_of(picture: Image.Image, size: tuple) -> torch.Tensor:
     """A picture's pixels (H, W, 3) in [0, 1], at the size (W, H)."""
-    picture = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    picture = picture.convert("RGB").resize(size, Image.LANCZOS)
     return torch.tensor(np.array(picture)) / 255
 
 
@@ -339,35 +300,22 @@ def _sharpness(pixels):
 class Scores(NamedTuple):
     """What a judge says of the n edits of one row."""
 
-    score: torch.Tensor  # (n,) in [0, 1], NaN where there is none
-    mass: torch.Tensor  # (n,) probability of all words that count; NaN where not known
-    terms: dict = {}  # name -> (n,): each aspect's score, and the plain terms
-    causes: list = ()  # n strings: why there is no score; "" where there is one
-    words: list = ()  # n strings: the judge's likeliest first words, or what it wrote
+    score: Tensor  # (n,) in [0, 1], NaN where there is none
+    mass: Tensor  # (n,) probability of all words that count; NaN where not known
+    terms: dict  # name -> (n,): each aspect's score, and the plain terms
+    causes: list  # n strings: why there is no score; "" where there is one
+    words: list  # n strings: the judge's likeliest first words, or what it wrote
     facts: list = ()  # n dicts, where a server gave them: its model, finish_reason, usage
 
     @staticmethod
-    def missing(n: int, cause: str) -> "Scores":
-        """The Scores of n edits that could not be judged."""
-        none = torch.full((n,), torch.nan)
-        return Scores(none, none, {}, [cause] * n, [""] * n)
-
-    @staticmethod
     def stack(groups: list["Scores"]) -> "Scores":
-        """G groups' Scores as one: (G, n) each; causes and words are those of all G n edits.
-
-        A group that could not be judged has no terms, and NaN in their place.
-        """
-        none = torch.full_like(groups[0].score, torch.nan)
-        terms = {}
-        for name in max([group.terms for group in groups], key=len):
-            terms[name] = torch.stack([group.terms.get(name, none) for group in groups])
+        """G groups' Scores as one: (G, n) each; causes and words are those of all G n edits."""
         return Scores(
             torch.stack([group.score for group in groups]),
             torch.stack([group.mass for group in groups]),
-            terms,
-            sum((group.causes for group in groups), []),
-            sum((group.words for group in groups), []),
+            default_collate([group.terms for group in groups]),
+            sum([group.causes for group in groups], []),
+            sum([group.words for group in groups], []),
         )
 
 
@@ -382,7 +330,7 @@ class Verdict(NamedTuple):
     facts: dict = {}  # what its server says of the reply
 
 
-def combine(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+def combine(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The reward (n,) in [0, 1]. Each weighted aspect can only lower what execution earned, so
     that an untouched source, which is perfectly consistent, earns nothing."""
     reward = terms["execution"]
@@ -406,13 +354,13 @@ def expected_score(p: dict[str, float], worth: dict[str, float] = DIGITS) -> Ver
     p: the likeliest first words, each with its probability among all words; worth: the words that
     count, each with what it is worth, in [0, 1].
     """
-    likeliest = Counter(p).most_common(5)
-    words = ", ".join(f"{word!r} {share:.0%}" for word, share in likeliest)
-    mass = sum(p.get(word, 0.0) for word in worth)
+    p = Counter(p)  # 0 for all other words
+    words = ", ".join(f"{word!r} {share:.0%}" for word, share in p.most_common(5))
+    mass = sum([p[word] for word in worth], 0.0)
     # What is no answer counts for nothing: the answers' shares are of their mass alone.
     if not 0 < mass < math.inf:
         return Verdict(torch.nan, mass, "no finite probability of the answers", words)
-    shares = {word: p.get(word, 0.0) / mass for word in worth}
+    shares = {word: p[word] / mass for word in worth}
     score = sum(share * worth[word] for word, share in shares.items())
     # rounding may exceed 1
     return Verdict(min(score, 1.0), min(mass, 1.0), "", words, shares)
@@ -438,6 +386,7 @@ class Reply(NamedTuple):
     text: str
     is_cut: bool  # by the limit of its tokens
     facts: dict = {}  # what its server says of it: model, finish_reason, usage
+    logprobs: dict = {}  # of its words and their likeliest neighbours, from a server
 
     def said(self) -> str:
         """What stands after its thoughts; JudgeFailure when it is cut or never leaves them."""
@@ -450,25 +399,26 @@ class Reply(NamedTuple):
         return said
 
 
-def _least_number(found):
-    """The least of the numbers in the groups of a match."""
-    return min(map(float, filter(None, found.groups())))
-
-
-def _read_written(reply, settings):
-    """The Verdict in a Reply: the mean of all that --judge_reply finds in it; of several groups of
-    one find, the least counts."""
+def _read_written(replies, settings):
+    """The Verdict in an edit's Replies: the mean of those that can be read, and of all that
+    --judge_reply finds in each; of several groups of one find, the least counts."""
     low, high = settings.judge_range
-    verdict = Verdict(words=reply.text[-200:], facts=reply.facts)
-    try:
-        scores = list(map(_least_number, re.finditer(settings.judge_reply, reply.said())))
-    except (JudgeFailure, ValueError) as error:  # such as 1.2.3, which is no number
-        return verdict._replace(cause=_cause_of(error))
-    if not scores:
-        return verdict._replace(cause="no score in the reply")
-    if not all(low <= score <= high for score in scores):
-        return verdict._replace(cause=f"a score out of the range {low:g} to {high:g}")
-    return verdict._replace(score=(fmean(scores) - low) / (high - low))
+    scores = []
+    for reply in replies:
+        try:
+            found = re.finditer(settings.judge_reply, reply.said())
+            numbers = [min(map(float, filter(None, find.groups()))) for find in found]
+            if not numbers:
+                raise JudgeFailure("no score in the reply")
+            if min(numbers) < low or max(numbers) > high:
+                raise JudgeFailure(f"a score out of the range {low:g} to {high:g}")
+            scores.append((fmean(numbers) - low) / (high - low))
+        except (JudgeFailure, ValueError) as error:  # such as 1.2.3, which is no number
+            cause = _cause_of(error)
+    verdict = Verdict(words=reply.text[-200:], facts=reply.facts)  # of the last one
+    if scores:
+        return verdict._replace(score=fmean(scores))
+    return verdict._replace(cause=cause)
 
 
 # ---------------------------------------------------------------- what all judges share
@@ -514,13 +464,35 @@ class Judge:
         self.stop = stop or threading.Event()
         self.lock = threading.Lock()  # held by who uses the model, or calls the function
         self.name = settings.judge.removeprefix("local:")
-        self.prompts = _read_prompts(settings)
+        self.prompts = dict(PROMPTS)
+        files = settings.judge_prompt
+        own = f"{self.name}/judge_prompt.txt"  # beside a local judge that brings its question
+        if os.path.isfile(own):
+            files = [own, *files]
+        for entry in files:
+            # a slash before the first = is that of a file
+            aspect, file = re.fullmatch("(?s)(?:([^/=]+)=)?(.*)", entry).groups("execution")
+            text = read_plain(file, "name a text file").decode("utf-8-sig", "replace")
+            # \ufffd stands for bytes that are no utf-8
+            if "{prompt}" not in text or "\ufffd" in text:
+                raise BadInput(
+                    f"--judge_prompt {file}: is no utf-8, or lacks {{prompt}}, which stands where "
+                    "the instruction goes; save it so"
+                )
+            self.prompts[aspect] = text
         known = {*self.prompts, *PLAIN_TERMS} - {"execution"}
-        self.weights = _read_weights(settings.judge_aspects, known)
+        self.weights = {}
+        for entry in settings.judge_aspects:
+            aspect, _, weight = entry.partition("=")
+            # a weight is written as 1, 1.0, 0.4 or .4
+            if aspect not in known or not re.fullmatch(r"[01](\.0*)?|0?\.\d+", weight):
+                raise BadInput(
+                    f"--judge_aspects {entry}: give ASPECT=WEIGHT, a weight from 0 to 1 of one of "
+                    f"{', '.join(sorted(known))}, or add --judge_prompt {aspect}=FILE"
+                )
+            self.weights[aspect] = float(weight)
         self.aspects = ["execution", *sorted(self.weights.keys() - PLAIN_TERMS)]
-        strategy = STRATEGIES[settings.judge_strategy]
-        # a general judge that writes its score is told its range
-        self.strategy = strategy._replace(ending=strategy.ending.format(*settings.judge_range))
+        self.strategy = STRATEGIES[settings.judge_strategy]
 
     # ------------------------------------------------ from a group of edits to its Scores
 
@@ -538,7 +510,13 @@ class Judge:
         try:
             return self.unless_stopped(self.examine_all, row, sources, edits)
         except JudgeFailure as failure:  # one group's trouble must not end a run
-            return Scores.missing(len(edits), str(failure))
+            return self.missing(len(edits), str(failure))
+
+    def missing(self, n: int, cause: str) -> Scores:
+        """The Scores of n edits that could not be judged: NaN."""
+        none = torch.full((n,), torch.nan)
+        terms = dict.fromkeys([*PLAIN_TERMS, *self.aspects], none)
+        return Scores(none, none, terms, [cause] * n, [""] * n)
 
     def examine_all(self, row, sources, edits):
         """The Scores of n edits under all aspects."""
@@ -567,74 +545,65 @@ class Judge:
 
     def examine(self, row, aspect, sources, edits):
         """n Verdicts on an aspect: on its one question, or on all items of a checklist."""
+        strategy = self.strategy
         items = [""]
         if "{item}" in self.prompts[aspect]:
-            items = _as_list(row.get("checklist") or requirement_of(row))
-        answers = [self.inquire(row, aspect, item, sources, edits) for item in items]
-        return list(map(_joined, zip(*answers, strict=True)))
-
-    def inquire(self, row, aspect, item, sources, edits):
-        """n Verdicts on one question."""
-        strategy = STRATEGIES["yes_no"] if item else self.strategy
-        question, ending = self.question(row, aspect, item)
+            strategy = STRATEGIES["yes_no"]
+            items = as_list(row.get("checklist") or requirement_of(row))
         shown = [self.part(_shrunk(source, edits[0])) for source in sources]
         chats = []
-        for edit in edits:
-            parts = [question, *shown, self.part(edit)]
-            if self.settings.judge_order == "pictures_first":
-                parts.append(parts.pop(0))  # the question
-            chats.append([_message("user", *parts, ending)])
+        for item in items:
+            question, ending = self.question(row, aspect, item, strategy)
+            for edit in edits:
+                parts = [question, *shown, self.part(edit)]
+                if self.settings.judge_order == "pictures_first":
+                    parts.append(parts.pop(0))  # the question
+                chats.append([_message("user", *parts, ending)])
         # Servers are asked side by side; a local judge's batches take their turn at its lock.
         starts = range(0, len(chats), self.batch)
         batches = [_background(self.answer, chats[i : i + self.batch], strategy) for i in starts]
         verdicts = []
         for batch in batches:
             verdicts += batch.result()
+        n = len(edits)  # so far apart lie the Verdicts on the items, of each edit
+        verdicts = [_joined(verdicts[i::n]) for i in range(n)]
         if strategy.draws:
             verdicts = list(map(_drawn, verdicts, edits))
         return verdicts
 
-    def question(self, row, aspect="execution", item=""):
+    def question(self, row, aspect, item, strategy):
         """An aspect's question about a row, and how to answer it, which stands last."""
-        question, answer, rest = self.prompts[aspect].partition("{answer}")
-        ending = THINK if self.strategy.thinks else self.strategy.ending
-        if answer:
-            rest = (YES_NO if item else ending) + rest
-        texts = {"{requirement}": requirement_of(row), "{item}": item, "{prompt}": row["prompt"]}
-        for name, text in texts.items():  # the instruction last: it may itself hold such a name
-            question = question.replace(name, text)
-            rest = rest.replace(name, text)
-        return question, rest
+        question = self.prompts[aspect]
+        ending = ""
+        if "{answer}" in question:
+            ending = THINK if strategy.thinks else strategy.ending
+        question = question.replace("{answer}", "").replace("{requirement}", requirement_of(row))
+        # the instruction last: it may itself hold such a name
+        question = question.replace("{item}", item).replace("{prompt}", row["prompt"])
+        # a general judge that writes its score is told its range
+        return question, ending.format(*self.settings.judge_range)
 
     def answer(self, chats, strategy):
         """A Verdict on each chat. A batch that is refused is tried again one by one."""
+        asked = chats
+        tokens = self.settings.judge_think
         try:
-            return self.converse(chats, strategy)
+            if strategy.thinks:
+                thoughts = self.write(chats, tokens)
+                ending = _message("user", strategy.ending)
+                asked = [
+                    [*chat, _message("assistant", thought.text), ending]
+                    for chat, thought in zip(chats, thoughts, strict=True)
+                ]
+            if strategy.worth:
+                return self.weigh(asked, strategy.worth)
+            # draws x chats
+            written = [self.write(asked, tokens, draw) for draw in range(self.settings.judge_draws)]
+            return [_read_written(replies, self.settings) for replies in zip(*written, strict=True)]
         except Exception as error:
             if len(chats) > 1:
                 return [self.answer([chat], strategy)[0] for chat in chats]
             return [Verdict(cause=_cause_of(error))]
-
-    def converse(self, chats, strategy):
-        """What a strategy asks in turn."""
-        tokens = self.settings.judge_think
-        if strategy.thinks:
-            thoughts = self.write(chats, tokens)
-            ending = _message("user", strategy.ending)
-            chats = [
-                [*chat, _message("assistant", thought.text), ending]
-                for chat, thought in zip(chats, thoughts, strict=True)
-            ]
-        if strategy.worth:
-            return self.weigh(chats, strategy.worth)
-        # draws x chats
-        written = [self.write(chats, tokens, draw) for draw in range(self.settings.judge_draws)]
-        answers = []
-        for replies in zip(*written, strict=True):
-            verdicts = [_read_written(reply, self.settings) for reply in replies]
-            read = [verdict for verdict in verdicts if not verdict.cause]
-            answers.append(_joined(read or verdicts))
-        return answers
 
     # ------------------------------------------------ other words with a judge, and its end
 
@@ -651,16 +620,12 @@ class Judge:
     def write(self, chats, tokens, draw=0):
         raise JudgeFailure("this judge does not write; take another --judge")
 
-    def check_stop(self):
-        """JudgeFailure once a run is stopped."""
-        if self.stop.is_set():
-            raise JudgeFailure("stopped")
-
     def unless_stopped(self, function, *args):
         """function(*args); JudgeFailure for all that it raises, and as soon as a run is stopped."""
         future = _background(function, *args)
         while not future.done():
-            self.check_stop()
+            if self.stop.is_set():
+                raise JudgeFailure("stopped")
             wait([future], 0.2)
         try:
             return future.result()
@@ -700,7 +665,7 @@ def _shrunk(picture, edit):
     """A picture with at most about as many pixels as an edit. A photo of 12 megapixels would be
     15,000 tokens beside an edit of 324, and sharpness cannot be compared across scales."""
     factor = math.sqrt(math.prod(edit.size) / math.prod(picture.size))
-    return ImageOps.scale(picture, min(factor, 1), Image.Resampling.LANCZOS)
+    return ImageOps.scale(picture, min(factor, 1), Image.LANCZOS)
 
 
 # ---------------------------------------------------------------- a function as the judge
@@ -743,13 +708,15 @@ class LocalJudge(Judge):
     def __init__(self, settings, device, dtype, stop=None):
         super().__init__(settings, stop)
         self.batch = settings.judge_batch
-        code = {"trust_remote_code": settings.trust_remote_code}
+        trusted = settings.trust_remote_code
         try:
             torch.zeros(1, device=device).item()  # before a model is read for minutes
-            model = AutoModelForImageTextToText.from_pretrained(self.name, dtype=dtype, **code)
+            model = AutoModelForImageTextToText.from_pretrained(
+                self.name, dtype=dtype, trust_remote_code=trusted
+            )
             # the model's own class, where it is known: AutoProcessor may want torchvision
             kind = PROCESSOR_MAPPING.get(type(model.config), AutoProcessor)
-            self.processor = load_processor(kind, self.name, **code)
+            self.processor = load_processor(kind, self.name, trust_remote_code=trusted)
         except BadInput:  # such as one about torchvision
             raise
         except Exception as error:  # it may be of code that came with the model
@@ -758,7 +725,7 @@ class LocalJudge(Judge):
                 f"({_cause_of(error)}); name one such as Qwen/Qwen2.5-VL-7B-Instruct, or a "
                 "--judge_device such as cuda:0, or run python data_prep.py toy first"
             ) from error
-        self.model = model.to(device).eval()
+        self.model = model.to(device)
         # A thread may have waited long for its turn, and each word it writes is a forward.
         heed_stop(self.model, self.stop)
         self.tokenizer = self.processor.tokenizer
@@ -785,8 +752,8 @@ class LocalJudge(Judge):
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         # A shorter reply than the batch's longest is filled up behind its end.
         ends = torch.tensor(self.model.generation_config.eos_token_id)
-        has_ended = torch.isin(written.cpu(), ends).any(1)
-        return list(map(Reply, texts, (~has_ended).tolist()))
+        is_cut = ~torch.isin(written.cpu(), ends).any(1)
+        return list(map(Reply, texts, is_cut.tolist()))
 
     @torch.no_grad()
     def weigh(self, chats, worth):
@@ -796,10 +763,10 @@ class LocalJudge(Judge):
         token_ids = _answer_token_ids(self.tokenizer, worth)
         verdicts = []
         for p in logits.float().softmax(1):  # (V,), of each chat
-            likeliest = p.topk(5)
-            words = self.tokenizer.batch_decode(likeliest.indices[:, None])
-            seen = dict(zip(words, likeliest.values.tolist(), strict=True))
-            seen |= zip(worth, p[token_ids].tolist(), strict=True)  # however unlikely they are
+            likeliest = p.topk(5).indices.tolist()
+            # the words that count come last, and however unlikely they are
+            words = [*map(self.tokenizer.decode, likeliest), *worth]
+            seen = dict(zip(words, p[likeliest + token_ids].tolist(), strict=True))
             verdicts.append(expected_score(seen, worth))
         return verdicts
 
@@ -822,7 +789,6 @@ def _answer_token_ids(tokenizer, texts=DIGITS):
 # ---------------------------------------------------------------- a served judge
 
 MAX_REPLY = 2**22  # bytes
-TOP_LOGPROBS = 20  # likeliest words that a server is asked for
 DRAW_TEMPERATURE = 0.7  # where the mean of several written scores counts
 REST = 5.0  # seconds at most between two tries, and for which a lost outage is not tried again
 TELL_AT = 4  # failures in a row at which a server has stopped answering
@@ -837,9 +803,8 @@ class ServedJudge(Judge):
 
     def __init__(self, settings, stop=None):
         super().__init__(settings, stop)
-        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "EMPTY"
-        self.key = key.strip()
-        in_flight = max(1, settings.judge_in_flight // int(os.environ.get("WORLD_SIZE") or 1))
+        self.key = os.getenv("JUDGE_API_KEY") or os.getenv("OPENAI_API_KEY") or "EMPTY"
+        in_flight = settings.judge_in_flight // int(os.getenv("WORLD_SIZE") or 1) or 1
         urls = [url.rstrip("/") for url in settings.judge.split(",")]
         # A request takes a place from the front, and puts it back at the end when it has its reply:
         # servers take turns, and a slow one, whose places come back late, has less to do.
@@ -852,25 +817,22 @@ class ServedJudge(Judge):
             num_pools=len(urls),
             maxsize=in_flight,  # as many connections are kept open
             headers={"Authorization": f"Bearer {self.key}"},
-            retries=False,
+            retries=False,  # nor are redirects followed: pictures go to no other host
+            timeout=2 * settings.judge_timeout,  # nobody waits so long; it ends the thread
         )
         self.is_new = False  # a server that wants the options of OpenAI's newer models
         self.name = settings.judge_model
         for url in urls:
-            self.find_model(url)
-
-    def find_model(self, url):
-        """Takes the first model that a server lists, or sees that it has the one that is wanted."""
-        try:
-            names = [str(model["id"]) for model in self.request(f"{url}/models")["data"]]
-            self.name = self.name or names[0]
-            if self.name not in names:
-                raise JudgeFailure(f"serves {str(names)[:200]}, not {self.name!r}")
-        except Exception as error:  # the reply may be any JSON
-            raise BadInput(
-                f"judge {url}: {_cause_of(error)}; start the server, or correct --judge, "
-                "--judge_model or JUDGE_API_KEY"
-            ) from None
+            try:
+                names = [str(model["id"]) for model in self.request(f"{url}/models")["data"]]
+                self.name = self.name or names[0]
+                if self.name not in names:
+                    raise JudgeFailure(f"serves {str(names)[:200]}, not {self.name!r}")
+            except Exception as error:  # the reply may be any JSON
+                raise BadInput(
+                    f"judge {url}: {_cause_of(error)}; start the server, or correct --judge, "
+                    "--judge_model or JUDGE_API_KEY"
+                ) from None
 
     def part(self, picture):
         file = io.BytesIO()
@@ -882,17 +844,32 @@ class ServedJudge(Judge):
         options = {"max_tokens": tokens, "temperature": 0}
         if self.settings.judge_draws > 1:
             options |= {"temperature": DRAW_TEMPERATURE, "seed": draw}
-        choice = self.complete(chats, options)
-        is_cut = choice.get("finish_reason") == "length"
-        return [Reply(choice["message"]["content"], is_cut, _facts_of(choice))]
+        return [self.complete(chats, options)]
 
     def weigh(self, chats, worth):
-        options = {"max_tokens": 1, "temperature": 1, "logprobs": True}
-        choice = self.complete(chats, options | {"top_logprobs": TOP_LOGPROBS})
-        return [_read_choice(choice, worth)._replace(facts=_facts_of(choice))]
+        options = {"max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 20}
+        reply = self.complete(chats, options)
+        try:
+            listed = reply.logprobs["content"][0]["top_logprobs"]
+            words = [str(word["token"]) for word in listed]
+            values = [math.exp(word["logprob"]) for word in listed]
+            least = min(values)
+        except Exception:  # the reply may be any JSON
+            return [Verdict(cause="no logprobs in the reply", facts=reply.facts)]
+        verdict = expected_score(dict(zip(words, values, strict=True)), worth)
+        # Nothing is guessed: what cannot be, or was cut so that answers may be missing, counts not.
+        cause = verdict.cause
+        is_double = max(map(words.count, worth)) > 1
+        unseen = worth.keys() - set(words)  # each at most as likely as the last that is listed
+        if is_double or values.count(0.0) > 1 or not sum(values) < 1.01:  # nor is NaN
+            cause = "probabilities that cannot be, or were cut by top-k or top-p"
+        elif len(unseen) * least > 1e-3 * verdict.mass:
+            cause = "answers missing from top_logprobs"
+        score = torch.nan if cause else verdict.score
+        return [verdict._replace(score=score, cause=cause, facts=reply.facts)]
 
     def complete(self, chats, options):
-        """The one choice of a chat's completion; where no server answers it is asked again.
+        """The Reply to a chat; where no server answers it is asked again.
 
         It is given up when it has failed for judge_patience seconds. When its server had stopped
         answering, so is all that waits: an outage is sat out once, not by each request.
@@ -901,29 +878,33 @@ class ServedJudge(Judge):
         asked = time.monotonic()
         failing = None  # since when
         failed_at = ""
-        while True:
+        while not self.stop.is_set():
             url = self.places.get()
             if url == failed_at:  # another server may do better, if there is one
                 self.places.put(url)
                 url = self.places.get()
             try:
-                self.check_stop()
                 if asked < self.hopeless_until:
                     raise JudgeFailure("no server answers")
                 return self.complete_at(url, chat, options)
             except Unavailable as failure:
-                self.note(url, str(failure))
                 now = time.monotonic()
                 failing = failing or now
                 failed_at = url
+                with self.lock:
+                    self.failures[url] += 1
+                    failures = self.failures[url]
+                if failures == TELL_AT:
+                    say(f"judge {url}: stopped answering: {failure}", sys.stderr)
                 if now - failing >= self.settings.judge_patience:
-                    if self.failures[url] >= TELL_AT:
+                    if failures >= TELL_AT:
                         self.hopeless_until = now + REST  # for the next questions, too
                     raise
                 # Its place stays taken for a while: a server that fails has less and less to do.
-                self.stop.wait(min(self.failures[url], REST))
+                self.stop.wait(min(failures, REST))
             finally:
                 self.places.put(url)
+        raise JudgeFailure("stopped")
 
     def complete_at(self, url, chat, options):
         """As `complete`, by one server. It is asked once more where it wants other options."""
@@ -939,43 +920,32 @@ class ServedJudge(Judge):
                 raise
             self.is_new = True
             return self.complete_at(url, chat, options)
-        self.note(url)
-        match reply:
-            case {"choices": [{"message": {"content": str()}} as choice]}:
-                return reply | choice  # with its model and usage
-        raise JudgeFailure("not one choice with a text in the reply")
-
-    def note(self, url, cause=""):
-        """Counts failures in a row; tells in a line when a server stops answering, or is back."""
         with self.lock:
-            if cause:
-                self.failures[url] += 1
-                if self.failures[url] == TELL_AT:
-                    say(f"judge {url}: stopped answering: {cause}", sys.stderr)
-            elif self.failures.pop(url, 0) >= TELL_AT:
-                say(f"judge {url}: answers again", sys.stderr)
+            failures = self.failures.pop(url, 0)
+        if failures >= TELL_AT:
+            say(f"judge {url}: answers again", sys.stderr)
+        match reply:
+            case {"choices": [{"message": {"content": str(text)}} as choice]}:
+                known = reply | choice
+                facts = {key: known.get(key) for key in ("model", "finish_reason", "usage")}
+                is_cut = facts["finish_reason"] == "length"
+                return Reply(text, is_cut, facts, known.get("logprobs"))
+        raise JudgeFailure("not one choice with a text in the reply")
 
     def request(self, url, body=None):
         """A reply's JSON; JudgeFailure for all else, and when judge_timeout is over."""
-        sent = _background(self.send, url, body)
-        # urllib3's timeout is that of each byte; this one is that of the whole reply.
-        wait([sent], self.settings.judge_timeout)
-        if not sent.done():
-            raise Unavailable("timeout")
-        return sent.result()
+        try:
+            # urllib3's timeout is that of each byte; this one is that of the whole reply
+            return _background(self.send, url, body).result(self.settings.judge_timeout)
+        except TimeoutError:
+            raise Unavailable("timeout") from None
 
     def send(self, url, body):
         """What `request` does, however long it takes."""
+        method = "POST" if body else "GET"
         try:
-            with self.pool.request(
-                "POST" if body else "GET",
-                url,
-                json=body,
-                timeout=2 * self.settings.judge_timeout,  # nobody waits so long; it ends the thread
-                redirect=False,  # pictures go to no other host
-                preload_content=False,
-            ) as reply:
-                content = reply.read(MAX_REPLY, decode_content=True)  # cut, it is no JSON
+            with self.pool.request(method, url, json=body, preload_content=False) as reply:
+                content = reply.read(MAX_REPLY)  # cut, it is no JSON
         except (urllib3.exceptions.HTTPError, ValueError):  # of a key that no header can hold
             raise Unavailable("no connection") from None
         if reply.status == 429 or reply.status >= 500:  # too many requests, or its own fault
@@ -988,36 +958,6 @@ class ServedJudge(Judge):
             return json.loads(content)
         except (ValueError, RecursionError):
             raise Unavailable("a reply that is not JSON") from None
-
-
-def _facts_of(choice):
-    """What a server says of a reply, for those who keep records."""
-    return {key: choice.get(key) for key in ("model", "finish_reason", "usage")}
-
-
-def _read_choice(choice, worth):
-    """The Verdict in the likeliest first words of a chat completion's choice.
-
-    Nothing is guessed: probabilities that cannot be, or that were cut so that answers may be
-    missing, are no score.
-    """
-    try:
-        listed = choice["logprobs"]["content"][0]["top_logprobs"]
-        words = [str(word["token"]) for word in listed]
-        values = [math.exp(word["logprob"]) for word in listed]
-        least = min(values)
-    except Exception:  # the reply may be any JSON
-        return Verdict(cause="no logprobs in the reply")
-    verdict = expected_score(dict(zip(words, values, strict=True)), worth)
-    is_double = max(map(words.count, worth)) > 1
-    unseen = worth.keys() - set(words)  # each at most as likely as the last that is listed
-    if is_double or values.count(0.0) > 1 or not sum(values) < 1.01:  # nor is NaN
-        cause = "probabilities that cannot be, or were cut by top-k or top-p"
-    elif verdict.cause or len(unseen) * least > 1e-3 * verdict.mass:
-        cause = "answers missing from top_logprobs"
-    else:
-        return verdict
-    return verdict._replace(score=torch.nan, cause=cause)
 
 
 # ---------------------------------------------------------------- which judge, and is it fit?
@@ -1050,7 +990,7 @@ def refuse_silent_judge(scores: Scores, name: str, least: float = 0.5):
     """BadInput for a judge that gave no score, or whose mean mass on answers is below `least`."""
     mass = scores.mass.nanmean()
     if mass < least:  # not where nothing is known of the mass
-        words = next(filter(None, scores.words), "nothing")
+        words = max(scores.words, key=len)  # not those of an edit that failed
         raise BadInput(
             f"{name}: puts {mass:.1%} of its probability on the answers that count and would "
             f"rather say {words}; take another judge, --judge_strategy or --judge_prompt"
@@ -1059,7 +999,7 @@ def refuse_silent_judge(scores: Scores, name: str, least: float = 0.5):
         raise BadInput(f"{name}: gave no score: {dict(Counter(scores.causes))}; see to the judge")
 
 
-def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
+def check_judge(judge: Judge, rows: list[dict]):
     """Asks about a few rows, and sets judge.noise. BadInput for a silent judge, and, unless
     judge_check is off, for one that untouched sources please more than right edits (`target`)."""
     # Enough for a mean, and few enough for a start within seconds.
@@ -1080,7 +1020,7 @@ def check_judge(judge: Judge, settings: JudgeSettings, rows: list[dict]):
     judge.noise = moves.nan_to_num().item()
     say_once(f"judge {judge.name}: a score moves by {moves:.1g} with what is asked beside it")
     untouched, right, _ = alone.nanmean(0)
-    if examples and settings.judge_check and not right > untouched:
+    if examples and judge.settings.judge_check and not right > untouched:
         raise BadInput(
             f"{judge.name}: scores right edits {right:.2f}, untouched sources {untouched:.2f}; "
             "take another judge or --judge_prompt, or --no_judge_check"
@@ -1140,15 +1080,13 @@ def _asked_once(judge, folder, left_out):
     """
 
     def ask(text, *paths):
-        # not by paths: another picture may have come to lie there, or the folder have moved
-        content = hashlib.sha256(f"{judge.name}\n{text}".encode())
         try:
             pictures = list(map(load_image, paths))
-            for picture in pictures:
-                content.update(picture.tobytes())
-            file = folder / ".judge_said" / content.hexdigest()
+            # not by paths: another picture may have come to lie there, or the folder have moved
+            asked = repr([judge.name, text, *map(Image.Image.tobytes, pictures)])
+            file = folder / ".judge_said" / hashlib.sha256(asked.encode()).hexdigest()
             if file.exists():
-                return file.read_bytes().decode()
+                return file.read_text("utf-8")
             said = judge.reply(text, pictures).said()
         except (JudgeFailure, BadInput) as failure:
             left_out.append(str(failure))
@@ -1229,7 +1167,7 @@ def propose(settings: WriterSettings):
     left_out = []
     with locked(folder):
         # A finished folder, and one with other things: before a judge is loaded and paid.
-        _refuse_others(folder, {"source": "another"})
+        refuse_others(folder, {"source": "another"})
         with closing(load_judge(settings)) as judge:
             ask = _asked_once(judge, folder, left_out)
 
@@ -1241,7 +1179,7 @@ def propose(settings: WriterSettings):
                 rows = []
                 for row in _rows_in(reply, kinds, left_out):
                     said = ask(ASK_POSSIBLE.replace("{prompt}", row["instruction"]), picture)
-                    if re.match(r"\W*yes\b", said, re.IGNORECASE):
+                    if re.match(r"(?i)\W*yes\b", said):
                         rows.append(row | {"image": pictures[content]})
                     elif said:
                         left_out.append("not possible there")
@@ -1310,7 +1248,7 @@ def main(argv: list[str] | None = None):
     if command == "propose":
         named = ["--pictures", *words[:1], "--dataset", *words[1:]]
         return propose(parse_settings(WriterSettings, named, propose.__doc__))
-    settings = parse_settings(Settings, argv, description=__doc__.splitlines()[0], judge=TOY)
+    settings = parse_settings(Settings, argv, Settings.__doc__, judge=TOY)
     sources = list(map(load_image, settings.source))
     edit = load_image(settings.edited)
     judge = load_judge(settings)

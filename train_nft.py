@@ -430,7 +430,7 @@ def draw(run: Run, name: str, rows: Rows, copies: int, *key, **how) -> list[Job]
                 # Returns at once: the judge works on this group while the next one is drawn.
                 verdict = run.judge.submit(row, sources, group.images)
             if group is None:
-                verdict.set_result(Scores.missing(copies, "bad row"))
+                verdict.set_result(run.judge.missing(copies, "bad row"))
             jobs.append(Job(number, row, group, verdict))
     return jobs
 
@@ -899,7 +899,7 @@ def _load_all(settings, accelerator, stop):
     trained = lora_parameters(editor, "new").values()
     optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=WEIGHT_DECAY)
     check_editor(editor, rows["train"][0])
-    check_judge(judge, settings, rows["train"])
+    check_judge(judge, rows["train"])
     judge.noise = max(gather_object([judge.noise]))  # so that all ranks drop the same groups
     run = Run(settings, accelerator, stop, rows, editor, judge, optimizer, saved={})
     _fit_machine(run)

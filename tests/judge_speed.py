@@ -90,7 +90,7 @@ def one_at_a_time(judge, row, source, edits):
     """What a plain loop does: each edit's whole prompt and pictures through generate."""
     scores = []
     for edit in edits:
-        question, ending = judge.question(row)
+        question, ending = judge.question(row, "execution", "", judge.strategy)
         parts = [question, judge.part(source), judge.part(edit), ending]
         inputs = judge.inputs([[_message("user", *parts)]])
         made = judge.model.generate(

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_nft  # noqa: E402  the scripts lie one folder above
 from data_prep import seeded  # noqa: E402
-from reward_mllm import Scores  # noqa: E402
+from reward_mllm import JudgeSettings, Scores  # noqa: E402
 
 PROMPTS = ("make the red circle blue", "make the red circle blue", "remove the green square")
 PROMPTS += ("add red triangle",)
@@ -44,6 +44,7 @@ class RuleJudge:
 
     name = "rule"
     noise = 0.0
+    settings = JudgeSettings()
 
     def __init__(self, mass=1.0, pitch=40.0):
         self.mass = mass
@@ -59,6 +60,10 @@ class RuleJudge:
         causes = ["broken" if failed else "" for failed in score.isnan().tolist()]
         mass = torch.full_like(score, self.mass)
         return Scores(score, mass, {"execution": score}, causes, [""] * len(score))
+
+    def missing(self, n, cause):
+        none = torch.full((n,), torch.nan)
+        return Scores(none, none, {"execution": none}, [cause] * n, [""] * n)
 
     def submit(self, row, sources, edits):
         done = Future()

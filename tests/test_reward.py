@@ -30,7 +30,6 @@ from reward_mllm import (
     JudgeSettings,
     Scores,
     _answer_token_ids,
-    _read_prompts,
     check_judge,
     expected_score,
     load_judge,
@@ -162,7 +161,8 @@ def test_the_sentence_that_tells_how_to_answer_stands_after_the_pictures(judge_f
 
 
 def test_a_prompt_without_answer_gets_nothing_appended(judge):
-    assert judge.question({"prompt": "make {answer} blue"}) == ("make {answer} blue", "")
+    asked = ({"prompt": "make {answer} blue"}, "execution", "", judge.strategy)
+    assert judge.question(*asked) == ("make {answer} blue", "")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
@@ -260,7 +260,7 @@ def test_no_edits_give_no_scores(judge):
 
 def test_missing_scores_are_nan_with_their_cause_and_stack_with_others(judge, asked):
     scores = judge.score(*asked)
-    both = Scores.stack([Scores.missing(6, "gone"), scores])
+    both = Scores.stack([judge.missing(6, "gone"), scores])
     assert both.score.shape == both.mass.shape == (2, 6) and both.score[0].isnan().all()
     assert torch.equal(both.score[1], scores.score)
     assert both.causes == ["gone"] * 6 + [""] * 6 and both.words == [""] * 6 + scores.words
@@ -420,7 +420,7 @@ def test_a_silent_judge_is_refused_with_what_it_would_say(judge, asked):
     with pytest.raises(BadInput, match=message):
         refuse_silent_judge(scores._replace(mass=scores.mass * 0.1), "judge")
     with pytest.raises(BadInput, match="gave no score: {'timeout': 6}"):
-        refuse_silent_judge(Scores.missing(6, "timeout"), "judge")
+        refuse_silent_judge(judge.missing(6, "timeout"), "judge")
 
 
 def test_submit_judges_one_group_and_reply_returns_text(judge, asked):
@@ -798,15 +798,16 @@ def score(row, sources, edits):
 def test_a_judge_that_untouched_sources_please_more_is_refused_unless_told_otherwise(tmp_path):
     rows = rows_with_targets(tmp_path)
     good = in_file(tmp_path, LIKES.format(untouched=0.2, right=0.3))
-    check_judge(good, good.settings, rows)
+    check_judge(good, rows)
     bad = in_file(tmp_path, LIKES.format(untouched=0.3, right=0.2))
     with pytest.raises(BadInput, match="right edits 0.20, untouched sources 0.30.*no_judge_check"):
-        check_judge(bad, bad.settings, rows)
-    settings = parse_settings(JudgeSettings, ["--no_judge_check"])
-    check_judge(bad, settings, rows)
+        check_judge(bad, rows)
+    judge_check = parse_settings(JudgeSettings, ["--no_judge_check"]).judge_check
+    text = LIKES.format(untouched=0.3, right=0.2)
+    check_judge(in_file(tmp_path, text, judge_check=judge_check), rows)
     for row in rows:
         del row["target"]
-    check_judge(bad, bad.settings, rows)  # nothing to compare with
+    check_judge(bad, rows)  # nothing to compare with
 
 
 def test_a_function_that_gives_nothing_is_refused_at_the_start_with_its_cause(tmp_path):
@@ -818,7 +819,7 @@ def test_a_function_that_gives_nothing_is_refused_at_the_start_with_its_cause(tm
     }.items():
         judge = in_file(tmp_path, text)
         with pytest.raises(BadInput, match=f"gave no score: {{['\"]{cause}['\"]: 24}}"):
-            check_judge(judge, judge.settings, rows)
+            check_judge(judge, rows)
 
 
 def test_the_judges_noise_is_measured_printed_and_kept(tmp_path, judge_folder, capsys):
@@ -830,7 +831,7 @@ def score(row, sources, edits): return [draw.gauss(0.5, 0.01) for _ in edits]
 """
     judge = in_file(tmp_path, noisy, judge_check=False)
     assert judge.noise == 0.0
-    check_judge(judge, judge.settings, rows)
+    check_judge(judge, rows)
     assert 0.005 < judge.noise < 0.03  # two draws lie 0.014 apart, rms
     assert f"moves by {judge.noise:.1g}" in capsys.readouterr().out
 
@@ -841,7 +842,7 @@ def test_the_noise_is_told_by_one_process_of_a_run(tmp_path, monkeypatch, capsys
     if rank:
         monkeypatch.setenv("RANK", rank)
     judge = in_file(tmp_path, LIKES.format(untouched=0.2, right=0.3))
-    check_judge(judge, judge.settings, rows_with_targets(tmp_path))
+    check_judge(judge, rows_with_targets(tmp_path))
     assert capsys.readouterr().out.count("a score moves by") == lines
 
 
@@ -853,7 +854,7 @@ def test_a_bfloat16_judge_moves_more_than_a_float32_judge(tmp_path, judge_folder
     exact = reward_mllm.LocalJudge(settings, "cpu", torch.float32)
     rough = reward_mllm.LocalJudge(settings, "cpu", torch.bfloat16)
     for judge in (exact, rough):
-        check_judge(judge, settings, rows)
+        check_judge(judge, rows)
     assert exact.noise < 1e-5 and rough.noise > 1e-4
 
 
@@ -869,6 +870,12 @@ TRAINING = "Replace Adjust Remove Background Hybrid Action Text Red-box Referenc
 def test_every_task_has_a_requirement_of_its_own(task):
     text = requirement_of({"prompt": "x", "task": task})
     assert text != reward_mllm.ANY_EDIT and text.endswith(".")
+
+
+def test_a_task_is_known_by_the_first_word_of_its_name_that_names_a_kind():
+    for task, kind in {"Red-box": "box", "color_alter": "color", "Add a thing": "add"}.items():
+        assert requirement_of({"task": task}) == reward_mllm.REQUIREMENTS[kind]
+    assert requirement_of({"task": "padding"}) == reward_mllm.ANY_EDIT  # no part of a word
 
 
 def test_a_rows_own_requirement_comes_first():
@@ -908,16 +915,17 @@ def test_a_tokenizer_that_splits_a_digit_is_refused(monkeypatch):
 
 
 def test_braces_in_an_instruction_reach_the_judge_as_they_are(judge_folder):
-    judge = local(judge_folder, "{requirement} | {prompt}{answer} end")
+    judge = local(judge_folder, "{requirement} | {prompt}{answer}")
     row = {"prompt": "write {x} and {requirement}", "requirement": "text {y}"}
-    question, ending = judge.question(row)
+    question, ending = judge.question(row, "execution", "", judge.strategy)
     assert question == "text {y} | write {x} and {requirement}"
-    assert ending == f"{reward_mllm.DIGIT} end"
+    assert ending == reward_mllm.DIGIT
 
 
 def test_a_judge_may_bring_its_own_prompt(tmp_path):
     def read(*files):
-        return _read_prompts(JudgeSettings(judge=f"local:{tmp_path}", judge_prompt=list(files)))
+        settings = JudgeSettings(judge=f"local:{tmp_path}", judge_prompt=list(files))
+        return reward_mllm.Judge(settings).prompts
 
     assert read() == reward_mllm.PROMPTS
     (tmp_path / "judge_prompt.txt").write_text("mine: {prompt}")
@@ -926,6 +934,8 @@ def test_a_judge_may_bring_its_own_prompt(tmp_path):
     assert read(f"{tmp_path}/other.txt")["execution"] == "other: {prompt}"
     named = read(f"consistency={tmp_path}/other.txt")
     assert (named["consistency"], named["execution"]) == ("other: {prompt}", "mine: {prompt}")
+    (tmp_path / "a=b.txt").write_text("odd: {prompt}")
+    assert read(f"{tmp_path}/a=b.txt")["execution"] == "odd: {prompt}"
 
 
 def test_our_questions_name_the_instruction_and_end_in_how_to_answer():

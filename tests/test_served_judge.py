@@ -434,7 +434,7 @@ def test_reply_raises_its_cause(server):
 
 
 def test_a_server_that_is_gone_and_comes_back_costs_no_score_and_is_told_in_two_lines(capsys):
-    away = float(os.environ.get("JUDGE_SERVER_AWAY", 3))  # seconds; also tried with 30
+    away = float(os.environ.get("JUDGE_SERVER_AWAY", 5))  # seconds; also tried with 30
     with JudgeServer(delay=0.05) as server:
         judge = load_judge(JudgeSettings(judge=server.url, judge_in_flight=2))
         future = judge.submit(ROW, [SOURCE], EDITS * 4)
