@@ -1493,7 +1493,7 @@ def _cell_templates():
     templates = []
     for background, thing in itertools.product(BACKGROUNDS.values(), OBJECTS):
         # drawn eight times too large, then averaged: smooth edges
-        big = Image.new("RGB", (8 * CELL, 8 * CELL), background)
+        big = Image.new("RGB", (128, 128), background)
         draw = ImageDraw.Draw(big)
         colour, _, shape = thing.partition(" ")
         if shape == "circle":
@@ -1567,7 +1567,9 @@ def _apply_change(scene, change):
         # an object stands in a scene only once: its name is enough to point at it
         is_there = place > 0 and change.new > 0 and change.new in scene[1:]
         if scene[place] == change.old and not is_there:
-            return scene[:place] + [change.new] + scene[place + 1 :]
+            after = list(scene)
+            after[place] = change.new
+            return after
     return None
 
 
@@ -1638,7 +1640,7 @@ def oracle(row: dict, image: Image.Image) -> tuple[float, bool] | None:
     """(score in [0, 1], success) of an edit of a toy row by program; None for any other row."""
     if "target_scene" not in row:
         return None
-    picture = _to_tensor(image.convert("RGB").resize((SIZE, SIZE)))
+    picture = _to_tensor(image.resize((SIZE, SIZE)))
     score, success = oracle_scores(picture[None], *scenes_of([row]))
     return score.item(), success.item()
 
@@ -1674,14 +1676,13 @@ def build_toy(settings: ToySettings) -> None:
     folder = Path(settings.out)
     if folder.exists():
         try:
-            recipe = read_json(folder / "toy.json")
+            changes = changed(read_json(folder / "toy.json"), asdict(settings), "out")
             names = read_json(folder / "hashes.json")
         except (OSError, BadInput):
             raise BadInput(
                 f"{folder}: holds no toy.json that is whole; move the folder away, or name another "
                 "with --out"
             ) from None
-        changes = changed(recipe, asdict(settings), "out")
         changes += [f"{name} is gone" for name in names if not (folder / name).exists()]
         if not changes:
             return
@@ -1841,7 +1842,7 @@ def _fit(label, models, loss, steps, lr, position=0):
 
 
 def new_editor():
-    """An untrained FluxKontextPipeline of the real classes, 1.6 M parameters."""
+    """An untrained FluxKontextPipeline of the real classes, 1.8 M parameters."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -1886,9 +1887,8 @@ def new_editor():
         guidance_embeds=True,
         axes_dims_rope=(4, 14, 14),  # of a head's 32: for picture, row, column
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return FluxKontextPipeline(
-        scheduler,
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae,
         CLIPTextModel(clip),
         tokenizer,
@@ -1951,7 +1951,7 @@ def _train_editor(pipe, settings):
         source = source_codes[rows]  # (B, 4, 64)
         if step > 0.7 * settings.editor_steps:
             is_wrong = torch.rand(BATCH, 1, 1) < settings.wrong_share
-            x_0 = torch.where(is_wrong, wrong_codes[rows], x_0)
+            x_0 = wrong_codes[rows].where(is_wrong, x_0)
         # more noise than not: that is where the edit is decided
         t = 1 - torch.rand(BATCH, 1, 1) ** 2.5
         noise = torch.randn_like(x_0)
@@ -2005,7 +2005,7 @@ def new_judge(tokenizer):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
-            rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 3.0},
+            rope_parameters={"mrope_section": [4, 6, 6], "rope_theta": 3.0},
         ),
         vision_config=dict(
             depth=1,
@@ -2014,7 +2014,6 @@ def new_judge(tokenizer):
             num_heads=2,
             patch_size=8,
             out_hidden_size=96,
-            fullatt_block_indexes=[0],
         ),
         tie_word_embeddings=True,
         image_token_id=token("<|image_pad|>"),
@@ -2048,14 +2047,15 @@ def judge_patches(pictures: Tensor) -> Tensor:
     return torch.stack([patches, patches], 3).flatten(2).flatten(0, 1)  # a video of two frames
 
 
-def _judge_outputs(model, tokenizer, texts, pairs):
+def _judge_outputs(model, tokenizer, rows, pairs):
     """The answer's logits (B, V), and what the judge knows of each cell of each picture (8 B, 96).
 
-    pairs: source and edit of each text, float (B, 2, 3, 32, 32).
+    pairs: source and edit of each row, float (B, 2, 3, 32, 32).
     """
     # as CHAT_TEMPLATE and the processor write it: four cells of a picture, four tokens
     picture = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
-    questions = [f"<|im_start|>{text}{picture}{picture}<|im_end|><|im_start|>" for text in texts]
+    end = f"{picture}{picture}<|im_end|><|im_start|>"
+    questions = [f"<|im_start|>{row['prompt']}{end}" for row in rows]
     tokens = tokenizer(questions, padding=True, return_tensors="pt")
     is_picture = tokens.input_ids == model.config.image_token_id  # (B, T)
     output = model(
@@ -2108,11 +2108,10 @@ def _train_judge(model, tokenizer, settings):
 
     def loss(step):
         rows = [pool[i] for i in torch.randint(len(pool), (BATCH,))]
-        texts = [row["prompt"] for row in rows]
         sources, targets = scenes_of(rows)
         edits = _graded_corruptions(sources, targets)
         pairs = torch.stack([_render(sources), edits], 1)
-        logits, cells = _judge_outputs(model, tokenizer, texts, pairs)
+        logits, cells = _judge_outputs(model, tokenizer, rows, pairs)
         scores, _ = oracle_scores(edits, sources, targets)
         seen = _cell_distances(edits).argmin(2)  # (B, 4) template
         # of source and edit, cell by cell: (8 B,) template
