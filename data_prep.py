@@ -1662,7 +1662,7 @@ class ToySettings(CheckedSettings):
     vae_steps: int = setting(360, "Training steps of the autoencoder.", **COUNT)
     editor_steps: int = setting(900, "Training steps of the editor.", **COUNT)
     wrong_share: float = setting(
-        0.6, "Share of wrong targets in the last 30 % of them.", at_least=0, at_most=1
+        0.55, "Share of wrong targets in the last 30 % of them.", at_least=0, at_most=1
     )
     judge_steps: int = setting(700, "Training steps of the judge on graded corruptions.", **COUNT)
 
@@ -1876,6 +1876,8 @@ def new_editor():
         block_out_channels=(16, 32, 64, 64),  # four levels: 32 x 32 pixels are 4 x 4 codes
         latent_channels=16,  # a token is 2 x 2 codes, a cell
         norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )
     transformer = FluxTransformer2DModel(
         num_layers=1,
