@@ -1352,7 +1352,7 @@ def _cell_templates():
     templates = []
     for background, thing in itertools.product(BACKGROUNDS.values(), OBJECTS):
         # drawn eight times too large, then averaged: smooth edges
-        big = Image.new("RGB", (8 * CELL, 8 * CELL), background)
+        big = Image.new("RGB", (128, 128), background)
         draw = ImageDraw.Draw(big)
         colour, _, shape = thing.partition(" ")
         if shape == "circle":
@@ -1377,11 +1377,6 @@ def _render(scenes):
     return F.fold(cells.mT, SIZE, CELL, stride=CELL)
 
 
-def _squares(pictures, side):
-    """Cuts pictures into squares, row by row: (B, 3, H, W) -> (B x squares, 3, side, side)."""
-    return F.unfold(pictures, side, stride=side).mT.reshape(-1, 3, side, side)
-
-
 def to_pil(picture: Tensor) -> Image.Image:
     """float (3, H, W) in [0, 1] -> PIL.Image."""
     return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
@@ -1394,7 +1389,7 @@ def _to_tensor(image):
 
 @functools.cache
 def _instructions():
-    """What each instruction that there is asks for, sorted by their texts."""
+    """What each instruction that there is asks for."""
     changes = {}
     things = list(enumerate(THINGS, 1))
     cells = range(1, 5)
@@ -1408,13 +1403,13 @@ def _instructions():
         changes[f"remove the {thing} at the {cell}"] = Change("remove", [place], number, 0)
     for (old, colour), (new, other) in itertools.permutations(enumerate(BACKGROUNDS), 2):
         changes[f"change the {colour} background to {other}"] = Change("background", [0], old, new)
-    return dict(sorted(changes.items()))
+    return changes
 
 
 @functools.cache
 def _texts(task, is_test):
     """A task's instructions, sorted: an eighth of them for the test, the others for training."""
-    texts = [text for text, change in _instructions().items() if change.task == task]
+    texts = sorted(text for text, change in _instructions().items() if change.task == task)
     order = torch.randperm(len(texts), generator=seeded("toy held-out instructions", task))
     held_out = order[: len(texts) // 8]
     return [text for i, text in enumerate(texts) if (i in held_out) == is_test]
@@ -1431,7 +1426,9 @@ def _apply_change(scene, change):
         # an object stands in a scene only once: its name is enough to point at it
         is_there = place > 0 and change.new > 0 and change.new in scene[1:]
         if scene[place] == change.old and not is_there:
-            return scene[:place] + [change.new] + scene[place + 1 :]
+            after = list(scene)
+            after[place] = change.new
+            return after
     return None
 
 
@@ -1471,19 +1468,9 @@ def scenes_of(rows: list[dict]) -> tuple[Tensor, Tensor]:
     return sources, torch.tensor([row["target_scene"] for row in rows])
 
 
-@functools.cache
-def _likeness():
-    """1 for the same object, 0.3 for another of the same colour or shape, else 0: (16, 16)."""
-    likeness = torch.eye(len(OBJECTS))
-    for (i, one), (j, other) in itertools.permutations(enumerate(OBJECTS), 2):
-        if set(one.split()) & set(other.split()):
-            likeness[i, j] = 0.3
-    return likeness
-
-
 def _cell_distances(pictures):
     """Mean squared error of each cell to each of the 80 templates: (B, 3, 32, 32) -> (B, 4, 80)."""
-    cells = _squares(pictures, CELL).flatten(1)  # (4 B, 768)
+    cells = F.unfold(pictures, CELL, stride=CELL).mT.flatten(0, 1)  # (4 B, 768)
     distances = torch.cdist(cells, _cell_templates()).square() / cells.shape[1]
     return distances.unflatten(0, (-1, 4))
 
@@ -1491,37 +1478,28 @@ def _cell_distances(pictures):
 def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Score and success by program: float (B, 3, 32, 32) in [0, 1], int (B, 5) -> float, bool (B,).
 
-    Each cell is compared with all that a cell can show. Score: the product of three credits, for
-    the object that should change, for those that should not (their mean), and for the background.
-    Success: every cell is nearest to its target, and near it.
+    Each cell is compared with all that a cell can show. Score: how surely the cells that should
+    change show their target (the mean), times how surely the others do. Success: every cell is
+    nearest to its target, and near it.
     """
     distances = _cell_distances(pictures)  # (B, 4, 80)
-    # how much a cell shows each background and object; 0.001 tells even near colours apart
-    seen = (-distances / 0.001).softmax(-1).unflatten(-1, (len(BACKGROUNDS), len(OBJECTS)))
-    _, old_things = sources.split((1, 4), 1)  # (B, 4)
-    new_ground, new_things = targets.split((1, 4), 1)  # (B, 1), (B, 4)
-    is_kept = old_things == new_things  # (B, 4), all True where the background should change
-
-    # an object's credit is its likeness to the wanted one, but 0 if it is one that should have gone
-    credit = _likeness()[new_things]  # (B, 4, 16)
-    credit = credit.scatter(2, old_things[..., None], is_kept[..., None].float())
-    things = (seen.sum(2) * credit).sum(2)  # (B, 4)
-    done = things.masked_fill(is_kept, 1.0).prod(1)  # of one object at most
-    kept = things.masked_fill(~is_kept, torch.nan).nanmean(1)
-    is_wanted = F.one_hot(new_ground, len(BACKGROUNDS))  # (B, 1, 5), the same in every cell
-    ground = (seen.sum(3) * is_wanted).sum(2).mean(1)
-
+    wanted = _shown_in(targets)  # (B, 4) template
+    is_kept = _shown_in(sources) == wanted  # (B, 4), all False where the background should change
+    # 0.001 tells even near colours apart
+    sure = (-distances / 0.001).softmax(2).take_along_dim(wanted[..., None], 2).squeeze(2)  # (B, 4)
+    done = sure.masked_fill(is_kept, torch.nan).nanmean(1)
+    kept = sure.masked_fill(~is_kept, torch.nan).nanmean(1).nan_to_num(1.0)
     # success is strict: a smear may be nearest to its target, but it is not near
     nearest = distances.min(2)  # values and indices, (B, 4) each
-    success = (nearest.indices == _shown_in(targets)) & (nearest.values < 0.015)
-    return done * (ground * kept), success.all(1)
+    success = (nearest.indices == wanted) & (nearest.values < 0.015)
+    return done * kept, success.all(1)
 
 
 def oracle(row: dict, image: Image.Image) -> tuple[float, bool] | None:
     """(score in [0, 1], success) of an edit of a toy row by program; None for any other row."""
     if "target_scene" not in row:
         return None
-    picture = _to_tensor(image.convert("RGB").resize((SIZE, SIZE)))
+    picture = _to_tensor(image.resize((SIZE, SIZE)))
     score, success = oracle_scores(picture[None], *scenes_of([row]))
     return score.item(), success.item()
 
@@ -1539,11 +1517,11 @@ class ToySettings(CheckedSettings):
     seed: int = setting(0, "Seed of rows, pictures and models.", at_least=0)
     train_rows: int = setting(480, "Rows of train.jsonl.", **COUNT)
     test_rows: int = setting(240, "Rows of test.jsonl: other scenes, other instructions.", **COUNT)
-    pool: int = setting(8000, "Rows that the two models are trained on.", at_least=128, at_most=1e6)
+    pool: int = setting(8000, "Rows that each of the two models is trained on.", **COUNT)
     vae_steps: int = setting(360, "Training steps of the autoencoder.", **COUNT)
     editor_steps: int = setting(900, "Training steps of the editor.", **COUNT)
     wrong_share: float = setting(
-        0.6, "Share of wrong targets in the last 30 % of them.", at_least=0, at_most=1
+        0.55, "Share of wrong targets in the last 30 % of them.", at_least=0, at_most=1
     )
     judge_steps: int = setting(700, "Training steps of the judge on graded corruptions.", **COUNT)
 
@@ -1557,14 +1535,13 @@ def build_toy(settings: ToySettings) -> None:
     folder = Path(settings.out)
     if folder.exists():
         try:
-            recipe = read_json(folder / "toy.json")
+            changes = changed(read_json(folder / "toy.json"), asdict(settings), "out")
             names = read_json(folder / "hashes.json")
         except (OSError, BadInput):
             raise BadInput(
                 f"{folder}: holds no toy.json that is whole; move the folder away, or name another "
                 "with --out"
             ) from None
-        changes = changed(recipe, asdict(settings), "out")
         changes += [f"{name} is gone" for name in names if not (folder / name).exists()]
         if not changes:
             return
@@ -1618,7 +1595,7 @@ def main(argv: list[str] | None = None):
 
 # ------------- how the toy's two models were grown: not needed to read the method
 
-TEXT_TOKENS = 10  # the longest instruction has eight words and an end token
+TEXT_TOKENS = 10  # the longest instruction has eight words, which at least one pad must follow
 BATCH = 128  # edits that each model learns from in a step
 DIGITS = "012345"  # the judge's answers
 CHAT_TEMPLATE = (
@@ -1652,19 +1629,47 @@ def _train_model(number, folder, settings):
         _train_editor(pipe, settings)
         pipe.save_pretrained(folder / "editor")
     else:
-        tokenizer = new_judge_tokenizer()
+        tokenizer = new_tokenizer()
         model = new_judge(tokenizer)
         _train_judge(model, tokenizer, settings)
         save_judge(model, tokenizer, folder / "judge")
 
 
-def _toy_words():
-    """All words of the instructions, sorted."""
-    return sorted(set(" ".join(_instructions()).split()))
+def new_tokenizer(padding_side: str = "left", **options):
+    """A tokenizer by words, with Qwen's special tokens and a token a digit, as the judge wants it.
+
+    options: more of PreTrainedTokenizerFast's.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
+    words = sorted(set(" ".join(_instructions()).split()))
+    vocabulary = {word: i for i, word in enumerate([*special, *DIGITS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=special[1:],
+        chat_template=CHAT_TEMPLATE,
+        padding_side=padding_side,
+        **options,
+    )
 
 
 def _fit(label, models, loss, steps, lr, position=0):
-    """Minimises loss(step): Muon for matrices and convolutions, Adam for the rest, linear decay.
+    """Minimises loss(step): Muon for matrices and convolutions, Adam for the rest.
 
     position: the line of the progress bar, which tells the time left.
     """
@@ -1684,8 +1689,8 @@ def _fit(label, models, loss, steps, lr, position=0):
         loss(step).backward()
         for parameter, view in zip(wide, views, strict=True):
             view.grad = parameter.grad.flatten(1)
-        # 50 steps of warm-up, then linearly down to a hundredth
-        rate = min((step + 1) / 50, 1) * max(1 - step / steps, 0.01)
+        # up within 50 steps, then linearly down
+        rate = min((step + 1) / 50, 1 - step / steps)
         for optimizer, highest in ((muon, lr), (adam, 2e-3)):
             optimizer.param_groups[0]["lr"] = highest * rate
             optimizer.step()
@@ -1696,7 +1701,7 @@ def _fit(label, models, loss, steps, lr, position=0):
 
 
 def new_editor():
-    """An untrained FluxKontextPipeline of the real classes, 1.6 M parameters."""
+    """An untrained FluxKontextPipeline of the real classes, 1.8 M parameters."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -1705,40 +1710,35 @@ def new_editor():
     )
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    clip_tokenizer, t5_tokenizer = _new_editor_tokenizers()
+    tokenizer = new_tokenizer("right", model_max_length=TEXT_TOKENS)
     clip = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=TEXT_TOKENS + 2,
-        eos_token_id=clip_tokenizer.eos_token_id,
-        bos_token_id=clip_tokenizer.bos_token_id,
-        pad_token_id=clip_tokenizer.pad_token_id,
+        max_position_embeddings=TEXT_TOKENS,
+        bos_token_id=None,
+        eos_token_id=tokenizer.pad_token_id,  # the first pad: what comes before it is the text
     )
     t5 = T5Config(
-        vocab_size=len(t5_tokenizer),
+        vocab_size=len(tokenizer),
         d_model=64,
-        d_kv=32,
         d_ff=128,
         num_layers=1,
         num_heads=2,
         dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
     )
     vae = AutoencoderKL(
         down_block_types=4 * ("DownEncoderBlock2D",),
         up_block_types=4 * ("UpDecoderBlock2D",),
         block_out_channels=(16, 32, 64, 64),  # four levels: 32 x 32 pixels are 4 x 4 codes
-        latent_channels=16,
+        latent_channels=16,  # a token is 2 x 2 codes, a cell
         norm_num_groups=4,
-        mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
     transformer = FluxTransformer2DModel(
-        in_channels=4 * vae.config.latent_channels,  # a token is 2 x 2 codes: a cell
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=32,
@@ -1748,45 +1748,26 @@ def new_editor():
         guidance_embeds=True,
         axes_dims_rope=(4, 14, 14),  # of a head's 32: for picture, row, column
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return FluxKontextPipeline(
-        scheduler,
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae,
         CLIPTextModel(clip),
-        clip_tokenizer,
+        tokenizer,
         T5EncoderModel(t5),
-        t5_tokenizer,
+        tokenizer,
         transformer,
     )
 
 
-def _new_editor_tokenizers():
-    """A CLIP tokenizer and a T5 one to which each word of an instruction is one token."""
-    from tokenizers import trainers
-    from transformers import CLIPTokenizer, T5TokenizerFast
-
-    words = _toy_words()
-    pieces = [(mark, 0.0) for mark in ("<pad>", "</s>", "<unk>")]
-    pieces += [("▁" + word, -1.0) for word in words]  # "▁" stands for the space before a word
-    t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
-
-    special = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    clip = CLIPTokenizer(vocab=special, merges=[], model_max_length=TEXT_TOKENS + 2)
-    # Of two merges that are worth the same the lower numbers win, and the trainer would number the
-    # ends of words in another order at each build: as special tokens they keep theirs.
-    ends = [letter + "</w>" for letter in sorted(set("".join(words)))]
-    trainer = trainers.BpeTrainer(
-        end_of_word_suffix="</w>", special_tokens=[*special, *ends], show_progress=False
-    )
-    clip.backend_tokenizer.train_from_iterator(words, trainer)
-    return clip, t5
-
-
 def _train_vae(vae, steps):
     """Reconstruction with a noisy code, then the scale and shift that make the codes standard."""
+    backgrounds = torch.randint(len(BACKGROUNDS), (8000, 1))
+    cells = torch.randint(len(OBJECTS), (8000, 4))
+    scenes = torch.cat([backgrounds, cells], 1)
+    scenes = torch.stack([scene for scene in scenes if not _is_test_scene(scene.tolist())])
 
     def loss(step):
-        pictures = _random_pictures(16)
+        pictures = _render(scenes[torch.randint(len(scenes), (16,))]) * 2 - 1  # (B, 3, 32, 32)
         code = vae.encode(pictures).latent_dist.mean  # (B, 16, 4, 4)
         # the noise makes the decoder forgiving: the editor's latents are never exact
         error = vae.decode(code + 0.4 * torch.randn_like(code)).sample - pictures
@@ -1794,40 +1775,18 @@ def _train_vae(vae, steps):
 
     _fit("autoencoder", [vae], loss, steps, lr=0.02)
     with torch.no_grad():
-        code = vae.encode(_random_pictures(256)).latent_dist.mean
+        code = vae.encode(_render(scenes[:256]) * 2 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / code.std().item(), shift_factor=code.mean().item())
 
 
-def _random_pictures(number):
-    """Pictures with all four cells drawn freely, no test scene: (number, 3, 32, 32) in [-1, 1]."""
-    backgrounds = torch.randint(len(BACKGROUNDS), (2 * number, 1))
-    cells = torch.randint(len(OBJECTS), (2 * number, 4))
-    scenes = torch.cat([backgrounds, cells], 1)
-    kept = [scene for scene in scenes if not _is_test_scene(scene.tolist())]
-    return _render(torch.stack(kept[:number])) * 2 - 1
+def _spoil(sources, targets):
+    """Scenes that are mostly not those asked for, int (n, 5) as theirs.
 
-
-def _spoil(row, rng):
-    """A scene that is not the one asked for.
-
-    Nothing was done, or another change, or cells moved that should not have.
+    Each part is that of the source, of the target, or of another scene: one in six is right.
     """
-    source = row["source_scene"]
-    target = row["target_scene"]
-    kind = rng.random()
-    if kind < 0.3:
-        return source
-    if kind < 0.6:
-        for change in rng.sample(list(_instructions().values()), 60):
-            other = _apply_change(source, change)
-            if other not in (None, target):
-                return other
-    scene = list(target if kind < 0.9 else source)
-    for cell in rng.sample(range(1, 5), rng.choice((1, 1, 2))):
-        scene[cell] = rng.choice((0, source[cell], target[cell], rng.randrange(len(OBJECTS))))
-    if rng.random() < 0.1:
-        scene[0] = rng.randrange(len(BACKGROUNDS))
-    return scene
+    chance = torch.rand(sources.shape)  # (n, 5)
+    scenes = sources.where(chance < 0.4, targets)
+    return scenes.where(chance < 0.75, targets.roll(1, 0))
 
 
 def _train_editor(pipe, settings):
@@ -1838,12 +1797,10 @@ def _train_editor(pipe, settings):
     RL starts from.
     """
     pool = _toy_rows(settings.pool, "train", settings.seed, "editor")
-    rng = random.Random(settings.seed)
-    wrong = torch.tensor([_spoil(row, rng) for row in pool])
     sources, targets = scenes_of(pool)
     source_codes = _encoded(pipe, sources)  # (n, 4, 64)
     target_codes = _encoded(pipe, targets)
-    wrong_codes = _encoded(pipe, wrong)
+    wrong_codes = _encoded(pipe, _spoil(sources, targets))
 
     # where each token stands: picture (0 the edit, 1 the source), row, column
     two = torch.arange(2.0)
@@ -1855,7 +1812,7 @@ def _train_editor(pipe, settings):
         source = source_codes[rows]  # (B, 4, 64)
         if step > 0.7 * settings.editor_steps:
             is_wrong = torch.rand(BATCH, 1, 1) < settings.wrong_share
-            x_0 = torch.where(is_wrong, wrong_codes[rows], x_0)
+            x_0 = wrong_codes[rows].where(is_wrong, x_0)
         # more noise than not: that is where the edit is decided
         t = 1 - torch.rand(BATCH, 1, 1) ** 2.5
         noise = torch.randn_like(x_0)
@@ -1892,34 +1849,6 @@ def _encoded(pipe, scenes):
 # ------------- its judge: Qwen2.5-VL in miniature
 
 
-def new_judge_tokenizer():
-    """A word-level tokenizer with Qwen's special tokens, one token a digit, padding on the left."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    ]
-    vocabulary = {word: i for i, word in enumerate([*special, *DIGITS, *_toy_words()])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=special[1:],
-        padding_side="left",
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
 def new_judge(tokenizer):
     """An untrained Qwen2_5_VLForConditionalGeneration of 0.5 M parameters: a cell is one token."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -1933,10 +1862,11 @@ def new_judge(tokenizer):
             num_hidden_layers=4,
             num_attention_heads=3,
             num_key_value_heads=3,
+            bos_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
-            rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 3.0},
+            rope_parameters={"mrope_section": [4, 6, 6], "rope_theta": 3.0},
         ),
         vision_config=dict(
             depth=1,
@@ -1945,7 +1875,6 @@ def new_judge(tokenizer):
             num_heads=2,
             patch_size=8,
             out_hidden_size=96,
-            fullatt_block_indexes=[0],
         ),
         tie_word_embeddings=True,
         image_token_id=token("<|image_pad|>"),
@@ -1974,23 +1903,23 @@ def save_judge(model, tokenizer, folder: Path) -> None:
 
 def judge_patches(pictures: Tensor) -> Tensor:
     """What the judge's image processor makes of (B, 3, 32, 32) in [0, 1]: (16 B, 384)."""
-    cells = _squares(pictures, CELL)  # (4 B, 3, 16, 16)
-    patches = _squares(cells, 8) * 2 - 1  # (16 B, 3, 8, 8), the four of a cell in a row
-    return torch.stack([patches, patches], 2).flatten(1)  # as a video of two frames
+    cells = F.unfold(pictures * 2 - 1, CELL, stride=CELL).mT.reshape(-1, 3, CELL, CELL)  # 4 B cells
+    patches = F.unfold(cells, 8, stride=8).mT.unflatten(2, (3, -1))  # (4 B, 4, 3, 64)
+    return torch.stack([patches, patches], 3).flatten(2).flatten(0, 1)  # a video of two frames
 
 
-def _judge_states(model, tokenizer, texts, pairs):
-    """What the judge's last token holds, (B, 96), and its picture tokens in two layers.
+def _judge_outputs(model, tokenizer, rows, pairs):
+    """The answer's logits (B, V), and what the judge knows of each cell of each picture (8 B, 96).
 
-    pairs: source and edit of each text, float (B, 2, 3, 32, 32). The second layer sees what each
-    picture shows, the third compares the two: (2, 4 B, 96) each, source and edit, cell by cell.
+    pairs: source and edit of each row, float (B, 2, 3, 32, 32).
     """
     # as CHAT_TEMPLATE and the processor write it: four cells of a picture, four tokens
     picture = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
-    questions = [f"<|im_start|>{text}{picture}{picture}<|im_end|><|im_start|>" for text in texts]
+    end = f"{picture}{picture}<|im_end|><|im_start|>"
+    questions = [f"<|im_start|>{row['prompt']}{end}" for row in rows]
     tokens = tokenizer(questions, padding=True, return_tensors="pt")
     is_picture = tokens.input_ids == model.config.image_token_id  # (B, T)
-    output = model.model(
+    output = model(
         input_ids=tokens.input_ids,
         attention_mask=tokens.attention_mask,
         mm_token_type_ids=is_picture.int(),  # 0 is text, 1 is picture
@@ -1999,94 +1928,64 @@ def _judge_states(model, tokenizer, texts, pairs):
         image_grid_thw=torch.tensor(2 * len(pairs) * [[1, 4, 4]]),
         output_hidden_states=True,
     )
-    layers = []
-    for hidden in output.hidden_states[2:4]:  # what layers 2 and 3 give; 0 is the embedding
-        cells = model.model.language_model.norm(hidden)[is_picture]  # (8 B, 96)
-        layers.append(cells.unflatten(0, (-1, 2, 4)).transpose(0, 1).flatten(1, 2))
-    return output.last_hidden_state[:, -1], layers
+    # what the third of four layers gives; 0 is the embedding
+    hidden = model.model.language_model.norm(output.hidden_states[3])  # (B, T, 96)
+    return output.logits[:, -1], hidden[is_picture]
 
 
-def _graded_corruptions(rows, *key):
-    """Edits of every quality: float (n, 3, 32, 32); a third right, the rest spoiled, many worn.
+def _graded_corruptions(sources, targets):
+    """Edits of every quality, of scenes: int (n, 5) each -> float (n, 3, 32, 32).
 
-    Worn as an imperfect editor leaves them: blended with another picture, blur, noise, tint.
+    A third is right, the rest spoiled, all worn: half done, blurred, noisy, tinted.
     """
-    rng = random.Random(repr(key))
-    shown = []
-    for row in rows:
-        is_right = rng.random() < 0.33
-        shown.append(row["target_scene"] if is_right else _spoil(row, rng))
-    pictures = _render(torch.tensor(shown))
-    others = [rng.choice((row["source_scene"], row["target_scene"])) for row in rows]
-    generator = seeded("corruptions", *key)
 
     def share(*shape):
-        return torch.rand(len(rows), *shape, generator=generator)
+        return torch.rand(len(sources), *shape)
 
-    def for_half(values):
-        return values.where(share(1, 1, 1) < 0.5, 0.0)
-
-    # in six of ten pictures a quarter of the cells show up to 70 % of the other picture
-    amount = 0.7 * share(4)  # (B, 4)
-    amount = amount.where(share(4) < 0.25, 0.0)
-    amount = amount.where(share(1) < 0.6, 0.0).view(-1, 1, 2, 2)
-    others = _render(torch.tensor(others))
-    pictures = torch.lerp(pictures, others, F.interpolate(amount, scale_factor=CELL))
-
-    # half of the pictures are blurred, from hardly to fully
-    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    pictures = torch.lerp(pictures, blurred, for_half(share(1, 1, 1)))
-
-    # all get noise, half of them a tint
-    pictures = pictures + 0.06 * share(1, 1, 1) * torch.randn(pictures.shape, generator=generator)
-    tint = 0.05 * torch.randn(len(rows), 3, 1, 1, generator=generator)
-    return (pictures + for_half(tint)).clamp(0, 1)
+    pictures = _render(targets.where(share(1) < 0.33, _spoil(sources, targets)))
+    # a cell in seven shows up to 70 % of the source
+    amount = (0.7 * share(1, 2, 2)).where(share(1, 2, 2) < 0.15, 0.0)
+    pictures = torch.lerp(pictures, _render(sources), F.interpolate(amount, scale_factor=CELL))
+    # from hardly blurred, as most are, to fully
+    blurred = F.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False)
+    pictures = torch.lerp(pictures, blurred, share(1, 1, 1) ** 3)
+    noise = 0.06 * share(1, 1, 1) * torch.randn_like(pictures)
+    tint = 0.03 * torch.randn(len(sources), 3, 1, 1)
+    return (pictures + noise + tint).clamp(0, 1)
 
 
 def _train_judge(model, tokenizer, settings):
-    """Teaches the judge the oracle's score as digits, on graded corruptions.
+    """Teaches the judge the oracle's score as a digit, on graded corruptions.
 
     The answer alone is too little signal for a tiny model: side heads, discarded later, ask each
-    picture token what its cell should become (source) and what it shows, should show, and whether
-    that is right (edit).
+    cell of both pictures what it shows, what it should show, and whether that is right.
     """
     pool = _toy_rows(settings.pool, "train", settings.seed, "judge")
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list(DIGITS)))
     width = model.config.text_config.hidden_size
-    kinds = len(_cell_templates())
-    wanted_head = torch.nn.Linear(width, kinds)
-    seen_head = torch.nn.Linear(width, kinds)
-    copied_head = torch.nn.Linear(width, kinds)
+    shown_head = torch.nn.Linear(width, len(_cell_templates()))
+    wanted_head = torch.nn.Linear(width, len(_cell_templates()))
     right_head = torch.nn.Linear(width, 2)
-    digits = tokenizer.convert_tokens_to_ids(list(DIGITS))
 
     def loss(step):
-        rows = random.Random(f"{settings.seed} {step}").sample(pool, BATCH)
-        texts = [row["prompt"] for row in rows]
+        rows = [pool[i] for i in torch.randint(len(pool), (BATCH,))]
         sources, targets = scenes_of(rows)
-        edits = _graded_corruptions(rows, settings.seed, step)
+        edits = _graded_corruptions(sources, targets)
         pairs = torch.stack([_render(sources), edits], 1)
-        last, layers = _judge_states(model, tokenizer, texts, pairs)
-        log_p = model.lm_head(last).log_softmax(-1)[:, digits]  # (B, 6)
+        logits, cells = _judge_outputs(model, tokenizer, rows, pairs)
         scores, _ = oracle_scores(edits, sources, targets)
-        # a score between two digits has both for an answer: 0.5 is 2.5, half a 2 and half a 3
-        shares = (1 - (5 * scores[:, None] - torch.arange(6)).abs()).clamp(min=0)
-        answer = -(log_p * shares).sum(1).mean()
-
-        (early_source, early_edit), (_, late_edit) = layers
-        seen = _cell_distances(edits).argmin(2).flatten()  # (4 B,) template
-        wanted = _shown_in(targets).flatten()  # (4 B,) template
-        # right are background and thing apart: a template's number is background x things + thing
-        things = len(OBJECTS)
-        right = torch.stack([seen // things == wanted // things, seen % things == wanted % things])
+        seen = _cell_distances(edits).argmin(2)  # (B, 4) template
+        # of source and edit, cell by cell: (8 B,) template
+        shown = torch.stack([_shown_in(sources), seen], 1).flatten()
+        wanted = torch.stack(2 * [_shown_in(targets)], 1).flatten()
         return (
-            answer
-            + F.cross_entropy(wanted_head(early_source), wanted)
-            + F.cross_entropy(seen_head(early_edit), seen)
-            + F.cross_entropy(copied_head(late_edit), wanted)
-            + F.binary_cross_entropy_with_logits(right_head(late_edit), right.T.float())
+            F.cross_entropy(logits, digits[(5 * scores).round().int()])
+            + F.cross_entropy(shown_head(cells), shown)
+            + F.cross_entropy(wanted_head(cells), wanted)
+            + F.cross_entropy(right_head(cells), (shown == wanted).long())
         )
 
-    models = [model, wanted_head, seen_head, copied_head, right_head]
+    models = [model, shown_head, wanted_head, right_head]
     _fit("judge ", models, loss, settings.judge_steps, lr=0.01, position=1)
 
 

@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_prep import new_judge_tokenizer, seeded  # noqa: E402
+from data_prep import new_tokenizer, seeded  # noqa: E402
 from reward_mllm import (  # noqa: E402
     DIGITS,
     JudgeSettings,
@@ -33,7 +33,7 @@ from reward_mllm import (  # noqa: E402
 
 def save_realistic_judge(folder, layers, share=1):
     """A Qwen2.5-VL of the 3B model's shape, `layers` layers of text and of vision, narrower."""
-    tokenizer = new_judge_tokenizer()
+    tokenizer = new_tokenizer()
     ids = {
         word: tokenizer.convert_tokens_to_ids(f"<|{word}|>")
         for word in ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")

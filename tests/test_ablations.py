@@ -30,7 +30,7 @@ SMALL += " --judge tests/ablation_run.py:brightness"
 def place(tmp_path_factory):
     """A folder to work in, with a toy of few steps that takes itself for the whole one."""
     folder = tmp_path_factory.mktemp("place")
-    build_toy(tiny(folder / "data" / "toy"))
+    build_toy(tiny(folder / "data" / "toy", vae_steps=30))
     (folder / "data" / "toy" / "toy.json").write_text(json.dumps(asdict(ToySettings())))
     before = os.getcwd()
     caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

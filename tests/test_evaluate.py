@@ -874,7 +874,7 @@ def test_the_report_shows_instructions_as_text_and_never_as_page(imgedit, tmp_pa
 def test_a_held_out_set_is_scored_by_the_judge_and_by_the_oracle(tmp_path, capsys):
     settings = data_prep.ToySettings(train_rows=1, test_rows=10)
     data_prep.write_rows(tmp_path / "toy", settings)
-    tokenizer = data_prep.new_judge_tokenizer()
+    tokenizer = data_prep.new_tokenizer()
     data_prep.save_judge(data_prep.new_judge(tokenizer), tokenizer, tmp_path / "judge")
     rows = data_prep.read_rows(tmp_path / "toy", "test")
     for row in rows[:8]:
@@ -936,7 +936,7 @@ def test_a_judge_may_be_called_as_its_file_is(imgedit, edits, tmp_path, server, 
 
 
 def test_a_local_judge_is_asked_too_and_a_call_without_an_answer_is_kept(imgedit, tmp_path):
-    tokenizer = data_prep.new_judge_tokenizer()
+    tokenizer = data_prep.new_tokenizer()
     data_prep.save_judge(data_prep.new_judge(tokenizer), tokenizer, tmp_path / "judge")
     table = json.loads((imgedit / "singleturn/singleturn.json").read_text())
     (imgedit / "singleturn/singleturn.json").write_text(
@@ -1070,7 +1070,7 @@ def judge_folder(tmp_path_factory):
     """The toy's judge with random weights, loud enough that questions get different answers."""
     folder = tmp_path_factory.mktemp("judge")
     torch.manual_seed(0)
-    tokenizer = data_prep.new_judge_tokenizer()
+    tokenizer = data_prep.new_tokenizer()
     model = data_prep.new_judge(tokenizer)
     for parameter in model.parameters():
         parameter.data *= 3

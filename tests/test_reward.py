@@ -77,7 +77,7 @@ def judge_folder(tmp_path_factory):
     """The toy's judge with random weights, as data_prep saves it."""
     folder = tmp_path_factory.mktemp("judge")
     torch.manual_seed(0)
-    tokenizer = data_prep.new_judge_tokenizer()
+    tokenizer = data_prep.new_tokenizer()
     model = data_prep.new_judge(tokenizer)
     for p in model.parameters():
         p.data *= 3  # loud enough that different questions get different answers
@@ -380,7 +380,7 @@ def save_tiny_internvl(tokenizer, folder):
 @pytest.mark.parametrize("family", ["Qwen3-VL", "InternVL"])
 def test_other_families_are_judged_alike_in_a_batch_and_alone(family, tmp_path, asked):
     torch.manual_seed(0)
-    tokenizer = data_prep.new_judge_tokenizer()
+    tokenizer = data_prep.new_tokenizer()
     if family == "InternVL":
         pytest.importorskip("torchvision")
         save_tiny_internvl(tokenizer, tmp_path)
