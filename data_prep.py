@@ -1722,12 +1722,7 @@ def new_editor():
         eos_token_id=tokenizer.pad_token_id,  # the first pad: what comes before it is the text
     )
     t5 = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=64,
-        d_ff=128,
-        num_layers=1,
-        num_heads=2,
-        dropout_rate=0.0,
+        vocab_size=len(tokenizer), d_model=64, d_ff=128, num_layers=1, num_heads=2, dropout_rate=0.0
     )
     vae = AutoencoderKL(
         down_block_types=4 * ("DownEncoderBlock2D",),
@@ -1862,7 +1857,7 @@ def new_judge(tokenizer):
             num_hidden_layers=4,
             num_attention_heads=3,
             num_key_value_heads=3,
-            bos_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             # rotary base 3: with the usual 1e6 the places of a 2 x 2 grid are nearly the same
@@ -1905,7 +1900,7 @@ def judge_patches(pictures: Tensor) -> Tensor:
     """What the judge's image processor makes of (B, 3, 32, 32) in [0, 1]: (16 B, 384)."""
     cells = F.unfold(pictures * 2 - 1, CELL, stride=CELL).mT.reshape(-1, 3, CELL, CELL)  # 4 B cells
     patches = F.unfold(cells, 8, stride=8).mT.unflatten(2, (3, -1))  # (4 B, 4, 3, 64)
-    return torch.stack([patches, patches], 3).flatten(2).flatten(0, 1)  # a video of two frames
+    return patches.repeat_interleave(2, 2).reshape(-1, 384)  # a video of two equal frames
 
 
 def _judge_outputs(model, tokenizer, rows, pairs):
@@ -1914,14 +1909,12 @@ def _judge_outputs(model, tokenizer, rows, pairs):
     pairs: source and edit of each row, float (B, 2, 3, 32, 32).
     """
     # as CHAT_TEMPLATE and the processor write it: four cells of a picture, four tokens
-    picture = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
-    end = f"{picture}{picture}<|im_end|><|im_start|>"
-    questions = [f"<|im_start|>{row['prompt']}{end}" for row in rows]
+    pictures = 2 * ("<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>")
+    questions = [f"<|im_start|>{row['prompt']}{pictures}<|im_end|><|im_start|>" for row in rows]
     tokens = tokenizer(questions, padding=True, return_tensors="pt")
     is_picture = tokens.input_ids == model.config.image_token_id  # (B, T)
     output = model(
-        input_ids=tokens.input_ids,
-        attention_mask=tokens.attention_mask,
+        **tokens,  # input_ids and attention_mask, (B, T) each
         mm_token_type_ids=is_picture.int(),  # 0 is text, 1 is picture
         pixel_values=judge_patches(pairs.flatten(0, 1)),
         # each picture is one frame of 4 x 4 patches
@@ -1963,8 +1956,9 @@ def _train_judge(model, tokenizer, settings):
     pool = _toy_rows(settings.pool, "train", settings.seed, "judge")
     digits = torch.tensor(tokenizer.convert_tokens_to_ids(list(DIGITS)))
     width = model.config.text_config.hidden_size
-    shown_head = torch.nn.Linear(width, len(_cell_templates()))
-    wanted_head = torch.nn.Linear(width, len(_cell_templates()))
+    kinds = len(_cell_templates())
+    shown_head = torch.nn.Linear(width, kinds)
+    wanted_head = torch.nn.Linear(width, kinds)
     right_head = torch.nn.Linear(width, 2)
 
     def loss(step):
