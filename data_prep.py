@@ -208,7 +208,7 @@ class CheckedSettings:
 def _check_value(field, value):
     """BadInput for a number outside its limits or beyond all sense, or for a text that is none."""
     # what no file name and no utf-8 can hold: NUL, and what Python makes of bytes that are no utf-8
-    if isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
+    if re.search(r"[\0\ud800-\udfff]", str(value)):
         raise BadInput(f"--{field.name} {value!r}: holds NUL, or is not utf-8; write or rename it")
     if type(value) in (int, float):
         limits = {"at_least": -LARGEST, "at_most": LARGEST} | field.metadata["limits"]
@@ -366,10 +366,9 @@ def locked(folder: AnyPath, is_needed: bool = True) -> Iterator[None]:
     if not is_needed:
         yield
         return
-    lock = FileLock(Path(folder, ".lock"), blocking=False)
     with disk_faults(folder):
-        try:
-            held = lock.acquire()  # makes the folder, too
+        try:  # which makes the folder, too
+            held = FileLock(Path(folder, ".lock"), blocking=False).acquire()
         except Timeout:
             raise BadInput(
                 f"{folder}: another run is at work there, maybe one that a killed launcher left; "
