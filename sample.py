@@ -304,11 +304,11 @@ def _processors(base):
         return processors, tokenizers
     # model_index.json is {part: [library, class]}, and settings, which are no lists.
     for part, made_of in DiffusionPipeline.load_config(base).items():
-        kind = made_of[1] if isinstance(made_of, list) else None
-        if kind in ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"):
-            processors[part] = load_processor(getattr(transformers, kind), base, subfolder=part)
-        if kind == "PixtralProcessor":
-            tokenizers[part] = transformers.AutoTokenizer.from_pretrained(base, subfolder=part)
+        match made_of:
+            case [_, "Qwen2VLProcessor" | "Qwen2_5_VLProcessor" | "Qwen3VLProcessor" as kind]:
+                processors[part] = load_processor(getattr(transformers, kind), base, subfolder=part)
+            case [_, "PixtralProcessor"]:
+                tokenizers[part] = transformers.AutoTokenizer.from_pretrained(base, subfolder=part)
     return processors, tokenizers
 
 
@@ -554,7 +554,13 @@ def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
     BadInput when there is none, or it is not whole.
     """
     try:
-        file = _lora_file(place)
+        file = Path(place)
+        if not file.exists():
+            names = [LORA_FILE, PEFT_FILE, PEFT_CONFIG]
+            file = Path(snapshot_download(str(place), allow_patterns=names))
+        for name in (PEFT_FILE, LORA_FILE):
+            if (file / name).is_file():  # `file` is a folder
+                file /= name
         tensors = load_file(file)
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata() or {}
@@ -570,18 +576,6 @@ def read_lora(place: str | Path, pipe: DiffusionPipeline | None = None) -> Lora:
             f"hub id, a whole file, or a PEFT folder with {PEFT_FILE} and {PEFT_CONFIG}"
         ) from error
     return Lora(weights, config, is_full_strength="lora_config" in metadata)
-
-
-def _lora_file(place):
-    """The file of a LoRA: `place` itself, or what lies in that folder or under that hub id."""
-    path = Path(place)
-    if not path.exists():
-        names = [LORA_FILE, PEFT_FILE, PEFT_CONFIG]
-        path = Path(snapshot_download(str(place), allow_patterns=names))
-    for name in (PEFT_FILE, LORA_FILE):
-        if (path / name).is_file():
-            return path / name
-    return path
 
 
 def _plain_names(tensors):
