@@ -1266,17 +1266,6 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict:
     }
 
 
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two (n,) tensors, ties at their mean rank."""
-
-    def ranks(values):
-        ordered = values.sort().values
-        # first place + last place = twice the mean place, which correlates just as well
-        return torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
-
-    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]).double())[0, 1].item()
-
-
 # ---------------------------------------------------------------- pictures of results
 
 SIDE = 96  # pixels of a picture in a grid, unless one is larger

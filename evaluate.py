@@ -87,7 +87,6 @@ from data_prep import (
     run_script,
     say_once,
     setting,
-    spearman,
     start_processes,
     together,
     whole_file,
@@ -1409,6 +1408,17 @@ def _ordered_pairs(scores, labels):
     gains = gains[~np.isnan(gains)]
     # nearly equal is the same to a judge of finite precision
     return np.where(abs(gains) < 1e-6, 0.5, gains > 0).tolist()
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Rank correlation of two (n,) tensors, ties at their mean rank."""
+
+    def ranks(values):
+        ordered = values.sort().values
+        # first place + last place = twice the mean place, which correlates just as well
+        return torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
+
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]).double())[0, 1].item()
 
 
 def agree(words: list[str]) -> None:

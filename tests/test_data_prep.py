@@ -50,7 +50,6 @@ from data_prep import (
     scenes_of,
     seeded,
     setting,
-    spearman,
     to_pil,
     whole_file,
     whole_folder,
@@ -1280,13 +1279,6 @@ def test_a_seed_is_a_hash_of_its_key_and_nothing_else():
         len({seeded(*key).initial_seed() for key in ((1, "a"), (1, "b"), (2, "a"), (1, "a", 0))})
         == 4
     )
-
-
-def test_spearman_is_the_correlation_of_mean_ranks():
-    a = torch.rand(50, generator=seeded("ranks"))
-    assert spearman(a, a.exp()) == pytest.approx(1) and spearman(a, -a) == pytest.approx(-1)
-    tied = spearman(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert tied == pytest.approx(0.9486833)
 
 
 # ---------------------------------------------------------------- pictures of results

@@ -2027,3 +2027,12 @@ def test_the_script_needs_no_training_script_and_loads_matplotlib_for_curves_alo
     assert "train_nft" not in imported and "matplotlib.figure" in imported
     at_the_top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert "matplotlib.figure" not in at_the_top
+
+
+def test_spearman_is_the_correlation_of_mean_ranks():
+    a = torch.rand(50, generator=seeded("ranks"))
+    assert evaluate.spearman(a, a.exp()) == pytest.approx(1) and evaluate.spearman(
+        a, -a
+    ) == pytest.approx(-1)
+    tied = evaluate.spearman(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert tied == pytest.approx(0.9486833)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from judge_server import JudgeServer
 
 import data_prep
+import evaluate
 import reward_mllm
 from data_prep import BadInput, CheckSettings, DiskFault, check_dataset, read_rows
 from reward_mllm import Judge, JudgeFailure, JudgeSettings, Verdict, load_judge
@@ -634,7 +635,7 @@ def toy_ranks(number=300):
         scores = judge.score(row, pictures[1:], pictures).terms["checklist"]
         found.append(scores[0])
         untouched.append(scores[1])
-    return data_prep.spearman(torch.stack(found), oracle), torch.stack(untouched).mean().item()
+    return evaluate.spearman(torch.stack(found), oracle), torch.stack(untouched).mean().item()
 
 
 def test_a_checklists_mean_ranks_toy_edits_much_as_the_oracle_does():

@@ -25,10 +25,10 @@ from data_prep import (  # noqa: E402
     read_rows,
     run_script,
     seeded,
-    spearman,
     to_pil,
     write_json_lines,
 )
+from evaluate import spearman  # noqa: E402
 from reward_mllm import JudgeSettings, load_judge  # noqa: E402
 
 COPIES = 4  # edits a row
