@@ -314,18 +314,19 @@ def whole_folder(folder: AnyPath) -> Iterator[Path]:
     folder = Path(folder).resolve()
     room = folder.with_name(f".part-{folder.name}")  # after a kill the next call clears it
     part = room / "whole"
+    old = room / "old"  # goes with the room
     check_names(Path.is_dir, folder)
     check_names(lambda path: (path / ".lock").is_file(), room)
     with disk_faults(folder), locked(room):
         try:
             shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
             part.mkdir()
             yield part
             write_json(part / "hashes.json", file_hashes(part))
             for path in [part, *part.rglob("*")]:
                 _to_disk(path)
             if folder.exists():
-                old = room / "old"  # goes with the room
                 if any(folder.iterdir()) and not is_whole(folder, alone=True):
                     old = folder.with_name(f"{folder.name}.old-{time.time_ns()}")
                     say(f"{folder}: held files of others; they are in {old}", sys.stderr)
@@ -1055,9 +1056,10 @@ def _benchmark_pictures(folder):
     """Whatever may be a picture in a benchmark's folder: its files, and those in its tables."""
     yield from sorted(Path(folder).rglob("*"))
     for place, record in read_records(folder):
-        for column, cell in record.items():
-            if isinstance(cell, dict) and cell.get("bytes"):
-                yield PictureFile(cell["bytes"], f"{place}, {column}")
+        for column, cells in record.items():
+            for cell in as_list(cells):
+                with suppress(BadInput):  # most cells are no pictures
+                    yield picture_file(cell, folder, f"{place}, {column}")
 
 
 # ---------------------------------------------------------------- import
@@ -1208,6 +1210,8 @@ def _keep_picture(cell, key, place, settings):
 
 def _value_at(record, column):
     """What a record holds in a column, or at a path such as media.0.uri; None without it."""
+    if column == "":  # not set; a csv may have a column without a name
+        return None
     if column in record:  # a column's own name may hold dots
         return record[column]
     value = record
@@ -1257,12 +1261,12 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict:
     # with one NaN more: of no draws at all the quantiles are NaN
     low, high = np.nanquantile(np.append(draws, np.nan), (0.025, 0.975))
     return {
-        "base": np.nanmean(before),
-        "now": np.nanmean(after),
-        "gain": np.nanmean(gains),
+        "base": before[kept].mean(),
+        "now": after[kept].mean(),
+        "gain": gains[kept].mean(),
         "low": low,
         "high": high,
-        "missing": int(np.isnan(gains).sum()),
+        "missing": int((~kept).sum()),
     }
 
 

@@ -776,8 +776,6 @@ def draw_edits(job: Job) -> None:
     # level may then differ from what one process draws.
     torch.set_num_threads(1)
     for subject in filter(DRAWN.get, _subjects_of(settings)):
-        if not settings.base:
-            raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
         made_from = [
             _weights_hash(settings.base),
             settings.steps,
@@ -860,6 +858,14 @@ def _read_answers(job, label):
     return {str(record.get("key")): record for record in records}
 
 
+def _is_trained_by(settings):
+    """Whether the LoRA's run had this judge for its reward."""
+    run = Path(settings.lora).parent / "config.json"  # of RUN/checkpoint-N
+    if not settings.lora or not run.is_file():
+        return False
+    return _read_json(run, "take a run's own folder").get("judge") == settings.judge
+
+
 def judge_edits(job: Job) -> None:
     """Asks the judge what has no answer yet, several calls at a time, and appends each to
     calls-LABEL-PROCESS.jsonl as it comes. Failures are asked again in the next run.
@@ -868,8 +874,7 @@ def judge_edits(job: Job) -> None:
     """
     settings = job.settings
     judge = load_judge(settings, stop=job.stop)
-    run = Path(settings.lora).parent / "config.json"  # of RUN/checkpoint-N
-    if run.is_file() and _read_json(run, "take a run's own folder").get("judge") == settings.judge:
+    if _is_trained_by(settings):
         say_once(
             f"warning: {settings.lora} was trained to please this judge; ask another one, too",
             sys.stderr,
@@ -925,7 +930,8 @@ def _answer(job, judge, call):
     either: `model`, `finish_reason` and `usage` in tokens."""
     record = call
     try:
-        judge.check_stop()
+        if job.stop.is_set():
+            raise JudgeFailure("stopped")
         shown = list(map(load_image, [*call["shown"], call["edit"]]))
         if job.settings.benchmark == "heldout":
             scores = judge.score(call, shown[:-1], shown[-1:])
@@ -1216,7 +1222,7 @@ for (const menu of menus) {
 }
 const shown = row => menus.every(menu => !menu.value || row.dataset[menu.id] === menu.value);
 task.onchange = language.onchange = answered.onchange = order.onchange = () => {
-  const score = row => +row.dataset.score || -1;  // of no score: below the worst
+  const score = row => +(row.dataset.score || -1);  // of no score: below the worst
   rows.sort((a, b) => order.value * (score(a) - score(b)));
   rows.forEach(row => row.parentNode.append(row));
   rows.forEach(row => row.hidden = !shown(row));
@@ -1313,7 +1319,7 @@ def seeds(runs: list[str]) -> None:
                 tables = [subject["groups"][group] for subject in subjects]
                 # a run may have no value of a metric
                 macros = [table[name]["macro"] for table in tables if name in table]
-                means = np.array([mean for mean, *_ in macros], float)
+                means = np.array([mean for mean, *_ in macros if mean is not None])
                 spread = f"standard deviation {means.std(ddof=1):.3f} over {len(means)} runs"
                 print(_line(f"{group} {name}", [f"{means.mean():.3f}, {spread}"]))
 
@@ -1428,18 +1434,29 @@ def agree(words: list[str]) -> None:
     outcomes = []  # of all pairs
     sources = []  # the record of each; those of one are resampled together
     scores = []
+    masses = []
+    spreads = []  # of each record's scores
     labels = []
     for number, row in enumerate(read_ratings(settings.table, settings.columns), 1):
-        # not before a row is known to be whole
-        judge = judge or load_judge(settings, stop=catch_signals())
-        found = judge.score(row, row["image"], row["edits"]).score.tolist()
+        if judge is None:  # not before a row is known to be whole
+            stop = catch_signals()
+            judge = load_judge(settings, stop=stop)
+            begun = time.time()
+        said = judge.score(row, row["image"], row["edits"])
+        if stop.is_set():
+            judge.close()
+            raise KeyboardInterrupt
+        found = said.score.tolist()
         scores += found
+        masses += said.mass.tolist()
+        spreads.append(said.score.std(unbiased=False).item())
         labels += row["labels"]
         ordered = _ordered_pairs(found, row["labels"])
         outcomes += ordered
         sources += [number] * len(ordered)
     if judge is None:
         raise BadInput(f"agree {settings.table}: holds no records; name a table of rated edits")
+    seconds = (time.time() - begun) / len(scores)
     judge.close()
     _, draws = bootstrap(outcomes, ["all"] * len(outcomes), sources)
     right = _interval_text(_interval(outcomes, draws), ".1%")
@@ -1450,7 +1467,9 @@ def agree(words: list[str]) -> None:
     print(
         f"{settings.judge}, {settings.judge_strategy}: {len(scores)} edits of {number} sources; "
         f"right pairs {right}, ties {ties:.1%}, Spearman {order:.3f}, "
-        f"failed {1 - known.float().mean():.1%}"
+        f"failed {1 - known.float().mean():.1%}, spread within sources "
+        f"{torch.tensor(spreads).nanmean():.3f}, mass on answers "
+        f"{torch.tensor(masses).nanmean():.1%}, {seconds:.2g} seconds a score"
     )
 
 
@@ -1487,6 +1506,7 @@ def draw_bars(result: dict, file: Path) -> None:
     metric = METRICS[result["benchmark"]][0]
     subjects = result["subjects"]
     width = 0.8 / len(subjects)
+    places = {}  # of each task, where its bars begin
     with _figure(file) as figure:
         axes = figure.subplots()
         for number, (name, content) in enumerate(subjects.items()):
@@ -1494,10 +1514,10 @@ def draw_bars(result: dict, file: Path) -> None:
             for group, table in content["groups"].items():
                 bars |= {f"{group} {task}": mean for task, mean in table[metric].items()}
             means, lows, highs = np.array(list(bars.values()), float).T  # None is NaN
-            places = np.arange(len(bars)) + number * width
-            axes.bar(places, means, width, label=name)
-            axes.vlines(places, lows, highs, "black")
-        axes.set_xticks(range(len(bars)), bars, rotation=45, ha="right")
+            lefts = [places.setdefault(task, len(places)) + number * width for task in bars]
+            axes.bar(lefts, means, width, label=name)
+            axes.vlines(lefts, lows, highs, "black")
+        axes.set_xticks(range(len(places)), places, rotation=45, ha="right")
         axes.set_title(f"{metric} by {result['judge']}")
         axes.legend()
 
@@ -1542,8 +1562,12 @@ def _begin(settings):
         changes = changed(_read_json(file, "give another --out"), asdict(settings), HARMLESS)
         if changes:
             raise BadInput(f"{settings.out}: {'; '.join(changes)}; give another --out")
-    write_json(file, asdict(settings))
-    return load_benchmark(settings)
+    is_drawn = any(map(DRAWN.get, _subjects_of(settings)))
+    if settings.stage in ("all", "sample") and is_drawn and not settings.base:
+        raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
+    benchmark = load_benchmark(settings)
+    write_json(file, asdict(settings))  # not before: settings that are refused may be corrected
+    return benchmark
 
 
 def _run_stages(settings, accelerator, stop):

@@ -452,7 +452,7 @@ class Judge:
     """What all judges share. Those that talk, local and served, bring three methods:
 
     part(picture): a picture as a part of a chat message
-    write(chats, tokens, draw): a Reply to each chat; draw: the number of a random draw
+    write(chats, tokens, draw): a Reply to each chat; draw: the number of a random draw, or None
     weigh(chats, worth): a Verdict on each chat, from the probabilities of its next word
     """
 
@@ -607,7 +607,7 @@ class Judge:
 
     # ------------------------------------------------ other words with a judge, and its end
 
-    def reply(self, text: str, pictures: list, max_tokens: int = 1024, draw: int = 0) -> Reply:
+    def reply(self, text: str, pictures: list, max_tokens: int = 1024, draw=None) -> Reply:
         """The Reply to a text and PIL.Images, at temperature 0; JudgeFailure if there is none.
         draw: its number, for --judge_draws."""
         chat = [_message("user", text, *map(self.part, pictures))]
@@ -617,7 +617,7 @@ class Judge:
     def part(self, picture):
         return {"type": "image", "image": picture}
 
-    def write(self, chats, tokens, draw=0):
+    def write(self, chats, tokens, draw=None):
         raise JudgeFailure("this judge does not write; take another --judge")
 
     def unless_stopped(self, function, *args):
@@ -640,9 +640,10 @@ class Judge:
 
 def _joined(verdicts):
     """Several Verdicts on one edit as one: the mean score, the least mass, the first cause."""
+    known = [verdict.mass for verdict in verdicts if not math.isnan(verdict.mass)]
     return verdicts[0]._replace(
         score=fmean(verdict.score for verdict in verdicts),
-        mass=min(verdict.mass for verdict in verdicts),
+        mass=min(known, default=torch.nan),
         cause=next((verdict.cause for verdict in verdicts if verdict.cause), ""),
     )
 
@@ -744,7 +745,7 @@ class LocalJudge(Judge):
         )
         return inputs.to(self.model.device, self.model.dtype)
 
-    def write(self, chats, tokens, draw=0):
+    def write(self, chats, tokens, draw=None):
         with self.lock:
             inputs = self.inputs(chats)
             whole = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
@@ -840,9 +841,9 @@ class ServedJudge(Judge):
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         return {"type": "image_url", "image_url": {"url": url}}
 
-    def write(self, chats, tokens, draw=0):
+    def write(self, chats, tokens, draw=None):
         options = {"max_tokens": tokens, "temperature": 0}
-        if self.settings.judge_draws > 1:
+        if draw is not None and self.settings.judge_draws > 1:
             options |= {"temperature": DRAW_TEMPERATURE, "seed": draw}
         return [self.complete(chats, options)]
 
@@ -1134,8 +1135,12 @@ def write_requirements(settings: WriterSettings):
         ask = _asked_once(judge, folder, failed)
 
         def written(row):
-            text = template.replace("{prompt}", row["prompt"])
-            return row.get(form) or read(ask(text, *row["images"]))
+            if row.get(form):
+                return row[form]
+            reply = ask(template.replace("{prompt}", row["prompt"]), *row["images"])
+            if reply and not read(reply):
+                failed.append("a reply without questions of both kinds")
+            return read(reply)
 
         for split, rows in rows_of.items():
             file = split_file(folder, split)

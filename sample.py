@@ -954,6 +954,7 @@ def fit_memory(editor: Editor, batch: int, trial: Callable[[int], None]) -> tupl
     # keeps a GPU busy: a pair is thousands of tokens. To recompute is a fourth of the training.
     attempts += [(idle, batch >> halvings, []) for halvings in range(batch.bit_length())]
     attempts += [(idle, batch, classes[: count + 1]) for count in range(len(classes))]
+    attempts += [(idle, batch >> halvings, classes) for halvings in range(1, batch.bit_length())]
     for attempt in attempts:
         editor.idle, pairs, recomputed = attempt
         with suppress(torch.OutOfMemoryError):

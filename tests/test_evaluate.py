@@ -1117,6 +1117,8 @@ def test_agree_prints_a_line_for_a_strategy(judge_folder, tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert f"{judge_folder}, logits: 5 edits of 2 sources; right pairs 100.0%" in first
     assert "ties 0.0%, Spearman 0.9" in first and "failed 0.0%" in first
+    assert re.search(r"spread within sources 0\.[1-9]\d\d, mass on answers \d", first)
+    assert re.search(r"\d seconds a score", first)
     assert ", sampled: 5 edits" in second
 
 
