@@ -14,8 +14,8 @@ those of the toy are also float tensors (B, 3, 32, 32) in [0, 1].
 Departures from Edit-R1, paper and released code:
 1. The paper's 27,572 rows are not released: any folder of rows will do, and a toy world stands in.
 2. Its rows hold source and instruction; ours may have a target, a mask, a requirement of their own.
-3. Draws have no state: `seeded` names each, `rows_of_epoch` counts. The released sampler of rows
-   never learns which epoch it is, and draws the same ones each time.
+3. Random draws keep no state: each is seeded by its own key (`seeded`, `rows_of_epoch`). The
+   released sampler of rows is never told the epoch, so it draws the same rows every time.
 4. Rows are checked before training, not when it comes to them.
 """
 
@@ -95,15 +95,15 @@ def run_script(main: Callable):
     except KeyboardInterrupt:
         message = "stopped"
     except torch.OutOfMemoryError as error:
-        reason = str(error).split(". GPU ")[0]
+        reason = str(error).split(". GPU ")[0]  # without the memory's statistics
         message = (
             f"the GPU is too small ({reason}); lower --rollout_batch, --train_batch or "
             "--judge_batch, put the judge elsewhere (--judge_device or a server), or spread the "
             "base over several GPUs with --shard"
         )
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        # What all processes meet is told by the first one. When it ends, the launcher sends the
-        # others SIGTERM, which catch_signals may have made a mere flag.
+        # An error that all processes share is printed by the first. When that one exits, the
+        # launcher sends the others SIGTERM, which must end them again: catch_signals changed that.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     say(f"error: {message}", sys.stderr)
@@ -125,7 +125,9 @@ def _make_lasting(stream):
     stream.write = write_or_drop
 
 
-say = tqdm.write  # say(text, file): prints a line above all progress bars, by itself on stdout
+say = (
+    tqdm.write
+)  # say(text, file): prints a line above all progress bars; file is stdout, if not given
 
 
 def say_once(text: str, file=None):
@@ -176,7 +178,7 @@ def seeded(*key) -> torch.Generator:
 # ---------------------------------------------------------------- settings
 
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
-LARGEST = 2**63 - 1  # what no number of a setting goes beyond, nor below its negative
+LARGEST = 2**63 - 1  # bound on the size of every number in a setting, on both sides of 0
 
 
 def setting(default, help: str, **limits: float) -> Field:
@@ -193,7 +195,7 @@ def setting(default, help: str, **limits: float) -> Field:
 
 @dataclass(frozen=True)
 class CheckedSettings:
-    """Settings whose numbers lie in the ranges that their fields name, and whose texts are text."""
+    """Settings whose numbers lie within their fields' limits, and whose texts are valid utf-8."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -207,13 +209,13 @@ class CheckedSettings:
 
 def _check_value(field, value):
     """BadInput for a number outside its limits or beyond all sense, or for a text that is none."""
-    # what no file name and no utf-8 can hold: NUL, and what Python makes of bytes that are no utf-8
+    # NUL, and the lone surrogates by which Python stands for bytes that are no utf-8
     if re.search(r"[\0\ud800-\udfff]", str(value)):
         raise BadInput(f"--{field.name} {value!r}: holds NUL, or is not utf-8; write or rename it")
     if type(value) in (int, float):
         limits = {"at_least": -LARGEST, "at_most": LARGEST} | field.metadata["limits"]
         for name, limit in limits.items():
-            if not LIMITS[name](value, limit):  # no limit holds nan
+            if not LIMITS[name](value, limit):  # nan fails every comparison
                 wanted = f"{name} {limit:g}".replace("_", " ")
                 raise BadInput(f"--{field.name} {value}: give a number {wanted}")
 
@@ -286,13 +288,13 @@ def _to_disk(path):
 def whole_file(path: AnyPath) -> Iterator[Path]:
     """Yields a path beside `path` to be written; it becomes `path` when the block ends.
 
-    An error leaves what was there, and nothing else. BadInput for one of the disk or the folder.
+    On an error `path` stays as it was. BadInput for a fault of the disk or a folder of that name.
     """
     path = Path(path)
     check_names(Path.is_file, path)
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # of this process and thread alone; Pillow reads the ending
+        # named by thread, so that writers do not collide; Pillow reads the ending
         part = path.with_name(f".part-{threading.get_native_id()}-{path.name}")
         try:
             yield part
@@ -307,9 +309,9 @@ def whole_file(path: AnyPath) -> Iterator[Path]:
 def whole_folder(folder: AnyPath) -> Iterator[Path]:
     """Yields a new folder to be filled; it becomes `folder` when the block ends.
 
-    It then also holds hashes.json, by which `is_whole` knows it. What had the name is renamed; it
-    is removed when it holds what an earlier call wrote and nothing else, or kept and said. BadInput
-    for an error of the disk, and where another process is at it.
+    It then also holds hashes.json, by which `is_whole` knows it. An older folder of that name is
+    removed if it is exactly what an earlier call wrote, else it is renamed, with a message.
+    BadInput for an error of the disk, and where another process is writing it.
     """
     folder = Path(folder).resolve()
     room = folder.with_name(f".part-{folder.name}")  # after a kill the next call clears it
@@ -408,13 +410,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def prune_checkpoints(newest: Path, keep: int, best: int):
     """Of the checkpoints up to `newest`, leaves the last `keep` and the one with the number `best`.
 
-    Those with higher numbers stay: they are not what `newest` follows. What a kill left goes.
+    Those with higher numbers stay, as do other files; half-written ones of a kill are removed.
     """
     folders = checkpoints_in(newest.parent)
     older = folders[folders.index(newest) :][keep:]
     for path in [*older, *newest.parent.glob(".part-checkpoint-*")]:
         if path.name != f"checkpoint-{best}":
-            shutil.rmtree(path, ignore_errors=True)  # a half that a kill leaves is not whole
+            shutil.rmtree(path, ignore_errors=True)  # if cut short, is_whole rejects the rest
 
 
 def check_names(is_ours: Callable, *paths: Path):
@@ -834,7 +836,7 @@ def _checked(row, where, folder, known):
     added = {"where": where, "images": images}
     for key in row.keys() & {"target", "mask"}:
         added[key] = inside(folder, row[key], where)
-    for value in (row["id"], row | {"id": None}):
+    for value in (row["id"], row | {"id": None}):  # the id, then all but the id
         first = known.setdefault(json.dumps(value, sort_keys=True), where)
         if first != where:
             raise BadInput(f"{where}: repeats the id or the content of {first}; change one")
@@ -842,7 +844,7 @@ def _checked(row, where, folder, known):
 
 
 def inside(folder: AnyPath, name: str, where: str) -> str:
-    """The path of `name` in `folder`, links followed later; BadInput when its words leave it."""
+    """The path of `name` in `folder`, links not resolved; BadInput if absolute or with `..`."""
     if not isinstance(name, str) or "\0" in name:
         raise BadInput(f"{where}: picture {name!r} is no path; correct it")
     if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -852,7 +854,7 @@ def inside(folder: AnyPath, name: str, where: str) -> str:
 
 @contextmanager
 def faults_of(row: dict, skip: bool, tell: Callable = say) -> Iterator[None]:
-    """Makes a BadInput in the block one of this row; with `skip` it is told, but no error."""
+    """Adds the row's place and id to a BadInput of the block; `skip`: tells it, raises nothing."""
     try:
         yield
     except BadInput as fault:
@@ -892,7 +894,7 @@ def _all_pictures(rows, *keys):
 
 
 def load_sources(row: dict) -> list[Image.Image]:
-    """A row's source pictures; BadInput where one cannot be had, nor its target or mask."""
+    """A row's source pictures; BadInput if one of them, or the target or mask, cannot be read."""
     return [load_image(path) for path in row_pictures(row)][: len(row["images"])]
 
 
@@ -928,7 +930,7 @@ def load_rows(folder: AnyPath, skip: bool, accelerator: Accelerator) -> dict:
     _, found = _look_through(mine, _check_header, accelerator.is_main_process)
     if len(set(gather_object([fingerprint(both)]))) > 1:
         raise BadInput(f"{folder}: its rows differ between processes; give each node the same ones")
-    broken = ChainMap(*gather_object([found]))  # {path: fault} to any process: the same in all
+    broken = ChainMap(*gather_object([found]))  # {path: fault}, of all processes
     for fault in faults:
         if not skip:
             raise BadInput(fault)
@@ -944,7 +946,7 @@ def load_rows(folder: AnyPath, skip: bool, accelerator: Accelerator) -> dict:
 
 
 def fingerprint(rows: list[dict]) -> str:
-    """A hash of what rows hold, the same wherever their folder lies."""
+    """A hash of what rows train with, the same wherever their folder lies."""
     kept = [[row["id"], row["prompt"], row["image"], row.get("requirement")] for row in rows]
     return hashlib.sha256(_json_line(kept)).hexdigest()
 
@@ -1091,7 +1093,9 @@ class ImportSettings(CheckedSettings):
     image: str = setting("image", "Column of the source picture, or of a list of them.")
     target: str = setting("", "Column of a right edit.")
     mask: str = setting("", "Column of the picture that is white where the edit may change.")
-    kept: str = setting("", "In place of a mask, one that is white where all must stay.")
+    kept: str = setting(
+        "", "In place of mask: column of a picture that is white where all must stay."
+    )
     requirement: str = setting("", "Column of what a good edit must show.")
     task: str = setting("", "Column of the kind of edit.")
     id: str = setting("", "Column of the row's name; the default is file and row.")
@@ -1116,7 +1120,7 @@ def import_dataset(settings: ImportSettings):
             return
         write_json(folder / "import.json", asdict(settings))
         rows, faults = _take_rows(settings)
-        rows.sort(key=lambda row: as_list(row["image"])[0])  # by content: as good as a lot
+        rows.sort(key=lambda row: as_list(row["image"])[0])  # names are hashes: a stable shuffle
         test = rows[: settings.test]
         held_out = _all_pictures(test, ("image", "target"))
         train = []
@@ -1258,7 +1262,7 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict:
     kept = np.isfinite(gains)
     rows = np.array([result["row"] for result in base])[kept]
     _, draws = bootstrap(gains[kept], ["all"] * len(rows), rows)
-    # with one NaN more: of no draws at all the quantiles are NaN
+    # the added NaN keeps an empty `draws` from raising: its quantiles are NaN
     low, high = np.nanquantile(np.append(draws, np.nan), (0.025, 0.975))
     return {
         "base": before[kept].mean(),
@@ -1274,8 +1278,8 @@ def paired_gain(base: list[dict], now: list[dict], key: str) -> dict:
 
 SIDE = 96  # pixels of a picture in a grid, unless one is larger
 GAP = 4  # pixels between two of them
-LINES = 5  # of a caption; what is longer is cut
-LINE = 12  # pixels from line to line
+CAPTION_LINES = 5  # what is longer is cut
+LINE_HEIGHT = 12  # pixels from line to line
 LETTER = 6  # pixels of a letter's width
 
 
@@ -1288,7 +1292,7 @@ def picture_grid(rows: list, captions: list) -> Image.Image:
     sizes = [max(picture.size) for picture in itertools.chain(*rows) if picture]
     side = max([SIDE, *sizes])
     width = side + GAP  # of a picture with its caption
-    height = side + LINE * LINES
+    height = side + LINE_HEIGHT * CAPTION_LINES
     columns = max(map(len, rows), default=1)
     sheet = Image.new("RGB", (width * columns, height * max(len(rows), 1)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1299,7 +1303,7 @@ def picture_grid(rows: list, captions: list) -> Image.Image:
             if picture:
                 square = ImageOps.pad(picture, (side, side), Image.NEAREST, "white")
                 sheet.paste(square, (left, top))
-            text = textwrap.fill(text, side // LETTER, max_lines=LINES)
+            text = textwrap.fill(text, side // LETTER, max_lines=CAPTION_LINES)
             draw.text((left, top + side), text, "black", spacing=0)
     return sheet
 
@@ -1477,7 +1481,7 @@ def oracle_scores(pictures: Tensor, sources: Tensor, targets: Tensor) -> tuple[T
     distances = _cell_distances(pictures)  # (B, 4, 80)
     wanted = _shown_in(targets)  # (B, 4) template
     is_kept = _shown_in(sources) == wanted  # (B, 4), all False where the background should change
-    # 0.001 tells even near colours apart
+    # with a temperature of 0.001 even near colours are told apart
     sure = (-distances / 0.001).softmax(2).take_along_dim(wanted[..., None], 2).squeeze(2)  # (B, 4)
     done = sure.masked_fill(is_kept, torch.nan).nanmean(1)
     kept = sure.masked_fill(~is_kept, torch.nan).nanmean(1).nan_to_num(1.0)
@@ -1513,7 +1517,7 @@ class ToySettings(CheckedSettings):
     vae_steps: int = setting(360, "Training steps of the autoencoder.", **COUNT)
     editor_steps: int = setting(900, "Training steps of the editor.", **COUNT)
     wrong_share: float = setting(
-        0.55, "Share of wrong targets in the last 30 % of them.", at_least=0, at_most=1
+        0.55, "Share of wrong targets in the last 30 % of editor_steps.", at_least=0, at_most=1
     )
     judge_steps: int = setting(700, "Training steps of the judge on graded corruptions.", **COUNT)
 
@@ -1609,7 +1613,7 @@ def _train_models(folder, settings):
 
 def _train_model(number, folder, settings):
     """One of the two models, in a process of its own, on one core."""
-    # a parent that ends, killed or not, takes its children along: `spawn` has them sent SIGINT
+    # `spawn` has SIGINT sent to its children when their parent dies: let it end them at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not parent_process().is_alive():
         return
@@ -1661,7 +1665,7 @@ def new_tokenizer(padding_side: str = "left", **options):
 
 
 def _fit(label, models, loss, steps, lr, position=0):
-    """Minimises loss(step): Muon for matrices and convolutions, Adam for the rest.
+    """Minimises loss(step): Muon for matrices and convolutions, Adam for embeddings and the rest.
 
     position: the line of the progress bar, which tells the time left.
     """
@@ -1769,7 +1773,8 @@ def _train_vae(vae, steps):
 def _spoil(sources, targets):
     """Scenes that are mostly not those asked for, int (n, 5) as theirs.
 
-    Each part is that of the source, of the target, or of another scene: one in six is right.
+    Each part (background or cell) is that of the source, of the target, or of another row's
+    target; about one scene in six comes out right.
     """
     chance = torch.rand(sources.shape)  # (n, 5)
     scenes = sources.where(chance < 0.4, targets)
@@ -1777,7 +1782,7 @@ def _spoil(sources, targets):
 
 
 def _train_editor(pipe, settings):
-    """Flow matching from the source's and the instruction's side.
+    """Flow matching: velocity of the edit's tokens, given the source's and the instruction.
 
     The last 30 % sees wrong targets on purpose: a cleanly trained editor draws the same edit every
     time, and a group without spread teaches nothing. The wrong share makes the imperfect base that
@@ -1809,7 +1814,7 @@ def _train_editor(pipe, settings):
         output = pipe.transformer(
             hidden_states=torch.cat([x_t, source], 1),
             timestep=t.flatten(),
-            guidance=1 + 3 * torch.rand(BATCH),  # every scale a user may ask for
+            guidance=1 + 3 * torch.rand(BATCH),  # any guidance scale from 1 to 4
             pooled_projections=pooled,
             encoder_hidden_states=words,
             txt_ids=text_ids,
@@ -1892,7 +1897,7 @@ def judge_patches(pictures: Tensor) -> Tensor:
     """What the judge's image processor makes of (B, 3, 32, 32) in [0, 1]: (16 B, 384)."""
     cells = F.unfold(pictures * 2 - 1, CELL, stride=CELL).mT.reshape(-1, 3, CELL, CELL)  # 4 B cells
     patches = F.unfold(cells, 8, stride=8).mT.unflatten(2, (3, -1))  # (4 B, 4, 3, 64)
-    return patches.repeat_interleave(2, 2).reshape(-1, 384)  # a video of two equal frames
+    return patches.repeat_interleave(2, 2).reshape(-1, 384)  # temporal patch 2: the picture twice
 
 
 def _judge_outputs(model, tokenizer, rows, pairs):
@@ -1909,7 +1914,7 @@ def _judge_outputs(model, tokenizer, rows, pairs):
         **tokens,  # input_ids and attention_mask, (B, T) each
         mm_token_type_ids=is_picture.int(),  # 0 is text, 1 is picture
         pixel_values=judge_patches(pairs.flatten(0, 1)),
-        # each picture is one frame of 4 x 4 patches
+        # of each picture in patches: 1 (the frame and its repeat) x 4 x 4
         image_grid_thw=torch.tensor(2 * len(pairs) * [[1, 4, 4]]),
         output_hidden_states=True,
     )
@@ -1921,7 +1926,8 @@ def _judge_outputs(model, tokenizer, rows, pairs):
 def _graded_corruptions(sources, targets):
     """Edits of every quality, of scenes: int (n, 5) each -> float (n, 3, 32, 32).
 
-    A third is right, the rest spoiled, all worn: half done, blurred, noisy, tinted.
+    A third is right, the rest spoiled; a few cells partly show the source, and all pictures are
+    blurred, noisy and tinted to some degree.
     """
 
     def share(*shape):

@@ -4,7 +4,7 @@
     python evaluate.py gedit --language both ...     # the same settings
     python evaluate.py heldout --bench DATASET ...   # the test split of a dataset folder
     python evaluate.py compare RUN_A RUN_B           # the paired difference with its interval
-    python evaluate.py seeds RUN RUN [RUN ...]       # mean and spread over runs, as of --seed
+    python evaluate.py seeds RUN RUN [RUN ...]       # mean and spread over runs, e.g. of seeds
     python evaluate.py agree TABLE --judge ...       # how far a judge orders edits as people do
     python evaluate.py curves RUN [RUN ...]          # training runs as curves.png (matplotlib)
 
@@ -103,20 +103,20 @@ from reward_mllm import (
 )
 from sample import load_to_draw, policy, rollout
 
-METRICS = {  # of each benchmark: the main one, what it is made of, a judge's scores in their order
+METRICS = {  # by benchmark: the main metric, its parts, then the judge's single scores in order
     "imgedit": ("score", "adherence", "quality", "preservation"),
     "gedit": ("O", "SC", "PQ", "success", "overediting", "naturalness", "artifacts"),
     "heldout": ("judge",),
 }
 # of each benchmark the questions on an edit, and how many scores the answer holds
 CALLS = {"imgedit": {"edit": 3}, "gedit": {"SC": 2, "PQ": 2}, "heldout": {"judge": 1}}
-# what is seen without a judge, beside each benchmark's METRICS: of a toy's edits what the oracle
-# says, of all how much of the source they keep; lpips if it is installed
+# measured without a judge: oracle and success (toy rows only, by the oracle), and how much of the
+# source an edit keeps: psnr, ssim and, if it is installed, lpips
 SEEN = ("oracle", "success", "psnr", "ssim", "lpips")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of pictures, ours first
 MADE_FROM = "made from"  # the key of the PNG text with the hash of what an edit was drawn from
 DRAWN = {"trained": "new", "base": "base"}  # subjects that we draw: the editor's policy for each
-UNROUNDED = 99  # digits: more than a float has, so that round() leaves it as it is
+UNROUNDED = 99  # digits for round(): so many that it leaves a value as it is
 FIX = "take the benchmark's own"
 Rows = list[dict]
 
@@ -158,8 +158,8 @@ class Settings(JudgeSettings):
             raise BadInput(f"--baselines {' '.join(self.baselines)}: there are source and base")
 
 
-# One --out holds edits and calls for one value of each setting but these: mixed, they would look
-# like one model on one benchmark.
+# Settings that may differ between runs into one --out. No other may: edits and calls of two
+# models would pass for those of one.
 HARMLESS = """out stage mode baselines masks repeats ask_again reply_tokens trust_remote_code judge
 judge_model judge_strategy judge_order judge_aspects judge_prompt judge_think judge_reply
 judge_range judge_draws judge_check judge_device judge_batch judge_in_flight judge_timeout
@@ -198,9 +198,9 @@ LABEL = r"\W*?(?:\d+[.)]\s*)?([^\W\d][\w &/()'’-]{1,60}?)"  # bullets, perhaps
 SEPARATOR = r"(?:\s*[:=|]+|\s+[-–—]|\s+is\b)\s*"
 NUMBER = r"(\d+(?:\.\d+)?)(?!\.?\d)"  # whole: not the 4.5 of 4.56
 VALUE_END = r"(?=\s*(?:[,;.|(){}。、\n]|$)|\s+[-–—]\s)"  # else "4 objects" or "3-4" would be scores
-# of a line with one ": " the whole number behind it: (?!: ) lets no other stand before it
+# a line with exactly one ": " and an integer behind it; (?!: ) keeps out an earlier ": "
 OFFICIAL_LINE = r"(?m)^(?:(?!: ).)*: (\d{1,9})\s*$"
-# labels of what is no score of its own: taken for one, it would stand in for a missing one
+# labels such as "overall" or "reason": their number must not stand in for a missing score
 UNWANTED = r"(?i)reason|overall|average|total|\bsum\b|final|expla|analysis|rationale"
 
 
@@ -235,7 +235,7 @@ def parse_imgedit(reply: str, mode: str = "strict", labels: list = ()) -> list[f
     size, as ImgEdit's own script splits lines.
     """
     if mode == "official":
-        lines = "\n".join(reply.splitlines())
+        lines = "\n".join(reply.splitlines())  # every kind of line end as \n, which $ needs
         return list(map(int, re.findall(OFFICIAL_LINE, lines))) or None
     text = _final_answer(reply)
     # Lines first: the reasoning may hold "..., seams: 2". Only then several scores in one line.
@@ -246,7 +246,7 @@ def parse_imgedit(reply: str, mode: str = "strict", labels: list = ()) -> list[f
 
 
 def _if_valid(scores, count, low, high):
-    """The scores; None unless there are `count`, each from `low` to `high`, which NaN is not."""
+    """The scores; None unless there are `count`, all within [low, high] (NaN is not)."""
     valid = len(scores) == count and all(low <= score <= high for score in scores)
     return scores if valid else None
 
@@ -304,8 +304,8 @@ def parse_gedit(reply: str, mode: str = "strict") -> list[float] | None:
 
 
 def _listed_scores(text):
-    """What stands in brackets after `score`, or alone, be it JSON or only nearly so, because of
-    quotes in the reasoning or an end cut off."""
+    """The inside of every bracket behind `score`, or else of a text that is nothing but scores. By
+    regex, as quotes in the reasoning or a cut end may have broken the JSON."""
     brackets = r"\s*[:=]\s*[\"']?[\[({【「]([^\])}】」]*)[\])}】」]"
     return (
         # the key of an object; in a text within JSON there would be a backslash before the quote
@@ -370,10 +370,10 @@ def score(benchmark: str, records: Rows, mode: str = "strict") -> dict:
     tabulate gives}}. A row's dict is its first record with METRICS, `answered`, `said` (text) and
     `repeats`, the main metric in each round of questions; METRICS are the means over the rounds.
 
-    records: for each row, and for each round of questions about it, one record for each of its
-    CALLS, in their order. A record has `row`, `task`, `source`, `repeat` (the number of its round),
-    and `reply` or `failure`; it may have SEEN, ImgEdit's `labels`, GEdit's `language` and
-    `intersection`. In a held-out set `scores` is [the judge's own score].
+    records: the calls, sorted by row, then by round; one record for each of CALLS in each round, in
+    their order. A record has `row`, `task`, `source`, `call` (of CALLS), `repeat` (the number of
+    its round), and `reply` or `failure`; it may have SEEN, ImgEdit's `labels`, GEdit's `language`
+    and `intersection`. In a held-out set `scores` is [the judge's own score].
 
     strict: a metric without a value counts at the floor, ImgEdit's 1 or else 0. official: a row
     that lacks one has none (NaN), and ImgEdit's rows and tasks are rounded to 2 digits.
@@ -430,13 +430,13 @@ def _measured(benchmark, calls, mode):
 
 
 def _average(values, digits=UNROUNDED):
-    """The mean of what is not empty, rounded."""
+    """The mean of a sequence that is not empty, rounded to `digits`."""
     return round(float(sum(values) / len(values)), digits)
 
 
 def _grouped(rows, metrics, digits=UNROUNDED):
-    """{group: its table}. GEdit's groups are the languages and the intersection subset of each, for
-    other rows there is one, "all". SEEN stands beside the metrics."""
+    """{group: its table of metrics and SEEN}. GEdit's groups are each language and its intersection
+    subset; all other rows are in one group, "all"."""
     groups = defaultdict(list)
     for row in rows:
         name = row.get("language", "all")
@@ -507,8 +507,8 @@ def paired_differences(a: Rows, b: Rows, metrics: tuple) -> dict[str, dict]:
 
 
 def _verdict(difference, a, b, psnr=None):
-    """A difference [mean, low, high] of the subjects (or runs) a and b in words, and that of their
-    PSNR in dB: a gain may be paid for with the source picture."""
+    """In words: the difference a - b [mean, low, high] of two subjects (or runs) and, if given,
+    that of their PSNR in dB, as a gain may come at the cost of the source picture."""
     mean, low, high = difference
     if low is None:  # of one picture nothing can be resampled
         return f"too few source pictures to tell {a} from {b}"
@@ -716,8 +716,8 @@ class Job:
 
 
 def _subjects_of(settings):
-    """The names of the subjects, first the one in question, then the baselines. Without any setting
-    it is base, so that the missing --base is told."""
+    """The names of the subjects: first the one in question (edits before trained before base), then
+    the baselines. With none set it is base, so that the missing --base is told."""
     made_by = {"edits": settings.edits, "trained": settings.lora, "base": settings.base}
     given = [name for name in made_by if made_by[name]]
     names = [*given[:1], *settings.baselines] or ["base"]
@@ -833,8 +833,8 @@ def _find_calls(job, rows):
 
 
 def _question(job, call):
-    """What the judge is asked: the prompt with the instruction in its place. A held-out set's judge
-    words its own question; the text then only says in the key what it is about."""
+    """The prompt for the judge with the instruction filled in. A held-out set's judge words its
+    own; this text then only enters the call's key, so that a changed instruction is asked anew."""
     if job.settings.benchmark == "heldout":
         return f"{call['prompt']}\n{requirement_of(call)}\n{call.get('checklist')}"
     text = job.prompts.get(call["call"]) or job.prompts[call["task"]]
@@ -887,7 +887,8 @@ def judge_edits(job: Job) -> None:
     calls = _find_calls(job, job.mine)
     todo = [call for call in calls if _is_asked(settings, _record(call, answers))]
     file = job.out / f"calls-{label}-{job.accelerator.process_index}.jsonl"
-    # So many at each server; several are named with commas. Threads do, as a call only waits.
+    # So many calls at once for each server (--judge may name several, with commas); threads
+    # suffice, as a call only waits.
     pool = ThreadPoolExecutor(settings.judge_in_flight * (1 + settings.judge.count(",")))
     futures = [pool.submit(_answer, job, judge, call) for call in todo]
     try:
@@ -966,10 +967,9 @@ def _as_gedit_shows(pictures):
 
 
 def _seen(job, call):
-    """What is SEEN of an edit: of a toy row what the oracle says, 0 where there is no edit; PSNR in
-    dB, SSIM and, where the package lpips is installed, LPIPS to its first source, outside the mask
-    if there is one. The latter not of the source itself, which would be perfect, nor of an edit
-    that is not there or cannot be opened."""
+    """SEEN of an edit. oracle, success: of toy rows, 0 where there is no edit. psnr (dB), ssim,
+    lpips (if installed): against the first source, outside the mask if there is one; not for the
+    subject source, which would be perfect, nor for an edit that is missing or cannot be opened."""
     source = _picture_or_none(call["images"][0])
     edit = _picture_or_none(call["edit"])
     seen = {}
@@ -1277,7 +1277,7 @@ def _shown(job, results, number):
             with whole_file(job.out / link) as part:
                 picture.save(part, quality=95, subsampling=0)
         caption = name
-        if name == "source":  # the grid's font has no letters but these
+        if name == "source":  # the grid's font is ASCII: other prompts give way to row names
             caption += f": {row['prompt'] if row['prompt'].isascii() else row['row']}"
         said = ""
         for result in results:
@@ -1432,7 +1432,7 @@ def agree(words: list[str]) -> None:
     settings = parse_settings(AgreeSettings, ["--table", *words], agree.__doc__, judge=TOY)
     judge = None
     outcomes = []  # of all pairs
-    sources = []  # the record of each; those of one are resampled together
+    sources = []  # of each pair its record: a record's pairs are resampled together
     scores = []
     masses = []
     spreads = []  # of each record's scores
@@ -1540,7 +1540,7 @@ def curves(words: list[str]) -> None:
     with _figure(settings.out) as figure:
         panels = figure.subplots(math.ceil(len(CURVES) / 4), 4).flat
         for axes, name in zip(panels, CURVES, strict=False):
-            by_epoch = defaultdict(list)  # what the runs that have come so far logged
+            by_epoch = defaultdict(list)  # epoch: values of the runs that reached it
             for _, record in records:
                 if name in record:
                     by_epoch[record["epoch"]].append(record[name])

@@ -17,7 +17,7 @@ Departures from the authors' released code:
 1. A score that cannot be had is NaN with its cause. It is never 0, and spoils no other score.
 2. How much probability the judge puts on answers at all (the mass) comes with every score.
 3. The answers' token ids are asked of the tokenizer; a server's answers are found by their text.
-4. Every edit is judged under its own row's instruction, and a source is shown with about as many
+4. Every edit is judged under its own row's instruction, and a source is shown with at most as many
    pixels as the edit. Pictures travel as PNG, not as JPEG.
 5. The question comes before the pictures (--judge_order pictures_first for the released order),
    and the sentence that tells how to answer comes after them.
@@ -104,7 +104,7 @@ QUALITY = """The question is how natural the last picture looks: sharp, well lit
 smears and noise, with no broken shapes, hands or letters. {answer}"""
 CHECKLIST = """Look at this alone: {item}
 {answer}"""
-PROMPTS = {  # {answer}: how to answer, which is said after the pictures
+PROMPTS = {  # {answer}: marks that how to answer is to be told, after the pictures
     "execution": LAYOUT + EXECUTION,
     "consistency": ASIDE + CONSISTENCY,
     "quality": ASIDE + QUALITY,
@@ -127,7 +127,7 @@ class Strategy(NamedTuple):
     """How an answer is asked for, and how a score is made of it."""
 
     ending: str  # the sentence that asks for it
-    worth: dict[str, float]  # the first words that count, and their worth; none: it writes a score
+    worth: dict[str, float]  # answer word -> score; empty: the judge writes a number instead
     thinks: bool = False  # it writes its thoughts first
     draws: bool = False  # one answer is drawn instead of their mean
 
@@ -204,14 +204,14 @@ class JudgeSettings(CheckedSettings):
         [], "[ASPECT=]FILE ...: a text in place of ours, or for an aspect of yours."
     )
     judge_think: int = setting(1024, "Tokens of a thought or a written score, at most.", at_least=1)
-    # As it stands it finds the last number in: "score": 4}   **Score:** 7.5.   score: [3
+    # Matches a score at the very end, such as each of: "score": 4}   **Score:** 7.5.   score: [3
     judge_reply: str = setting(
         r"(?i)score[\"'*_:=\[\s]{1,9}(\d+(?:\.\d+)?)[^\w\d]*$",
         "Regular expression whose (groups) are a written score.",
     )
     judge_range: list[float] = setting([0.0, 10.0], "The worst and the best written score.")
     judge_draws: int = setting(
-        1, "Written scores of an edit, of which the mean counts.", at_least=1
+        1, "Written scores of an edit by a served judge, of which the mean counts.", at_least=1
     )
     judge_check: bool = setting(True, "Stop unless right edits score above untouched sources.")
     trust_remote_code: bool = setting(False, "Run code that comes with a model, judge or editor.")
@@ -253,7 +253,7 @@ def plain_terms(
 ) -> dict[str, Tensor]:
     """What can be seen without a judge, of n edits and their source: name -> (n,).
 
-    psnr: of all pixels that are not white in `mask`, in dB, 60 at most, NaN where all are white.
+    psnr: of all pixels that are dark in `mask`, in dB, 60 at most, NaN where none is.
     pixel_distance: mean absolute difference, in [0, 1].
     brightness_drift: the edit's mean brightness minus the source's, in [-1, 1].
     sharpness_drift: (edit - source) / (edit + source) of the mean absolute Laplacian; -1: blurred.
@@ -267,13 +267,13 @@ def plain_terms(
         if mask:
             must_stay = pixels_of(mask, edit.size).mean(2) < 0.5  # (H, W), black in the mask
             error = error[must_stay]  # (pixels,)
-        dull = _sharpness(before)
-        sharp = _sharpness(after)
+        sharp_before = _sharpness(before)
+        sharp_after = _sharpness(after)
         terms = {
             "psnr": -10 * error.mean().clamp(min=1e-6).log10(),  # 1e-6 is 60 dB
             "pixel_distance": change.abs().mean(),
             "brightness_drift": change.mean(),
-            "sharpness_drift": (sharp - dull) / (sharp + dull),
+            "sharpness_drift": (sharp_after - sharp_before) / (sharp_after + sharp_before),
         }
         found.append(terms)
     return default_collate(found)  # a dict of tensors from a list of dicts
@@ -400,8 +400,8 @@ class Reply(NamedTuple):
 
 
 def _read_written(replies, settings):
-    """The Verdict in an edit's Replies: the mean of those that can be read, and of all that
-    --judge_reply finds in each; of several groups of one find, the least counts."""
+    """The Verdict of an edit's Replies: the mean over the readable ones, each the mean of all
+    --judge_reply matches in it; of several groups in one match, the least counts."""
     low, high = settings.judge_range
     scores = []
     for reply in replies:
@@ -466,11 +466,11 @@ class Judge:
         self.name = settings.judge.removeprefix("local:")
         self.prompts = dict(PROMPTS)
         files = settings.judge_prompt
-        own = f"{self.name}/judge_prompt.txt"  # beside a local judge that brings its question
+        own = f"{self.name}/judge_prompt.txt"  # in a local model's folder: its own question
         if os.path.isfile(own):
             files = [own, *files]
         for entry in files:
-            # a slash before the first = is that of a file
+            # ASPECT=FILE or FILE; with a slash before its first "=" the whole is a file's path
             aspect, file = re.fullmatch("(?s)(?:([^/=]+)=)?(.*)", entry).groups("execution")
             text = read_plain(file, "name a text file").decode("utf-8-sig", "replace")
             # \ufffd stands for bytes that are no utf-8
@@ -528,7 +528,7 @@ class Judge:
             terms[aspect] = torch.tensor([verdict.score for verdict in verdicts])  # (n,)
             answers.append(verdicts)
         score = combine(terms, self.weights)
-        # of each edit; execution comes first, so its words are the ones that count
+        # One Verdict an edit: its score is not used, its words and facts are those of execution.
         joined = [_joined(verdicts) for verdicts in zip(*answers, strict=True)]
         causes = [
             one.cause or _range_fault(value) for one, value in zip(joined, score, strict=True)
@@ -565,7 +565,7 @@ class Judge:
         verdicts = []
         for batch in batches:
             verdicts += batch.result()
-        n = len(edits)  # so far apart lie the Verdicts on the items, of each edit
+        n = len(edits)  # they are item by item: those of edit i are i, i + n, i + 2n, ...
         verdicts = [_joined(verdicts[i::n]) for i in range(n)]
         if strategy.draws:
             verdicts = list(map(_drawn, verdicts, edits))
@@ -578,9 +578,9 @@ class Judge:
         if "{answer}" in question:
             ending = THINK if strategy.thinks else strategy.ending
         question = question.replace("{answer}", "").replace("{requirement}", requirement_of(row))
-        # the instruction last: it may itself hold such a name
+        # the instruction last: it may itself contain "{item}" or the like
         question = question.replace("{item}", item).replace("{prompt}", row["prompt"])
-        # a general judge that writes its score is told its range
+        # only WRITTEN has fields, for the range
         return question, ending.format(*self.settings.judge_range)
 
     def answer(self, chats, strategy):
@@ -727,7 +727,7 @@ class LocalJudge(Judge):
                 "--judge_device such as cuda:0, or run python data_prep.py toy first"
             ) from error
         self.model = model.to(device)
-        # A thread may have waited long for its turn, and each word it writes is a forward.
+        # On a stop a thread, perhaps one that waited long for its turn, quits at its next forward.
         heed_stop(self.model, self.stop)
         self.tokenizer = self.processor.tokenizer
         # The next word's place is then the last one in every row.
@@ -751,7 +751,7 @@ class LocalJudge(Judge):
             whole = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         written = whole[:, inputs["input_ids"].shape[1] :]  # (B, tokens at most)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        # A shorter reply than the batch's longest is filled up behind its end.
+        # A finished reply has an end token (then padding); one without it hit the token limit.
         ends = torch.tensor(self.model.generation_config.eos_token_id)
         is_cut = ~torch.isin(written.cpu(), ends).any(1)
         return list(map(Reply, texts, is_cut.tolist()))
@@ -791,7 +791,7 @@ def _answer_token_ids(tokenizer, texts=DIGITS):
 
 MAX_REPLY = 2**22  # bytes
 DRAW_TEMPERATURE = 0.7  # where the mean of several written scores counts
-REST = 5.0  # seconds at most between two tries, and for which a lost outage is not tried again
+REST = 5.0  # seconds: longest pause between tries; how long after giving up no server is asked
 TELL_AT = 4  # failures in a row at which a server has stopped answering
 
 
@@ -813,7 +813,7 @@ class ServedJudge(Judge):
         for url in urls * in_flight:
             self.places.put(url)
         self.failures = Counter()  # of each server since its last good reply
-        self.hopeless_until = 0.0  # after an outage that was too long
+        self.hopeless_until = 0.0  # requests made before this time fail at once; see complete
         self.pool = urllib3.PoolManager(  # it goes through no proxy
             num_pools=len(urls),
             maxsize=in_flight,  # as many connections are kept open
@@ -858,7 +858,7 @@ class ServedJudge(Judge):
         except Exception:  # the reply may be any JSON
             return [Verdict(cause="no logprobs in the reply", facts=reply.facts)]
         verdict = expected_score(dict(zip(words, values, strict=True)), worth)
-        # Nothing is guessed: what cannot be, or was cut so that answers may be missing, counts not.
+        # No score is guessed from impossible probabilities, or a list that may lack an answer.
         cause = verdict.cause
         is_double = max(map(words.count, worth)) > 1
         unseen = worth.keys() - set(words)  # each at most as likely as the last that is listed
@@ -872,8 +872,8 @@ class ServedJudge(Judge):
     def complete(self, chats, options):
         """The Reply to a chat; where no server answers it is asked again.
 
-        It is given up when it has failed for judge_patience seconds. When its server had stopped
-        answering, so is all that waits: an outage is sat out once, not by each request.
+        After judge_patience seconds of failures the request is given up. If its server has stopped
+        answering, all waiting requests fail with it: an outage is sat out once, not by each.
         """
         (chat,) = chats  # so many are in a batch
         asked = time.monotonic()
@@ -881,7 +881,7 @@ class ServedJudge(Judge):
         failed_at = ""
         while not self.stop.is_set():
             url = self.places.get()
-            if url == failed_at:  # another server may do better, if there is one
+            if url == failed_at:  # take the next place, which may be another server's
                 self.places.put(url)
                 url = self.places.get()
             try:
@@ -916,7 +916,7 @@ class ServedJudge(Judge):
         try:
             reply = self.request(f"{url}/chat/completions", body)
         except JudgeFailure as failure:
-            # in flight with others it may have been sent before this was known
+            # judged by body: another thread may have set is_new while this was in flight
             if "temperature" not in body or not re.search("max_tokens|temperature", str(failure)):
                 raise
             self.is_new = True
@@ -1010,8 +1010,8 @@ def check_judge(judge: Judge, rows: list[dict]):
         sources = load_sources(row)
         source = sources[0]
         target = load_image(row["target"]) if examples else ImageOps.mirror(source)
-        halfway = Image.blend(source, target.resize(source.size), 0.5)  # a score from 0 to 1
-        wide = source.resize((3 * source.width, source.height))  # the longest pads the others
+        halfway = Image.blend(source, target.resize(source.size), 0.5)  # a score between theirs
+        wide = source.resize((3 * source.width, source.height))  # more tokens: others get padded
         for first in (source, wide):
             asked.append(judge.submit(row, sources, [first, target, halfway]))
     scores = Scores.stack([future.result() for future in asked])  # (2 rows, 3)

@@ -128,8 +128,8 @@ FLUX2 = Family(  # its guidance is an input of the model, no CFG
     max_pixels=1024**2,
     template_tokens=32,  # of its system message and chat format; klein has the format alone
     targets=FLUX2_TARGETS,
-    # In 6 steps its schedule leaves a last one from t = 0.6 to 0. With 12 the solver errs on a
-    # mixture of Gaussians by .18, with 6 by .34, on Kontext's schedule with 6 by .17.
+    # With 6 steps its last one goes from t = 0.6 to 0. On a mixture of Gaussians the solver's error
+    # is .34 with 6 steps and .18 with 12; with 6 on Kontext's schedule it is .17.
     rollout_steps=12,
 )
 NO_CFG = Family(rollout_guidance=1.0)
@@ -160,9 +160,9 @@ def _parameters(pipe):
 
 # ---------------------------------------------------------------- the solver
 
-# A step that is longer than this many times the step before gets only a part of its second-order
-# correction. In 6 steps Kontext and the toy stay below it (1.3 and 1.2), and FLUX.2's last step is
-# more than 3 times as long as the one before.
+# A step over this many times as long as the step before gets only a part of its second-order
+# correction. With 6 steps the largest ratio is 1.3 on Kontext, 1.2 on the toy, but over 3 on
+# FLUX.2, for its last step.
 MAX_RATIO = 1.5
 
 
@@ -184,7 +184,7 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
         """From this sigma to the next: v and x of any one shape -> (x,), in v's dtype.
 
         x(t + h) = x + h v + h^2/2 dv/dt, with dv/dt from this velocity and the last. The names are
-        diffusers': model_output is v, sample is x, timestep (1000 t) finds only the first sigma.
+        diffusers': model_output is v, sample is x, timestep (1000 t) finds the first sigma.
         A tuple, as the pipelines ask for (return_dict=False).
         """
         if self.step_index is None:  # the first step of a rollout
@@ -200,7 +200,7 @@ class FlowDPMSolverMultistepScheduler(FlowMatchEulerDiscreteScheduler):
             # A slope says little of what lies far beyond its two points: it is trusted no further
             # than MAX_RATIO times their distance. Both are negative, so the maximum is the shorter.
             reach = torch.maximum(h, MAX_RATIO * h_last)
-            x += 0.5 * h * reach * slope  # h^2/2 dv/dt, where reach is h
+            x += 0.5 * h * reach * slope  # = h^2/2 dv/dt unless reach was cut
         self.last_v = v
         self._step_index += 1
         self.last_x = x.to(model_output.dtype)
@@ -248,15 +248,15 @@ def load_editor(
     pipe = _load_pipeline(base, device, dtype, trust_remote_code)
     family = _family(pipe, base)
     resolution = _checked_resolution(pipe, family, base, resolution)
-    # How long a prompt may be stands in the signature of the pipeline's call. LongCat's has no such
-    # argument; there it is 512, and an attribute of the pipeline. A tokenizer may take less.
+    # The limit of a prompt is the default of max_sequence_length in the pipeline's call. LongCat
+    # has an attribute instead, tokenizer_max_length, of 512. A tokenizer may take less.
     argument = _parameters(pipe).get("max_sequence_length")
     max_text = argument.default if argument else 512
     max_text = min(max_text, getattr(_tokenizer(pipe), "model_max_length", max_text))
     if not argument:
         pipe.tokenizer_max_length = max_text
     pipe.scheduler = FlowDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    # A fixed list of times would forbid other numbers of steps.
+    # A config with sample_sigmas fixes the times, and so the number of steps: dropped.
     if pipe.config.get("sample_sigmas"):
         pipe.register_to_config(sample_sigmas=None)
     if torch.cuda.is_available():
@@ -275,8 +275,8 @@ def _load_pipeline(base, device, dtype, trust_remote_code):
         fix = "run python data_prep.py toy first"
     try:
         processors, tokenizers = _processors(base)
-        # diffusers would refuse a tokenizer in a processor's place: it is left empty (None), and
-        # filled afterwards.
+        # diffusers would refuse a tokenizer where a processor belongs: such a part is loaded as
+        # None and registered afterwards.
         pipe = DiffusionPipeline.from_pretrained(
             base,
             dtype=dtype,
@@ -322,7 +322,7 @@ def _family(pipe, base):
     family = FAMILIES.get(kind)
     if not family:
         family = Family()
-        # A transformer that is not told its guidance is guided by CFG, under one name or another.
+        # A transformer without a guidance input is guided by CFG; the argument has two names.
         if not pipe.transformer.config.get("guidance_embeds"):
             family = QWEN if "true_cfg_scale" in _parameters(pipe) else NO_CFG
         note(f"{kind} is not in FAMILIES of sample.py; assumed: {family}")
@@ -390,7 +390,7 @@ def add_policies(
             f"LoRA {start or targets}: its names match no module of {editor.kind} that can have "
             f"one ({one_line(error)}); name layers, or a LoRA, of this model"
         ) from error
-    _multiply_in_own_dtype(editor.transformer)
+    _multiply_in_input_dtype(editor.transformer)
     for name in editor.policies:
         for key, parameter in lora_parameters(editor, name).items():
             # All ranks and all policies begin with the same A, whatever else draws numbers.
@@ -402,8 +402,8 @@ def add_policies(
     _activate(editor, "new")
 
 
-def _multiply_in_own_dtype(transformer):
-    """Turns the matrices of all LoRA layers into LoraMatrix, see there."""
+def _multiply_in_input_dtype(transformer):
+    """Makes every LoRA matrix a float32 LoraMatrix, which multiplies in its input's dtype."""
     for layer in transformer.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.cast_input_dtype_enabled = False
@@ -415,9 +415,9 @@ def _multiply_in_own_dtype(transformer):
 class LoraMatrix(nn.Linear):
     """A or B of a LoRA: float32 to learn in, multiplied in the dtype of what comes in.
 
-    In bf16 the weights would lose updates that are smaller than their rounding. peft, left
-    alone, casts every layer's input (tokens, in) to float32 instead of the far smaller matrices: on
-    a bf16 base 30 % of the update's memory traffic.
+    bf16 weights would lose updates smaller than their rounding. peft by default casts each layer's
+    input (tokens, in) to float32, where we cast the far smaller matrices: on a bf16 base that cast
+    was 30 % of the update's memory traffic.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -500,9 +500,9 @@ def save_lora(editor: Editor, folder: str | Path, name: str = "new") -> None:
     pipe.transformer.load_lora_adapter(folder, weight_name=LORA_FILE). `.alpha` tensors beside a
     plain B would not do: diffusers 0.42 refuses them for Flux.2.)
 
-    The LoraConfig, for load_lora and add_policies, is metadata under a name of our own: under
-    diffusers' name the strength would count twice. No bit is lost: where float32 cannot hold the
-    product, as with a factor of 1.5, B is float64.
+    The LoraConfig, for load_lora and add_policies, is metadata under a key of our own: under
+    diffusers' key it would apply alpha / rank once more. No bit is lost: where float32 cannot hold
+    the product, as with a factor of 1.5, B is float64.
     """
     full = {}
     for key, weight in lora_parameters(editor, name).items():
@@ -614,8 +614,8 @@ def _lora_config(file, metadata, weights, alphas):
     if settings:
         config = json.loads(settings)
     else:
-        # Of the ranks and alphas that are not the most frequent diffusers makes PEFT's patterns:
-        # regular expressions, which are these keys without their endings.
+        # diffusers takes the most frequent rank and alpha as the default, and makes PEFT's
+        # rank_pattern and alpha_pattern of the rest: these keys, cut before .lora_B. or .alpha.
         ranks = {f"^{layer}.lora_B.": len(weights[f"{layer}.lora_A.weight"]) for layer in layers}
         config = get_peft_kwargs(ranks, alphas, weights)
     known = {"target_modules": layers}
@@ -758,8 +758,8 @@ def _sources_keep_their_size(editor, images):
     size_by_ratio = {image.width / image.height: image.size for image in images}
 
     def size_function(area, ratio):
-        # Qwen-Image-Edit-Plus shows its text encoder a smaller picture, which stays the pipeline's
-        # own, if it is not above the working size. For the VAE the area is a megapixel.
+        # Qwen-Image-Edit-Plus asks twice. For its text encoder (a smaller area) the pipeline's size
+        # stays, capped at the working area; for the VAE (a megapixel) the picture's own is given.
         size = original(min(area, editor.resolution**2), ratio)
         if area < 1024**2:
             return size
@@ -785,8 +785,8 @@ def _conditioning(editor, arguments, x_0):
             f"{editor.kind} runs its guidance in one batch with the edits; give a guidance of 1"
         )
     dropped = ["timestep"]
-    # A cache to be filled for the calls that follow is not for training, which makes the first one
-    # again. Where there is a mode alone, tokens attend to each other by it: it stays.
+    # FLUX.2-klein-KV's first call also fills a cache for later ones; training repeats only that call,
+    # so both go. A mode without a cache selects how tokens attend to each other: it stays.
     if "kv_cache" in arguments:
         dropped += ["kv_cache", "kv_cache_mode"]
     cond = {}
@@ -896,7 +896,7 @@ def check_editor(editor: Editor, row: dict) -> None:
             f"{editor.kind}: its transformer's calls cannot be repeated; mend its line of FAMILIES "
             "in sample.py (source_first is the order of tokens) or take another editor"
         )
-    # 2. The editor sees its source: the tokens beside the edit's, which velocity itself puts in.
+    # 2. The editor sees its source. All tokens are negated, but velocity overwrites the edit's.
     other_source = group.cond | {"hidden_states": -group.cond["hidden_states"]}
     if torch.allclose(v, velocity(editor, x_t, t, other_source)):
         raise BadInput(
@@ -932,7 +932,7 @@ def parked(editor: Editor) -> Iterator[None]:
 
 
 def fit_memory(editor: Editor, batch: int, trial: Callable[[int], None]) -> tuple[int, list[str]]:
-    """From now on updates save no more memory than they must, found by trial; see the attempts.
+    """Parks, splits and recomputes only as much as updates need to fit, found by trial.
 
     editor.idle: before, what may be parked; after, what is. Returns the pairs of a forward, at most
     `batch`, and which classes of blocks backward computes again from their inputs.
@@ -947,10 +947,10 @@ def fit_memory(editor: Editor, batch: int, trial: Callable[[int], None]) -> tupl
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
 
-    # The transformer calls each of its blocks by way of this function.
+    # The transformer calls each of its blocks by way of this function, where gradients are kept.
     editor.transformer.enable_gradient_checkpointing(run)
     attempts = [([], batch, [])]
-    # The cheapest first. To park takes seconds of an epoch. A half of a batch, and half of that,
+    # The cheapest first. To park takes seconds of an epoch. A half of a batch, and so on to one,
     # keeps a GPU busy: a pair is thousands of tokens. To recompute is a fourth of the training.
     attempts += [(idle, batch >> halvings, []) for halvings in range(batch.bit_length())]
     attempts += [(idle, batch, classes[: count + 1]) for count in range(len(classes))]
@@ -997,7 +997,7 @@ def shard_base(editor: Editor, accelerator: Accelerator) -> None:
     for part in editor.transformer.parameters():
         if hasattr(part, "to_local"):  # it is sharded
             local += part.to_local().numel()
-    accelerator.print(f"{local:,} of the base's numbers are on this rank")
+    accelerator.print(f"{local:,} of the base's parameters are on this rank")
     editor.pipe.to(accelerator.device)
 
 
