@@ -128,7 +128,7 @@ FLUX2 = Family(  # its guidance is an input of the model, no CFG
     max_pixels=1024**2,
     template_tokens=32,  # of its system message and chat format; klein has the format alone
     targets=FLUX2_TARGETS,
-    # With 6 steps its last one goes from t = 0.6 to 0. On a mixture of Gaussians the solver's error
+    # With 6 steps the last one goes from t = 0.6 to 0. On a mixture of Gaussians the solver's error
     # is .34 with 6 steps and .18 with 12; with 6 on Kontext's schedule it is .17.
     rollout_steps=12,
 )
@@ -785,8 +785,8 @@ def _conditioning(editor, arguments, x_0):
             f"{editor.kind} runs its guidance in one batch with the edits; give a guidance of 1"
         )
     dropped = ["timestep"]
-    # FLUX.2-klein-KV's first call also fills a cache for later ones; training repeats only that call,
-    # so both go. A mode without a cache selects how tokens attend to each other: it stays.
+    # FLUX.2-klein-KV's first call also fills a cache for later ones; training repeats that call
+    # alone, so both go. A mode without a cache selects how tokens attend to each other: it stays.
     if "kv_cache" in arguments:
         dropped += ["kv_cache", "kv_cache_mode"]
     cond = {}
