@@ -1562,10 +1562,10 @@ def _begin(settings):
         changes = changed(_read_json(file, "give another --out"), asdict(settings), HARMLESS)
         if changes:
             raise BadInput(f"{settings.out}: {'; '.join(changes)}; give another --out")
+    benchmark = load_benchmark(settings)
     is_drawn = any(map(DRAWN.get, _subjects_of(settings)))
     if settings.stage in ("all", "sample") and is_drawn and not settings.base:
         raise BadInput("--base is missing; name the editor, or a folder of finished --edits")
-    benchmark = load_benchmark(settings)
     write_json(file, asdict(settings))  # not before: settings that are refused may be corrected
     return benchmark
 

@@ -289,7 +289,7 @@ def test_help_shows_ranges_and_percent_signs(capsys):
     for kind, wanted in (
         (Demo, "Sizes of 5 % each. (at least 1 and at most 9)"),
         (Demo, "A share. (above 0 and at most 1)"),
-        (ToySettings, "last 30 % of them. (at least 0 and at most 1)"),
+        (ToySettings, "last 30 % of editor_steps. (at least 0 and at most 1)"),
     ):
         with pytest.raises(SystemExit):
             parse_settings(kind, ["--help"])
