@@ -482,6 +482,16 @@ def test_a_folder_that_another_process_writes_is_refused_and_what_its_kill_left_
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_an_old_folder_that_a_kill_left_in_the_room_is_cleared(tmp_path):
+    for name in ("x", ".part-x/old"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / ".part-x" / ".lock").touch()
+    with whole_folder(tmp_path / "x") as part:
+        (part / "file").write_text("new")
+    assert (tmp_path / "x" / "file").read_text() == "new"
+
+
 def test_a_part_folder_that_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / ".part-x").mkdir()
     (tmp_path / ".part-x" / "mine").write_text("mine")
@@ -1208,6 +1218,23 @@ def test_pictures_inside_a_parquet_or_arrow_benchmark_are_compared_too(tmp_path,
     with pytest.raises(BadInput, match="1 fault"):
         data_prep.main(["check", str(data), "--against", str(bench)])
     assert re.search(r"0.png: shows \S*0.\w+ row 1, input_image of", capsys.readouterr().out)
+
+
+def test_a_benchmarks_pictures_are_found_in_lists_and_as_bytes(tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for number in range(2):
+        draw(tmp_path / "data" / f"{number}.png", number)
+    contents = [(tmp_path / "data" / f"{number}.png").read_bytes() for number in range(2)]
+    rows = [{"prompt": f"p{number}", "image": f"{number}.png"} for number in range(2)]
+    write(tmp_path / "data", *rows)
+    table = pyarrow.table({"plain": [contents[0]], "listed": [[contents[1]]], "text": ["words"]})
+    (tmp_path / "bench").mkdir()
+    parquet.write_table(table, tmp_path / "bench" / "0.parquet")
+    with pytest.raises(BadInput, match="2 faults"):
+        data_prep.main(["check", str(tmp_path / "data"), "--against", str(tmp_path / "bench")])
+    said = capsys.readouterr().out
+    assert "row 1, plain of" in said and "row 1, listed of" in said
 
 
 def test_check_wants_a_mask_of_the_size_of_its_rows_first_picture(tmp_path, capsys):

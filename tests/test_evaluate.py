@@ -1632,6 +1632,35 @@ def test_the_picture_by_task_has_a_bar_with_its_interval_for_each_subject(
     assert [axes.bars["edits"][4], lows[4], highs[4]] == style
 
 
+def test_bars_stand_under_their_tasks_though_a_subject_lacks_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=Figure))
+    tables = {"a": {"add": [4, 4, 4], "style": [5, 5, 5]}, "b": {"style": [2, 2, 2]}}
+    subjects = {name: {"groups": {"all": {"score": table}}} for name, table in tables.items()}
+    result = {"benchmark": "imgedit", "judge": "j", "subjects": subjects}
+    places = []
+    monkeypatch.setattr(Axes, "bar", lambda self, lefts, *rest, **how: places.append(lefts))
+    evaluate.draw_bars(result, tmp_path / "tasks.png")
+    (axes,) = Figure.last.axes
+    assert axes.names == ["all add", "all style"] and places == [[0, 1], [1.4]]
+
+
+def test_settings_that_are_refused_may_be_corrected(imgedit, edits, tmp_path, server):
+    for wrong in ({"edits": tmp_path / "nowhere"}, {}):  # a mistyped folder; nothing to draw with
+        with pytest.raises(BadInput, match="has nothing for any row|--base is missing"):
+            run("imgedit", imgedit, tmp_path / "out", server, **wrong)
+    assert run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+
+
+def test_a_config_in_the_working_folder_is_not_taken_for_the_loras_run(
+    imgedit, edits, tmp_path, server, monkeypatch, capsys
+):
+    (tmp_path / "config.json").write_text(json.dumps({"judge": server.url}))
+    monkeypatch.chdir(tmp_path)
+    run("imgedit", imgedit, tmp_path / "out", server, edits=edits)
+    assert "please this judge" not in capsys.readouterr().err
+
+
 def test_without_matplotlib_the_picture_by_task_is_a_line(
     imgedit, edits, tmp_path, server, monkeypatch, capsys
 ):

@@ -206,6 +206,15 @@ def test_columns_are_taken_by_name_or_by_path(tmp_path):
         assert (folder / row[key]).read_bytes() == wanted
 
 
+def test_a_column_without_a_name_is_taken_for_no_setting(tmp_path):
+    write_pictures(tmp_path, "a.png", "b.png")
+    table = ",prompt,image\r\n0,one,a.png\r\n1,two,b.png\r\n"  # as pandas writes it
+    (tmp_path / "src" / "rows.csv").write_text(table)
+    words = [str(tmp_path / "src" / "rows.csv"), str(tmp_path / "out"), "--test", "1"]
+    data_prep.main(["import", *words])
+    assert "target" not in rows_in(tmp_path / "out", "train")[0]
+
+
 def test_several_source_pictures_stay_a_list(tmp_path):
     several = {"prompt": "p", "image": ["a.png", "b.png"]}
     write_rows(tmp_path, several, {"prompt": "q", "image": ["c.png"]})

@@ -438,6 +438,12 @@ def test_a_reply_without_both_kinds_of_questions_is_no_checklist(server, folder,
     assert "1 of 3 rows have a checklist" in capsys.readouterr().out
 
 
+def test_rows_whose_checklist_cannot_be_read_are_counted(server, folder, capsys):
+    server.says = lambda question, pictures: "done: Is the circle blue?"
+    checklist(server, folder)
+    assert "failed: {'a reply without questions of both kinds': 2}" in capsys.readouterr().out
+
+
 def test_requirements_that_were_paid_for_before_a_kill_are_not_asked_again(server, folder):
     server.says = lambda question, pictures: LISTS
     before = (folder / "train.jsonl").read_bytes()

@@ -1056,3 +1056,11 @@ def test_a_local_judge_sits_on_its_own_device(judge_folder):
     settings = JudgeSettings(judge=f"local:{judge_folder}", judge_device="cpu")
     found = load_judge(settings, device="cuda:7")  # where the editor is
     assert found.model.device.type == "cpu" and found.model.dtype == torch.float32
+
+
+def test_an_unknown_mass_hides_no_known_one():
+    known = reward_mllm.Verdict(0.5, 0.3)
+    unknown = reward_mllm.Verdict(0.5)
+    for verdicts in ([known, unknown], [unknown, known]):
+        assert reward_mllm._joined(verdicts).mass == 0.3
+    assert math.isnan(reward_mllm._joined([unknown]).mass)

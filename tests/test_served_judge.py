@@ -236,6 +236,13 @@ def test_the_mean_of_several_draws_counts_and_an_unread_draw_does_not(server, tm
     assert judge.score(*ONE).causes == ["no score in the reply"]
 
 
+def test_only_a_written_score_is_drawn_at_random(server, tmp_path):
+    judge = critic(server, tmp_path, judge_draws=3, **FIRM)
+    server.written = ["a requirement"]
+    judge.reply("What must a good edit show?", ONE[1])
+    assert server.requests[0]["body"]["temperature"] == 0
+
+
 def test_a_general_judge_is_told_how_to_write_its_score(server):
     judge = served(server, judge_strategy="written", judge_range=[1.0, 7.0])
     server.written = ["Fine.\nscore: 4"]

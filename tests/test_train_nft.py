@@ -940,7 +940,7 @@ def test_several_ranks_end_with_the_lora_of_one(
     server.start(arguments(kontext_folder, dataset, out, shard=shard, **how), ranks)
     assert server.codes() == [0] * ranks, server.said()
     if shard:
-        here = re.search(r"([\d,]+) of the base's numbers are on this", server.said())[1]
+        here = re.search(r"([\d,]+) of the base's parameters are on this", server.said())[1]
         whole = load_editor(kontext_folder).transformer.num_parameters()
         assert 0 < int(here.replace(",", "")) < 0.6 * whole
     kept = [line["groups/kept"] for line in log(out)]
@@ -1240,6 +1240,14 @@ def test_the_paired_gain_is_resampled_over_rows():
     assert gain["gain"] == pytest.approx(gain["now"] - gain["base"])
     assert gain["low"] < gain["gain"] < gain["high"]
     assert gain["high"] - gain["low"] < 0.1
+
+
+def test_a_pair_with_a_missing_score_counts_on_neither_side():
+    base = [{"row": row, "judge": score} for row, score in enumerate([0.1, 0.9, math.nan])]
+    now = [{"row": row, "judge": score} for row, score in enumerate([0.3, math.nan, 0.5])]
+    gain = paired_gain(base, now, "judge")
+    assert (gain["base"], gain["now"], gain["missing"]) == (0.1, 0.3, 2)
+    assert gain["gain"] == pytest.approx(0.2)
 
 
 BELOW = {
