@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored: tests send it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # so has a shell, in the background
 
 WORDS = ["make", "the", "red", "circle", "blue", "remove", "square", "add", "green", "triangle"]
 
