@@ -5,16 +5,19 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored: tests send it
 signal.signal(signal.SIGINT, signal.default_int_handler)  # so has a shell, in the background
+tqdm.set_lock(threading.RLock())  # its own is shared by forks, and a killed one may hold it
 
 WORDS = ["make", "the", "red", "circle", "blue", "remove", "square", "add", "green", "triangle"]
 
