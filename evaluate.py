@@ -660,7 +660,7 @@ def load_benchmark(settings: Settings) -> tuple[Rows, dict]:
     rows: dicts with `row` (its name), `prompt`, `images` (paths of its sources), `shown` (those as
     the judge sees them), `task`, `source` (a hash, the same for all rows on one picture), `files`
     (where its edit may lie in a subject's folder, without ending; the first is ours), `hash` (of
-    prompt and pictures), ImgEdit's `labels` and GEdit's `language`.
+    name, prompt and pictures), ImgEdit's `labels` and GEdit's `language`.
     BadInput when a file or picture is missing or not as the benchmark has it, and when --edits or
     --masks holds nothing for any row.
     """

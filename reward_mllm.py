@@ -301,7 +301,7 @@ class Scores(NamedTuple):
     """What a judge says of the n edits of one row."""
 
     score: Tensor  # (n,) in [0, 1], NaN where there is none
-    mass: Tensor  # (n,) probability of all words that count; NaN where not known
+    mass: Tensor  # (n,) least probability of all words that count; NaN: not known
     terms: dict  # name -> (n,): each aspect's score, and the plain terms
     causes: list  # n strings: why there is no score; "" where there is one
     words: list  # n strings: the judge's likeliest first words, or what it wrote
