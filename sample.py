@@ -373,7 +373,8 @@ def add_policies(
     A is gaussian with deviation 1 / rank, drawn from (seed, parameter's name) and the same in all;
     B is zero, so new = old = base. targets: endings of module names; None: the family's. With
     `start`, a LoRA as read_lora takes it, new = old = that LoRA, and rank, alpha and layers are its
-    own; without it rank and alpha must be given. BadInput when no module has such a name, or the LoRA is for another editor.
+    own; without it rank and alpha must be given. BadInput when no module has such a name, or the
+    LoRA is for another editor.
     """
     targets = targets or editor.family.targets  # peft takes names' endings or one expression
     config = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
